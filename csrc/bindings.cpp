@@ -1,0 +1,8 @@
+// The one extension module: every C++ part registers its functions here.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, m) {
+  m.doc() = "Planning and schedules in C++ (no torch, no CUDA).";
+}

@@ -1,0 +1,105 @@
+"""`FSSDPConfig`: every setting of FSSDP, in one frozen record that validates itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from hecate.cost import CostModel
+
+__all__ = ["FSSDPConfig", "PolicyName"]
+
+PolicyName = Literal["balanced", "hecate", "ep"]
+Dense = Literal["fsdp", "replicate", "none"]
+Calibrate = Literal["pays", "always", False]
+
+
+@dataclass(frozen=True)
+class FSSDPConfig:
+    """Settings of `hecate.fully_shard`; all ranks must pass the same.
+
+    Attributes:
+        policy: who decides what is copied and moved: "balanced" (ours), "hecate" (the paper's), "ep" (nothing moves).
+        max_imbalance: max/mean device load to plan for, >= 1.
+        overlap_degree: experts a layer whose copies hide behind non-MoE work (the paper's t); "auto" asks `cost`.
+        memory_slots: copies a device may hold of one layer (the paper's m); "auto" takes what fits in
+            `memory_share` of the free memory, at most 2.
+        memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1].
+        rematerialize: release copies after forward and gather them again for backward.
+        calibrate: further copies after the gate: "pays" (if the cost model says so), "always", or False.
+        reshard_interval: optimizer steps between re-shardings; 0 never re-shards.
+        load_window: steps of load history that copies are planned from (the paper's w).
+        cost: links and compute: a cost model, a profile file of one, or None for the stated numbers of the device type.
+        master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
+        param_dtype: dtype that experts (and FSDP2's dense part) compute in; None keeps `master_dtype`.
+        reduce_dtype: dtype that gradients travel in; None takes `param_dtype`.
+        dense: the rest of the model: "fsdp" (FSDP2), "replicate", "none" (left to the caller).
+        seed: of `FSSDP.init_weights` where no other is passed.
+    """
+
+    policy: PolicyName = "balanced"
+    max_imbalance: float = 1.02
+    overlap_degree: int | Literal["auto"] = "auto"
+    memory_slots: int | Literal["auto"] = "auto"
+    memory_share: float = 0.2
+    rematerialize: bool = False
+    calibrate: Calibrate = "pays"
+    reshard_interval: int = 100
+    load_window: int = 5
+    cost: CostModel | str | None = None
+    master_dtype: torch.dtype | None = None
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    dense: Dense = "fsdp"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, get_args(PolicyName))
+        _one_of("dense", self.dense, get_args(Dense))
+        _one_of("calibrate", self.calibrate, get_args(Calibrate))
+        _at_least("max_imbalance", self.max_imbalance, 1)
+        _at_least("reshard_interval", self.reshard_interval, 0)
+        _at_least("load_window", self.load_window, 1)
+        if self.overlap_degree != "auto":
+            _at_least("overlap_degree", self.overlap_degree, 0)
+        if self.memory_slots != "auto":
+            _at_least("memory_slots", self.memory_slots, 0)
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"FSSDPConfig.memory_share={self.memory_share!r}: must be in (0, 1]")
+        for name in ("master_dtype", "param_dtype", "reduce_dtype"):
+            _float_dtype(name, getattr(self, name))
+
+    def cost_model(self, device_type: str) -> CostModel:
+        """`cost` resolved: read from its file, or the stated numbers for "cpu" or an accelerator."""
+        if isinstance(self.cost, CostModel):
+            return self.cost
+        if self.cost is not None:
+            return CostModel.load(self.cost)
+        return CostModel.cpu() if device_type == "cpu" else CostModel()
+
+    def differences(self, other: FSSDPConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields whose values differ: name -> (own, other)."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
+    if not any(value is v or (type(value) is type(v) and value == v) for v in valid):
+        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be one of {', '.join(map(repr, valid))}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be a number >= {least}")
+
+
+def _float_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float64, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"FSSDPConfig.{name}={dtype!r}: must be torch.float64, torch.float32 or torch.bfloat16 "
+            "(torch.float16 would need a loss scaler that knows of all ranks)"
+        )

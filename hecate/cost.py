@@ -1,0 +1,107 @@
+"""The link and compute model: integer nanoseconds, bytes and tokens, stated or from a profile (paper, section 4.2).
+
+Every rank computes the same plan from it, so no float decides and nothing is measured during a run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+__all__ = ["CostModel", "LayerCost"]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a device and its links can do. The defaults state an H100 node with 400 Gbit/s between nodes.
+
+    Attributes:
+        intra_node_bandwidth: bytes per second and direction of one device to its node.
+        inter_node_bandwidth: bytes per second and direction of one device out of its node.
+        message_ns: fixed cost of one message in nanoseconds.
+        flops: floating-point operations per second that matrix products of one device reach.
+        hidden_permille: share of the non-MoE time that copies may hide behind, in 1/1000. 0: nothing is hidden
+            (CPU, where the same cores compute and copy), so that every copy must pay.
+    """
+
+    intra_node_bandwidth: int = 300_000_000_000
+    inter_node_bandwidth: int = 45_000_000_000
+    message_ns: int = 10_000
+    flops: int = 400_000_000_000_000
+    hidden_permille: int = 800
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name in ("message_ns", "hidden_permille") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"CostModel.{f.name}={value!r}: must be an integer >= {least}")
+        if self.hidden_permille > 1000:
+            raise ValueError(f"CostModel.hidden_permille={self.hidden_permille}: must be <= 1000")
+
+    @classmethod
+    def cpu(cls) -> CostModel:
+        """Stated figures for processes of one machine that talk through gloo."""
+        return cls(
+            intra_node_bandwidth=1_500_000_000,
+            inter_node_bandwidth=1_000_000_000,
+            message_ns=100_000,
+            flops=60_000_000_000,
+            hidden_permille=0,
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        """Read a profile: a JSON object with exactly the attributes above."""
+        values = json.loads(Path(path).read_text())
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"cost profile {path}: keys {sorted(values)}, must be exactly {sorted(names)}")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile that `load` reads."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def transfer_ns(self, num_bytes: int, crosses_node: bool) -> int:
+        """Nanoseconds one message of `num_bytes` takes alone on its link."""
+        bandwidth = self.inter_node_bandwidth if crosses_node else self.intra_node_bandwidth
+        return self.message_ns + num_bytes * 1_000_000_000 // bandwidth
+
+    def compute_ns(self, flops: int) -> int:
+        """Nanoseconds that `flops` floating-point operations take on one device."""
+        return flops * 1_000_000_000 // self.flops
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One MoE layer under a `CostModel`, all integers.
+
+    Attributes:
+        model: the links.
+        expert_bytes: one expert on the wire, in `param_dtype`.
+        gradient_bytes: its gradient on the wire, in `reduce_dtype`.
+        token_flops: forward and backward floating-point operations of one (token, expert) pair.
+        token_bytes: one hidden state on the wire.
+        dense_token_flops: forward floating-point operations of the non-MoE part before this layer, per token.
+    """
+
+    model: CostModel
+    expert_bytes: int
+    gradient_bytes: int
+    token_flops: int
+    token_bytes: int
+    dense_token_flops: int
+
+    def hidden_ns(self, tokens: int) -> int:
+        """Nanoseconds of forward non-MoE work that copies may hide behind, for `tokens` tokens on each device."""
+        return self.model.compute_ns(self.dense_token_flops * tokens) * self.model.hidden_permille // 1000
+
+    def overlap_degree(self, tokens: int, crosses_node: bool) -> int:
+        """The paper's t: experts that can be copied for free, `T_nonMoE * bw / expert_bytes` (Algorithm 1)."""
+        bandwidth = self.model.inter_node_bandwidth if crosses_node else self.model.intra_node_bandwidth
+        return self.hidden_ns(tokens) * bandwidth // (self.expert_bytes * 1_000_000_000)
+
+    def token_ns(self, tokens: int) -> int:
+        """Nanoseconds of expert compute, forward and backward, for `tokens` (token, expert) pairs on one device."""
+        return self.model.compute_ns(self.token_flops * tokens)
