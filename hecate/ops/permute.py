@@ -1,0 +1,103 @@
+"""Sorting token copies by destination and back.
+
+Shapes: T tokens, k experts a token, N = T * k token copies, d model width. Copy `t * k + j` is token t for its j-th
+expert. `order [N]` lists copies in their new order, `inverse [N]` is its inverse permutation; both int64. Forward and
+backward are gathers and a sum over k in ascending order, so the same bits come out every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_order", "combine", "invert", "permute"]
+
+
+def invert(order: Tensor) -> Tensor:
+    """The inverse permutation of int64 `order [N]`."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def block_order(sizes: Sequence[int], blocks: Sequence[int], device: torch.device) -> Tensor:
+    """The permutation that lines up consecutive blocks of rows in another order.
+
+    Args:
+        sizes: rows of each block, in the order they lie in.
+        blocks: the wanted order of block numbers, a permutation.
+        device: where the result goes; building it there does not wait for the device.
+
+    Returns:
+        int64 `[sum(sizes)]`: row numbers in the wanted order.
+    """
+    size = torch.tensor(sizes, dtype=torch.int64)
+    wanted = torch.tensor(blocks, dtype=torch.int64)
+    start = size.cumsum(0) - size
+    moved = size[wanted]
+    shift = start[wanted] - (moved.cumsum(0) - moved)
+    table = torch.stack([shift, moved])
+    if device.type != "cpu":
+        table = table.pin_memory().to(device, non_blocking=True)
+    rows = int(size.sum())
+    return torch.repeat_interleave(table[0], table[1], output_size=rows) + torch.arange(rows, device=device)
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`."""
+    return torch.ops.hecate.permute(x, order, inverse, top_k)
+
+
+def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Weighted sum of each token's rows, in the order of its experts: `[N, d]` and `[T, k]` to `[T, d]`."""
+    per_token = torch.ops.hecate.unpermute(rows, order, inverse)
+    tokens, top_k = weights.shape
+    per_token = per_token.view(tokens, top_k, rows.shape[1])
+    return (per_token * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+@torch.library.custom_op("hecate::permute", mutates_args=())
+def _permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    return x.index_select(0, order if top_k == 1 else order // top_k)
+
+
+@_permute.register_fake
+def _(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("hecate::unpermute", mutates_args=())
+def _unpermute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return rows.index_select(0, inverse)
+
+
+@_unpermute.register_fake
+def _(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _save_permute(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch.library's own signature
+    _, order, inverse, ctx.top_k = inputs
+    ctx.save_for_backward(order, inverse)
+
+
+def _permute_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    order, inverse = ctx.saved_tensors
+    per_copy = torch.ops.hecate.unpermute(grad, order, inverse)
+    if ctx.top_k > 1:
+        per_copy = per_copy.view(-1, ctx.top_k, grad.shape[1]).sum(1)
+    return per_copy, None, None, None
+
+
+def _save_unpermute(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, order, inverse = inputs
+    ctx.save_for_backward(order, inverse)
+
+
+def _unpermute_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    order, inverse = ctx.saved_tensors
+    return torch.ops.hecate.permute(grad, order, inverse, 1), None, None
+
+
+_permute.register_autograd(_permute_backward, setup_context=_save_permute)
+_unpermute.register_autograd(_unpermute_backward, setup_context=_save_unpermute)
