@@ -1,0 +1,153 @@
+"""The MoE layer as plain PyTorch: gate, stacked experts, weighted combine; dense on one device.
+
+This is what FSSDP is exact against. `hecate.fully_shard` replaces `MoE.experts` alone; the gate stays the model's own.
+
+Shapes: T tokens, d model width, f expert hidden width, E experts, k experts a token, N = T * k (token, expert) rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hecate.ops.grouped import Groups, grouped_linear
+
+__all__ = ["Experts", "MoE", "Routing", "TopKGate"]
+
+
+class Routing(NamedTuple):
+    """What a gate decides.
+
+    Attributes:
+        expert_index: int64 `[T, k]`, the experts of each token, best first, all different.
+        weights: `[T, k]`, at least float32, what their outputs are weighted with.
+        aux_loss: scalar, at least float32: the load-balance loss of these tokens, 0 without tokens.
+    """
+
+    expert_index: Tensor
+    weights: Tensor
+    aux_loss: Tensor
+
+
+class TopKGate(nn.Module):
+    """GShard's gate (arXiv 2006.16668, algorithm 1), dropless: no capacity, so no token loses an expert.
+
+    Args:
+        d_model: width of a token.
+        num_experts: experts to choose from.
+        top_k: experts a token.
+        jitter: the gate's input is scaled by uniform noise in [1 - jitter, 1 + jitter] while training; 0 is off.
+        random_second_expert: while training, draw the experts after the first in proportion to their probability
+            (without replacement, by Gumbel noise) instead of taking the best.
+    """
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int = 2, jitter: float = 0.0, random_second_expert: bool = False
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"TopKGate: top_k={top_k} must be in [1, num_experts={num_experts}]")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"TopKGate: jitter={jitter} must be in [0, 1)")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.jitter, self.random_second_expert = jitter, random_second_expert
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def forward(self, hidden: Tensor) -> Routing:
+        """`hidden` `[T, d]` of any float dtype; logits and probabilities are at least float32."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        hidden = hidden.to(dtype)
+        if self.training and self.jitter:
+            hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+        probabilities = F.linear(hidden, self.weight.to(dtype)).softmax(dim=-1)
+        index = self._choose(probabilities)
+        weights = probabilities.gather(1, index)
+        if self.top_k > 1:  # a single expert keeps its probability: normalized to 1 it would teach the gate nothing
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        return Routing(index, weights, self._aux_loss(probabilities, index[:, 0]))
+
+    def _choose(self, probabilities: Tensor) -> Tensor:
+        if not (self.training and self.random_second_expert and self.top_k > 1):
+            return probabilities.topk(self.top_k, dim=1).indices
+        scores = probabilities.detach().log()
+        scores = scores - torch.empty_like(scores).exponential_().log()
+        first = probabilities.argmax(dim=1, keepdim=True)
+        others = scores.scatter(1, first, float("-inf")).topk(self.top_k - 1, dim=1).indices
+        return torch.cat([first, others], dim=1)
+
+    def _aux_loss(self, probabilities: Tensor, first: Tensor) -> Tensor:
+        """E * sum over experts of (share of tokens that chose it first) * (mean probability); 1 where even."""
+        tokens = max(first.numel(), 1)
+        share = torch.zeros_like(probabilities).scatter(1, first.unsqueeze(1), 1.0).sum(dim=0) / tokens
+        mean = probabilities.sum(dim=0) / tokens
+        return self.num_experts * (share * mean).sum()
+
+
+class Experts(nn.Module):
+    """All experts of a layer: two-matrix GELU MLPs without bias, stacked. The seam that FSSDP replaces.
+
+    Attributes:
+        expert_weights: names of the stacked parameters, first dimension E.
+        up: `[E, f, d]`.
+        down: `[E, d, f]`.
+    """
+
+    expert_weights = ("up", "down")
+
+    def __init__(self, num_experts: int, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up = nn.Parameter(torch.empty(num_experts, d_hidden, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, d_hidden))
+
+    @staticmethod
+    def expert_mlp(x: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
+        """The experts' outputs `[N, d]` for rows `x` `[N, d]` sorted by expert.
+
+        Args:
+            x: rows; `groups` says how many belong to each expert.
+            groups: rows per expert, in the order of the first dimension of `weights`.
+            weights: name in `expert_weights` -> `[experts, ...]`, any subset of the experts in any order.
+        """
+        hidden = F.gelu(grouped_linear(x, weights["up"], groups))
+        return grouped_linear(hidden, weights["down"], groups)
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over each token's experts, `[T, d]` in the dtype of `hidden`.
+
+        Args:
+            hidden: `[T, d]`.
+            top_k_index: int64 `[T, k]`, each in [0, E).
+            top_k_weights: `[T, k]`.
+        """
+        top_k = top_k_index.shape[1]
+        expert, order = top_k_index.flatten().sort(stable=True)
+        groups = Groups.of(torch.bincount(expert, minlength=self.num_experts).tolist(), hidden.device)
+        weights = {name: getattr(self, name) for name in self.expert_weights}
+        output = self.expert_mlp(hidden[order // top_k], groups, weights)
+        by_token = torch.empty_like(output).index_copy(0, order, output).unflatten(0, (-1, top_k))
+        return (by_token * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+
+
+class MoE(nn.Module):
+    """Gate and experts in the place of a feed-forward network."""
+
+    def __init__(self, gate: TopKGate, experts: Experts) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` `[..., d]` to (output of the same shape, the gate's auxiliary loss).
+
+        The loss is an output and no attribute: recomputation, gradient accumulation and FSDP2 then treat it like
+        any other activation.
+        """
+        tokens = hidden.flatten(0, -2)
+        routing: Routing = self.gate(tokens)
+        output = self.experts(tokens, routing.expert_index, routing.weights)
+        return output.view_as(hidden), routing.aux_loss
