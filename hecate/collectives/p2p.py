@@ -1,0 +1,63 @@
+"""Plain point-to-point transport: each transfer is one send and one receive over torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.collectives.order import ordered_sum
+from hecate.collectives.schedule import Schedule, Transfer
+from hecate.collectives.transport import Rows, Transport, Work
+
+__all__ = ["PointToPoint"]
+
+
+class PointToPoint(Transport):
+    """gloo for CPU tensors, NCCL for CUDA tensors; a round is one batch of isend/irecv."""
+
+    def gather(self, schedule: Schedule, sent: Rows, received: Rows) -> Work:
+        return self._start(schedule, sent, lambda t: received[t.expert])
+
+    def reduce(self, schedule: Schedule, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
+        rank = self.group.rank()
+        parts: dict[int, dict[int, Tensor]] = {expert: {} for expert in sums}
+        for expert in sums.keys() & contributed.keys():
+            parts[expert][rank] = contributed[expert]
+
+        def staging(t: Transfer) -> Tensor:
+            parts[t.expert][t.src] = torch.empty_like(sums[t.expert], dtype=wire)
+            return parts[t.expert][t.src]
+
+        transfers = self._start(schedule, contributed, staging)
+
+        def finish() -> None:
+            transfers.wait()
+            for expert, rows in parts.items():
+                if rows:
+                    sums[expert].copy_(ordered_sum(rows, self.topology))
+                else:
+                    sums[expert].zero_()
+
+        return Work(finish)
+
+    def _start(self, schedule: Schedule, sent: Rows, place: Callable[[Transfer], Tensor]) -> Work:
+        rank = self.group.rank()
+        works: list[dist.Work] = []
+        for transfers in schedule.rounds:
+            operations = [self._operation(dist.isend, sent[t.expert], t.dst) for t in transfers if t.src == rank]
+            operations += [self._operation(dist.irecv, place(t), t.src) for t in transfers if t.dst == rank]
+            if operations:
+                works += dist.batch_isend_irecv(operations)
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+
+        return Work(finish)
+
+    def _operation(self, operation: Callable[..., object], row: Tensor, peer: int) -> dist.P2POp:
+        # Bytes, so that every dtype travels on every backend.
+        return dist.P2POp(operation, row.view(torch.uint8), group=self.group, group_peer=peer)
