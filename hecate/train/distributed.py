@@ -1,0 +1,125 @@
+"""Processes and their group: joins torchrun's, or spawns `devices` of them on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from hecate.train.settings import Settings
+
+__all__ = ["World", "launch"]
+
+Config = Mapping[str, Any]
+# Gloo otherwise looks up the host's name, which a fresh machine may not resolve.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of the run; collectives here are for the loop's own few numbers.
+
+    Attributes:
+        rank: of this process.
+        size: number of processes, one a device.
+        device: of this process.
+        mesh: all devices, one-dimensional.
+        store: the group's key-value store.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    store: dist.Store
+
+    def gather(self, values: list[float]) -> Tensor:
+        """Everybody's `values`: float64 `[size, len(values)]` on CPU."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own)
+        return torch.stack(rows).cpu()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, any small picklable object; also the point that rank 0 must have reached."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def launch(config: Config, run: Callable[[Config, World], None]) -> None:
+    """Call `run` once a process; under torchrun this is one of them, otherwise `devices` are spawned and waited for.
+
+    Args:
+        config: resolved configuration; plain values, so that it can be sent to the processes.
+        run: a function of a module.
+    """
+    settings = Settings.from_config(config)
+    if "WORLD_SIZE" in os.environ:
+        world_size = int(os.environ["WORLD_SIZE"])
+        if settings.devices != world_size:
+            raise ValueError(f"devices={settings.devices}: must equal torchrun's WORLD_SIZE={world_size}")
+        store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+        with _group(settings, store, rank, int(os.environ.get("LOCAL_RANK", rank))) as world:
+            run(config, world)
+        return
+    # The store lives in this process, so that it outlasts every rank: the others can ask it who is missing.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_timeout(settings))
+    context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
+    assert context is not None  # join=False returns it
+    while not context.join(grace_period=settings.timeout_seconds):
+        pass
+
+
+def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World], None]) -> None:
+    settings = Settings.from_config(config)
+    for name, value in LOOPBACK.items():
+        os.environ.setdefault(name, value)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
+    with _group(settings, store, rank, rank) as world:
+        run(config, world)
+
+
+@contextmanager
+def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int) -> Iterator[World]:
+    torch.set_num_threads(settings.threads)
+    device = _device(settings, local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=settings.devices,
+        timeout=_timeout(settings),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        mesh = init_device_mesh(device.type, (settings.devices,))
+        yield World(rank, settings.devices, device, mesh, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(settings: Settings, local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if settings.device == "cpu" or (settings.device == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise ValueError(f"device={settings.device}: process {local_rank} of this machine has no GPU, it has {gpus}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _timeout(settings: Settings) -> timedelta:
+    return timedelta(seconds=settings.timeout_seconds)

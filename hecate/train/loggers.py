@@ -1,0 +1,90 @@
+"""Where the numbers of a step go: always `metrics.jsonl`, and TensorBoard or W&B where asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["JsonLines", "Logger", "make_loggers", "read_metrics"]
+
+
+class Logger(Protocol):
+    """Rank 0 calls `log` once a step, in order, and `close` at the end."""
+
+    def log(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object a line, flushed, so that the file can be followed and survives a killed process."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Append to `path` from `first_step` on; what a lost process logged from there on is dropped."""
+        kept = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
+        self._file = path.open("w")
+        for metrics in kept:
+            self.log(metrics)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars of each step in `<folder>/tensorboard`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        for name, value in _scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars of each step in a W&B run, offline unless `mode` says otherwise; its files are in `<folder>/wandb`."""
+
+    def __init__(self, folder: Path, project: str, mode: str) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, mode=mode, dir=str(folder), name=folder.name)  # type: ignore[arg-type]
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        self._run.log(_scalars(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> list[Logger]:
+    """`metrics.jsonl` in `folder` and the logger that `section["kind"]` names: none, tensorboard or wandb."""
+    loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", first_step)]
+    kind = section["kind"]
+    if kind == "tensorboard":
+        loggers.append(TensorBoard(folder))
+    elif kind == "wandb":
+        loggers.append(WeightsAndBiases(folder, section["project"], section["mode"]))
+    elif kind != "none":
+        raise ValueError(f"logger.kind={kind!r}: must be one of none, tensorboard, wandb")
+    return loggers
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`; a last line that a killed process left unfinished is not one."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and name != "step"}
