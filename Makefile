@@ -1,0 +1,40 @@
+# `make train` and `make test` do all their set-up themselves: Python >= 3.10, gcc and git are enough.
+.PHONY: train test test-all lint setup clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+TORCH := torch==2.13.0
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+# Two processes learn real text: make train ARGS="policy=ep name=ep"
+train: $(STAMP)
+	PYTHON=$(BIN)/python launch/torchrun.sh $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+# With the long tail.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "long or not long" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+# Python files need no new installation: it is an editable one. A torch that is there already is kept.
+$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" TORCH_CPU="$(TORCH_CPU)" launch/install_torch.sh
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf build dist $(STAMP)

@@ -1,0 +1,112 @@
+"""Holds DESIGN.md's import rule: a folder imports only what stands above it, and planning needs no process group."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hecate"
+# One line each: nobody imports a name that stands below its own.
+ORDER = (
+    "placement",
+    "cost",
+    "config",
+    "planning",
+    "policies",
+    "collectives",
+    "ops",
+    "runtime",
+    "checkpoint",
+    "models",
+    "adapters",
+    "api",
+    "sim",
+    "report",
+    "train",
+)
+WITHOUT_PROCESS_GROUP = ("placement", "cost", "config", "planning", "policies", "collectives.schedule", "sim")
+NATIVE = "_native"  # the C++ extension imports nothing
+
+
+def modules() -> dict[str, Path]:
+    """Module name without `hecate.` -> file; the package itself is the empty name."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """Absolute names that module `name` imports, also inside functions; `from a import b` may be module a.b."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"hecate.{name}: relative import on line {node.lineno}"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                own = full.removeprefix("hecate.")
+                yield full if own in MODULES or node.module in ("torch", "hecate") else node.module
+
+
+def own_imports(name: str) -> set[str]:
+    return {i.removeprefix("hecate.") for i in imports(name) if i.startswith("hecate.")}
+
+
+def reachable(start: str) -> dict[str, str]:
+    """Every module of ours that `start` imports, directly or not -> the one that imports it."""
+    found, todo = {start: ""}, [start]
+    while todo:
+        name = todo.pop()
+        for other in own_imports(name) & MODULES.keys() - found.keys():
+            found[other] = name
+            todo.append(other)
+    return found
+
+
+def folder(name: str) -> str:
+    return name.split(".")[0]
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {folder(name) for name in MODULES} - {""} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_only_what_stands_above(name: str) -> None:
+    above = {*ORDER[: ORDER.index(folder(name)) + 1], NATIVE}
+    for other in own_imports(name):
+        assert folder(other) in above, f"hecate.{name} imports hecate.{other}, which stands below it"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, WITHOUT_PROCESS_GROUP)])
+def test_needs_no_process_group(name: str) -> None:
+    for module, importer in reachable(name).items():
+        assert not within(module, ("runtime",)), f"hecate.{name} reaches hecate.{module} through hecate.{importer}"
+        for other in imports(module):
+            assert not within(other, ("torch.distributed",)), f"hecate.{name} reaches {other} in hecate.{module}"
+
+
+def test_importing_everything_touches_neither_cuda_nor_a_process_group() -> None:
+    names = ", ".join(f"hecate.{name}" if name else "hecate" for name in MODULES if not name.endswith("__main__"))
+    code = (
+        f"import {names}, torch\n"
+        "assert not torch.cuda.is_initialized(), 'CUDA'\n"
+        "assert not torch.distributed.is_initialized(), 'process group'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
