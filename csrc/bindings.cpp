@@ -3,6 +3,11 @@
 
 namespace nb = nanobind;
 
+namespace hecate {
+void bind_planner(nb::module_& m);
+}  // namespace hecate
+
 NB_MODULE(_native, m) {
   m.doc() = "Planning and schedules in C++ (no torch, no CUDA).";
+  hecate::bind_planner(m);
 }

@@ -1,0 +1,18 @@
+"""Policies: when to plan, from what, and what may move. `get_policy` finds one by its name."""
+
+from __future__ import annotations
+
+from hecate.policies.balanced import Balanced
+from hecate.policies.base import LayerSetting, Policy
+from hecate.policies.ep import ExpertParallel
+from hecate.policies.hecate import Hecate
+
+__all__ = ["LayerSetting", "Policy", "get_policy"]
+
+
+def get_policy(name: str) -> Policy:
+    """The policy called `name` in `FSSDPConfig.policy`; ValueError lists the valid names."""
+    policies: dict[str, type[Policy]] = {"balanced": Balanced, "hecate": Hecate, "ep": ExpertParallel}
+    if name not in policies:
+        raise ValueError(f"policy={name!r}: must be one of {', '.join(map(repr, policies))}")
+    return policies[name]()

@@ -22,7 +22,7 @@ from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.plan import Plan
 
-__all__ = ["LayerSetting", "Policy"]
+__all__ = ["LayerSetting", "Policy", "overlap_degree"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,11 @@ class Policy(Protocol):
         All layers at once. No device owns more than `ceil(all experts / num_devices)`, and where devices divide all
         experts each owns exactly that. Equal to `owners` where moving does not pay.
         """
+
+
+def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int:
+    """The paper's t: as configured, or what the cost model hides on the slower link (or the one asked for)."""
+    if layer.overlap_degree != "auto":
+        return layer.overlap_degree
+    crosses = layer.topology.num_nodes > 1 if crosses_node is None else crosses_node
+    return layer.cost.overlap_degree(layer.tokens_per_device, crosses)

@@ -1,0 +1,157 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <memory>
+
+#include "planner/copies.hpp"
+#include "planner/quota.hpp"
+
+namespace nb = nanobind;
+
+namespace hecate {
+
+namespace {
+
+using Counts = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Holding = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<nb::numpy, std::int64_t>;
+
+template <typename T>
+T* release_to(std::unique_ptr<T[]>& memory, nb::capsule& owner) {
+  owner = nb::capsule(memory.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return memory.release();
+}
+
+Shape shape_of(const Counts& counts, int devices_per_node) {
+  return {static_cast<int>(counts.shape(0)), static_cast<int>(counts.shape(1)), devices_per_node};
+}
+
+template <typename Fill>
+Out quota_array(const Counts& counts, const Holding& placement, int devices_per_node, Fill fill) {
+  std::unique_ptr<std::int64_t[]> quota;
+  const Shape shape = shape_of(counts, devices_per_node);
+  std::size_t pairs = 0;
+  {
+    nb::gil_scoped_release release;
+    const Holders holders = holders_of(placement.data(), shape);
+    pairs = holders.expert.size();
+    quota.reset(new std::int64_t[shape.devices * pairs]);
+    fill(holders, shape, quota.get());
+  }
+  nb::capsule owner;
+  std::int64_t* data = release_to(quota, owner);
+  return Out(data, {counts.shape(0), pairs}, owner);
+}
+
+Out exact_quota_array(const Counts& counts, const Holding& placement, int devices_per_node) {
+  return quota_array(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
+    const auto limit = min_max_load(column_sums(counts.data(), shape), holders, shape);
+    const auto amounts = local_amounts(counts.data(), holders, shape, limit, 1, 1);
+    split_by_source(counts.data(), holders, amounts, shape, quota);
+  });
+}
+
+Out even_quota_array(const Counts& counts, const Holding& placement, int devices_per_node) {
+  return quota_array(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
+    even_quota(counts.data(), holders, shape, quota);
+  });
+}
+
+using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Levels = nb::ndarray<const std::int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+Limits limits_of(const Vector& in, const Vector& out, const Holding& allowed) {
+  return {{in.data(), in.data() + in.shape(0)}, {out.data(), out.data() + out.shape(0)}, allowed.data()};
+}
+
+Out pairs_array(const std::vector<Pair>& pairs) {
+  std::unique_ptr<std::int64_t[]> memory(new std::int64_t[2 * pairs.size()]);
+  for (std::size_t i = 0; i < pairs.size(); ++i)
+    memory[2 * i] = pairs[i].first, memory[2 * i + 1] = pairs[i].second;
+  nb::capsule owner;
+  std::int64_t* data = release_to(memory, owner);
+  return Out(data, {pairs.size(), 2}, owner);
+}
+
+std::vector<Pair> pairs_of(const Holding& placement) {
+  std::vector<Pair> pairs;
+  for (std::size_t e = 0; e < placement.shape(0); ++e)
+    for (std::size_t d = 0; d < placement.shape(1); ++d)
+      if (placement.data()[e * placement.shape(1) + d]) pairs.emplace_back(static_cast<int>(e), static_cast<int>(d));
+  return pairs;
+}
+
+Out min_max_array(const Counts& loads, const Holding& placement) {
+  const std::size_t rows = loads.shape(0), experts = loads.shape(1);
+  std::unique_ptr<std::int64_t[]> least(new std::int64_t[rows]);
+  {
+    nb::gil_scoped_release release;
+    const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(experts), 1};
+    const Holders holders = holders_of(placement.data(), shape);
+    for (std::size_t r = 0; r < rows; ++r)
+      least[r] = min_max_load({loads.data() + r * experts, loads.data() + (r + 1) * experts}, holders, shape);
+  }
+  nb::capsule owner;
+  std::int64_t* data = release_to(least, owner);
+  return Out(data, {rows}, owner);
+}
+
+Out spread_array(const Levels& levels, const Holding& placement, const Vector& in, const Vector& out,
+                 const Holding& allowed) {
+  std::vector<Pair> copies;
+  {
+    nb::gil_scoped_release release;
+    Limits limits = limits_of(in, out, allowed);
+    copies = spread(levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
+                    pairs_of(placement), static_cast<int>(placement.shape(0)), static_cast<int>(placement.shape(1)),
+                    limits);
+  }
+  return pairs_array(copies);
+}
+
+// Copies that bring every device to `target`, or else nobody above the least load the search reaches.
+Out cover_array(const Vector& loads, const Holding& placement, std::int64_t target, const Vector& in, const Vector& out,
+                const Holding& allowed) {
+  std::vector<Pair> copies;
+  {
+    nb::gil_scoped_release release;
+    const int experts = static_cast<int>(placement.shape(0)), devices = static_cast<int>(placement.shape(1));
+    Network start(experts, devices, experts + 4 * devices);
+    for (const auto& [e, d] : pairs_of(placement)) start.add_pair(e, d, start.holders(e) ? 0 : loads.data()[e]);
+    const int before = start.pairs();
+    if (!start.drain(target)) {
+      const auto attempt = [&](std::int64_t goal, Network& network) {
+        Limits limits = limits_of(in, out, allowed);
+        return cover(network, goal, limits);
+      };
+      Network best = start;
+      if (!attempt(target, best)) {
+        std::int64_t low = target, high = start.min_max();
+        best = start;
+        while (high - low > std::max<std::int64_t>(1, low / 500)) {
+          const std::int64_t goal = low + (high - low) / 2;
+          Network network = start;
+          network.drain(goal);
+          if (attempt(goal, network)) high = goal, best = std::move(network);
+          else low = goal;
+        }
+      }
+      for (int p = before; p < best.pairs(); ++p) copies.emplace_back(best.expert_of[p], best.device_of[p]);
+    }
+  }
+  return pairs_array(copies);
+}
+
+}  // namespace
+
+void bind_planner(nb::module_& m) {
+  m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
+  m.def("spread", &spread_array, nb::arg("levels"), nb::arg("placement"), nb::arg("limit_in"), nb::arg("limit_out"),
+        nb::arg("allowed"));
+  m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("target"), nb::arg("limit_in"),
+        nb::arg("limit_out"), nb::arg("allowed"));
+  m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+}
+
+}  // namespace hecate

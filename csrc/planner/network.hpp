@@ -1,0 +1,52 @@
+// Who holds which expert and how many of its tokens each holder computes; tokens move between holders to balance.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace hecate {
+
+// Experts and devices joined by holder pairs. A pair's amount is the number of the expert's tokens that the device
+// computes. Pairs of one expert, and pairs on one device, are chained through arrays: adding one never allocates much.
+class Network {
+ public:
+  Network(int experts, int devices, int expected_pairs);
+
+  int add_pair(int expert, int device, std::int64_t amount = 0);
+  // Takes back the pair added last; its amount must be 0.
+  void remove_last_pair();
+  void add_amount(int pair, std::int64_t tokens);
+
+  int experts() const { return static_cast<int>(expert_head_.size()); }
+  int devices() const { return static_cast<int>(device_head_.size()); }
+  int pairs() const { return static_cast<int>(expert_of.size()); }
+  int holders(int expert) const { return degree_[expert]; }
+  int first_of_expert(int expert) const { return expert_head_[expert]; }
+  int next_of_expert(int pair) const { return expert_next_[pair]; }
+  int first_on_device(int device) const { return device_head_[device]; }
+  int next_on_device(int pair) const { return device_next_[pair]; }
+  bool holds(int expert, int device) const;
+  std::int64_t total() const;
+
+  // Moves tokens between holders until no device has more than `target`. False: impossible, and then `reached`
+  // marks the devices whose tokens cannot leave the marked set, each of which has at least `target`.
+  bool drain(std::int64_t target);
+  // The smallest possible largest load, and amounts that reach it.
+  std::int64_t min_max();
+  bool reached(int device) const { return level_[device] >= 0; }
+
+  std::vector<int> expert_of, device_of;
+  std::vector<std::int64_t> amount;  // per pair
+  std::vector<std::int64_t> load;    // per device
+
+ private:
+  bool levels(std::int64_t target);
+  std::int64_t push(int device, std::int64_t limit, std::int64_t target);
+
+  std::vector<int> expert_head_, device_head_, expert_next_, device_next_, degree_;
+  std::vector<int> level_, seen_, queue_, next_pair_;
+};
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace hecate

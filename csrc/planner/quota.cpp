@@ -1,0 +1,196 @@
+#include "planner/quota.hpp"
+
+#include <algorithm>
+
+#include "planner/min_cost.hpp"
+#include "planner/network.hpp"
+
+namespace hecate {
+
+namespace {
+
+using Tokens = std::vector<std::int64_t>;
+
+// An expert's holders within one node, as a range of pairs, and the node's own tokens for it.
+struct Group {
+  int expert, node, begin, end;
+  std::int64_t tokens;
+};
+
+std::vector<Group> groups_of(const std::int64_t* counts, const Holders& holders, const Shape& shape) {
+  std::vector<Group> groups;
+  groups.reserve(holders.expert.size());
+  for (int e = 0; e < shape.experts; ++e) {
+    for (int p = holders.first[e]; p < holders.first[e + 1];) {
+      Group group{e, holders.device[p] / shape.devices_per_node, p, p, 0};
+      while (p < holders.first[e + 1] && holders.device[p] / shape.devices_per_node == group.node) ++p;
+      group.end = p;
+      const std::int64_t* row = counts + std::int64_t{group.node} * shape.devices_per_node * shape.experts + e;
+      for (int s = 0; s < shape.devices_per_node; ++s) group.tokens += row[std::int64_t{s} * shape.experts];
+      groups.push_back(group);
+    }
+  }
+  return groups;
+}
+
+// Gives `tokens` to the pairs [begin, end): up to `limit` to each in turn, least loaded device first, then the rest.
+void pour(std::int64_t tokens, int begin, int end, const Holders& holders, std::int64_t limit, Tokens& load,
+          Tokens& amounts) {
+  while (tokens > 0) {
+    int best = begin;
+    for (int p = begin + 1; p < end; ++p)
+      if (load[holders.device[p]] < load[holders.device[best]]) best = p;
+    const std::int64_t room = limit - load[holders.device[best]];
+    const std::int64_t given = room > 0 ? std::min(room, tokens) : tokens;
+    amounts[best] += given;
+    load[holders.device[best]] += given;
+    tokens -= given;
+  }
+}
+
+// The most local amounts there are, whatever the device loads.
+Tokens preferred_amounts(const std::int64_t* counts, const Holders& holders, const std::vector<Group>& groups,
+                         const Shape& shape, std::int64_t limit, Tokens& load) {
+  Tokens amounts(holders.expert.size(), 0), foreign = column_sums(counts, shape);
+  Tokens rest(groups.size());
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    rest[g] = groups[g].tokens;
+    for (int p = groups[g].begin; p < groups[g].end; ++p) {
+      amounts[p] = counts[std::int64_t{holders.device[p]} * shape.experts + holders.expert[p]];
+      load[holders.device[p]] += amounts[p];
+      rest[g] -= amounts[p];
+    }
+    foreign[groups[g].expert] -= groups[g].tokens;
+  }
+  for (std::size_t g = 0; g < groups.size(); ++g)
+    pour(rest[g], groups[g].begin, groups[g].end, holders, limit, load, amounts);
+  for (int e = 0; e < shape.experts; ++e)
+    pour(foreign[e], holders.first[e], holders.first[e + 1], holders, limit, load, amounts);
+  return amounts;
+}
+
+}  // namespace
+
+Holders holders_of(const bool* placement, const Shape& shape) {
+  Holders holders;
+  holders.first.reserve(shape.experts + 1);
+  for (int e = 0; e < shape.experts; ++e) {
+    holders.first.push_back(static_cast<int>(holders.expert.size()));
+    const bool* row = placement + std::int64_t{e} * shape.devices;
+    for (int d = 0; d < shape.devices; ++d)
+      if (row[d]) holders.expert.push_back(e), holders.device.push_back(d);
+  }
+  holders.first.push_back(static_cast<int>(holders.expert.size()));
+  return holders;
+}
+
+Tokens column_sums(const std::int64_t* counts, const Shape& shape) {
+  Tokens sums(shape.experts, 0);
+  for (int s = 0; s < shape.devices; ++s)
+    for (int e = 0; e < shape.experts; ++e) sums[e] += counts[std::int64_t{s} * shape.experts + e];
+  return sums;
+}
+
+std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape) {
+  const int pairs = static_cast<int>(holders.expert.size());
+  Network network(shape.experts, shape.devices, pairs);
+  for (int p = 0; p < pairs; ++p) network.add_pair(holders.expert[p], holders.device[p]);
+  for (int e = 0; e < shape.experts; ++e) {
+    std::int64_t left = loads[e];
+    const int first = holders.first[e], count = holders.first[e + 1] - first;
+    for (int i = 0; i < count; ++i) {
+      const std::int64_t share = left / (count - i);
+      network.add_amount(first + i, share);
+      left -= share;
+    }
+  }
+  return network.min_max();
+}
+
+// Vertices: devices, then groups, then experts. A group passes tokens of its node at a profit, others at none, and
+// so does a device with its own tokens; what is over the limit then moves along the paths that lose least.
+Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t limit,
+                     int own, int node) {
+  const std::vector<Group> groups = groups_of(counts, holders, shape);
+  Tokens load(shape.devices, 0);
+  Tokens amounts = preferred_amounts(counts, holders, groups, shape, limit, load);
+  const int count = static_cast<int>(groups.size()), pairs = static_cast<int>(amounts.size());
+  const std::int64_t all = std::int64_t{1} << 60;
+  MinCostFlow flow(shape.devices + count + shape.experts, 2 * (count + pairs));
+  std::vector<int> first_arc(pairs, -1);
+  for (int g = 0; g < count; ++g) {
+    const Group& group = groups[g];
+    if (holders.first[group.expert + 1] - holders.first[group.expert] < 2) continue;
+    const int vertex = shape.devices + g, expert = shape.devices + count + group.expert;
+    std::int64_t sum = 0;
+    for (int p = group.begin; p < group.end; ++p) {
+      const int d = holders.device[p];
+      const std::int64_t mine = counts[std::int64_t{d} * shape.experts + group.expert];
+      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -own);
+      flow.add_arc(vertex, d, all, std::max<std::int64_t>(0, amounts[p] - mine), 0);
+      sum += amounts[p];
+    }
+    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -node);
+    flow.add_arc(expert, vertex, all, std::max<std::int64_t>(0, sum - group.tokens), 0);
+  }
+  Tokens excess(shape.devices + count + shape.experts, 0);
+  for (int d = 0; d < shape.devices; ++d) excess[d] = load[d] - limit;
+  flow.settle(excess);
+  for (int p = 0; p < pairs; ++p)
+    if (first_arc[p] >= 0) amounts[p] = flow.flow(first_arc[p]) + flow.flow(first_arc[p] + 2);
+  return amounts;
+}
+
+void split_by_source(const std::int64_t* counts, const Holders& holders, const Tokens& amounts, const Shape& shape,
+                     std::int64_t* quota) {
+  const std::int64_t pairs = static_cast<std::int64_t>(amounts.size());
+  std::fill(quota, quota + shape.devices * pairs, 0);
+  std::vector<int> shared;
+  for (int e = 0; e < shape.experts; ++e)
+    if (holders.first[e + 1] - holders.first[e] > 1) shared.push_back(e);
+  for (int s = 0; s < shape.devices; ++s)
+    for (int e = 0; e < shape.experts; ++e)
+      if (holders.first[e + 1] - holders.first[e] == 1)
+        quota[s * pairs + holders.first[e]] = counts[std::int64_t{s} * shape.experts + e];
+  Tokens tokens(shape.devices), left = amounts;
+  for (int e : shared) {
+    const int begin = holders.first[e], end = holders.first[e + 1];
+    for (int s = 0; s < shape.devices; ++s) tokens[s] = counts[std::int64_t{s} * shape.experts + e];
+    const auto give = [&](int s, int p) {
+      const std::int64_t given = std::min(tokens[s], left[p]);
+      quota[s * pairs + p] += given;
+      tokens[s] -= given;
+      left[p] -= given;
+    };
+    for (int p = begin; p < end; ++p) give(holders.device[p], p);
+    for (int p = begin; p < end; ++p) {
+      const int node = holders.device[p] / shape.devices_per_node * shape.devices_per_node;
+      for (int s = node; s < node + shape.devices_per_node && left[p] > 0; ++s) give(s, p);
+    }
+    for (int p = begin, s = 0; p < end; ++p)
+      for (; left[p] > 0; s += tokens[s] == 0) give(s, p);
+  }
+}
+
+void even_quota(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t* quota) {
+  const std::int64_t pairs = static_cast<std::int64_t>(holders.expert.size());
+  std::fill(quota, quota + shape.devices * pairs, 0);
+  for (int s = 0; s < shape.devices; ++s) {
+    const int node = s / shape.devices_per_node;
+    for (int e = 0; e < shape.experts; ++e) {
+      int own = -1, begin = holders.first[e + 1], end = holders.first[e];
+      for (int p = holders.first[e]; p < holders.first[e + 1]; ++p) {
+        if (holders.device[p] == s) own = p;
+        if (holders.device[p] / shape.devices_per_node == node) begin = std::min(begin, p), end = p + 1;
+      }
+      if (begin >= end) begin = holders.first[e], end = holders.first[e + 1];
+      if (own >= 0) begin = own, end = own + 1;
+      // The remainder starts at another holder for each source, or the first holder would get all of them.
+      const std::int64_t tokens = counts[std::int64_t{s} * shape.experts + e], share = tokens / (end - begin);
+      for (int i = 0; i < end - begin; ++i)
+        quota[s * pairs + begin + (i + s) % (end - begin)] = share + (i < tokens % (end - begin));
+    }
+  }
+}
+
+}  // namespace hecate

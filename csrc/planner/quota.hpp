@@ -1,0 +1,39 @@
+// Exact min-max token quota over given holders: own device first, then own node (DESIGN.md, decision 6).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace hecate {
+
+struct Shape {
+  int devices, experts, devices_per_node;
+  int nodes() const { return devices / devices_per_node; }
+};
+
+// Holder pairs in ascending (expert, device) order; `first[e]`..`first[e + 1]` are those of expert e.
+struct Holders {
+  std::vector<int> expert, device, first;
+};
+
+Holders holders_of(const bool* placement, const Shape& shape);
+
+// int64 [devices, experts] -> the sum over devices.
+std::vector<std::int64_t> column_sums(const std::int64_t* counts, const Shape& shape);
+
+// The smallest possible largest device load.
+std::int64_t min_max_load(const std::vector<std::int64_t>& loads, const Holders& holders, const Shape& shape);
+
+// Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
+// their own device (worth `own`) and, on it or not, on their own node (worth `node` more).
+std::vector<std::int64_t> local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
+                                        std::int64_t limit, int own, int node);
+
+// Splits `amounts` by source device into quota [devices, pairs]: own device, then own node, then the rest.
+void split_by_source(const std::int64_t* counts, const Holders& holders, const std::vector<std::int64_t>& amounts,
+                     const Shape& shape, std::int64_t* quota);
+
+// The paper's dispatch (section 4.4): own device, else evenly over the own node's holders, else evenly over all.
+void even_quota(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t* quota);
+
+}  // namespace hecate

@@ -1,0 +1,88 @@
+"""Load history and what it predicts: integer loads of the next step, and pessimistic guesses around them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LoadHistory", "Predictor", "guesses", "predict"]
+
+Int64 = NDArray[np.int64]
+Predictor = Literal["window", "recent"]
+
+GUESSES = 12
+NOISE_PERMILLE = (1500, 3000, 6000, 12000)
+LEAST_NOISE_PERMILLE = 100
+
+
+class LoadHistory:
+    """The counts of the last `window` steps of one layer (the paper's w).
+
+    Micro-batches of one step are added up: `add` for each, `close_step` after the last.
+    """
+
+    def __init__(self, num_devices: int, num_experts: int, window: int = 5) -> None:
+        if window < 1:
+            raise ValueError(f"LoadHistory: window={window} must be >= 1")
+        self._steps: deque[Int64] = deque(maxlen=window)
+        self._shape = (num_devices, num_experts)
+        self._open: Int64 | None = None
+
+    def add(self, counts: Int64) -> None:
+        """Counts int64 `[num_devices, num_experts]` of one micro-batch."""
+        if counts.shape != self._shape:
+            raise ValueError(f"LoadHistory: counts have shape {counts.shape}, must be {self._shape}")
+        self._open = counts.copy() if self._open is None else self._open + counts
+
+    def close_step(self) -> None:
+        """End the step: what was added becomes its entry, the oldest step beyond the window is dropped."""
+        if self._open is not None:
+            self._steps.append(self._open)
+            self._open = None
+
+    def array(self) -> Int64:
+        """Int64 `[steps, num_devices, num_experts]`, oldest first; no steps before the first is closed."""
+        return np.stack(self._steps) if self._steps else np.zeros((0, *self._shape), dtype=np.int64)
+
+
+def predict(history: Int64, predictor: Predictor = "window") -> Int64:
+    """Loads of the next step, int64 `[num_experts]`, from history int64 `[steps >= 1, num_devices, num_experts]`.
+
+    "window": mean of the steps (paper, w = 5). "recent": each step counts twice as much as the one before it.
+    """
+    loads = history.sum(axis=1)
+    if predictor == "window":
+        weights = np.ones(len(loads), dtype=np.int64)
+    elif predictor == "recent":
+        weights = np.left_shift(1, np.arange(len(loads), dtype=np.int64))
+    else:
+        raise ValueError(f"predictor={predictor!r}: must be one of 'window', 'recent'")
+    return (weights[:, None] * loads).sum(axis=0) // weights.sum()
+
+
+def guesses(history: Int64, predictor: Predictor = "window") -> Int64:
+    """Possible loads of the next step, int64 `[levels, guesses, num_experts]`, each level more pessimistic.
+
+    A bootstrap: each guess gives every expert the prediction plus its deviation in some past step, times a factor
+    that grows with the level; at least a tenth of the prediction, so that a still history is not trusted blindly.
+    """
+    mean, loads = predict(history, predictor), history.sum(axis=1)
+    experts = np.arange(len(mean), dtype=np.uint64)
+    draw = _mix(experts[None, :] + np.arange(1, GUESSES, dtype=np.uint64)[:, None] * np.uint64(1 << 32))
+    past = loads[(draw % np.uint64(len(loads))).astype(np.int64), experts.astype(np.int64)] - mean
+    sign = np.where(draw >> np.uint64(63), 1, -1)
+    least = mean * LEAST_NOISE_PERMILLE // 1000
+    deviation = np.where(np.abs(past) < least, sign * least, past)
+    levels = [np.concatenate([mean[None], np.maximum(0, mean + deviation * f // 1000)]) for f in NOISE_PERMILLE]
+    return np.ascontiguousarray(np.stack(levels))
+
+
+def _mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: well mixed bits, the same on every machine."""
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))

@@ -1,0 +1,111 @@
+"""Copies planned ahead of time: the paper's Algorithm 1 and robust copies for loads that drift and jump."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate import _native
+from hecate.placement import Placement, Topology
+from hecate.planning.loads import Predictor, guesses
+
+__all__ = ["robust_copies", "sparse_materialization"]
+
+Int64 = NDArray[np.int64]
+
+
+def sparse_materialization(
+    loads: Int64, owners: Int64, topology: Topology, *, overlap_degree: int, memory_slots: int
+) -> Placement:
+    """Algorithm 1 of the paper (section 4.2): copies of the `overlap_degree` (t) hottest experts.
+
+    Args:
+        loads: int64 `[num_experts]`, predicted.
+        owners: int64 `[num_experts]`.
+        topology: of the devices.
+        overlap_degree: the paper's t, experts that can be copied for free.
+        memory_slots: the paper's m, copies a device has room for.
+
+    With t <= m the t hottest go to all devices; otherwise `num_devices * m` slots are shared among them in
+    proportion to load, hottest first, each expert's copies on nodes and devices with the most free slots.
+    """
+    placement = Placement.from_owners(owners, topology.num_devices).matrix.copy()
+    degree = min(overlap_degree, len(loads))
+    slots = min(memory_slots, degree)
+    hottest = np.argsort(-loads, kind="stable")[:degree]
+    if degree <= slots:
+        placement[hottest] = True
+        return Placement(placement)
+    free = np.full(topology.num_devices, slots, dtype=np.int64)
+    total, budget = int(loads[hottest].sum()), topology.num_devices * slots
+    for expert in hottest:
+        share = -(-budget * int(loads[expert]) // total) if total else 0
+        for _ in range(min(share, topology.num_devices - 1)):
+            device = _roomiest(free, placement[expert], topology)
+            if device is None:
+                break
+            placement[expert, device] = True
+            free[device] -= 1
+    return Placement(placement)
+
+
+def _roomiest(free: Int64, held: NDArray[np.bool_], topology: Topology) -> int | None:
+    """The free device without the expert on the node that holds it least often, most free slots first."""
+    nodes = (topology.num_nodes, topology.devices_per_node)
+    usable = (free > 0) & ~held
+    if not usable.any():
+        return None
+    node_held, node_free = held.reshape(nodes).sum(axis=1), (free * ~held).reshape(nodes).sum(axis=1)
+    node = np.arange(topology.num_devices) // topology.devices_per_node
+    order = np.lexsort((np.arange(topology.num_devices), -free, -node_free[node], node_held[node], ~usable))
+    return int(order[0])
+
+
+def robust_copies(
+    history: Int64,
+    owners: Int64,
+    topology: Topology,
+    *,
+    memory_slots: int,
+    foreign_slots: int | None = None,
+    predictor: Predictor = "window",
+) -> Placement:
+    """Copies that keep the imbalance small under exact quota for loads that drift and jump, not the fewest.
+
+    Args:
+        history: int64 `[steps, num_devices, num_experts]`, oldest first; without steps nothing is copied.
+        owners: int64 `[num_experts]`.
+        topology: of the devices.
+        memory_slots: copies a device may hold.
+        foreign_slots: experts that may enter a node from outside; None: any.
+        predictor: see `loads.predict`.
+
+    Many guesses of the next loads are balanced at once; a copy goes where it relieves the devices that are crowded
+    in most of them, until the slots are full. With `foreign_slots` the nodes are balanced first: which experts enter
+    which node, then who holds them there.
+    """
+    start = Placement.from_owners(owners, topology.num_devices)
+    if not len(history) or not memory_slots:
+        return start
+    levels = guesses(history, predictor)
+    allowed = np.ones_like(start.matrix)
+    if foreign_slots is not None and topology.num_nodes > 1:
+        entered = _node_entries(levels, owners, topology, foreign_slots)
+        allowed = np.repeat(entered, topology.devices_per_node, axis=1)
+    limit = np.full(topology.num_devices, memory_slots, dtype=np.int64)
+    unlimited = np.full(topology.num_devices, len(owners) * topology.num_devices, dtype=np.int64)
+    copies = _native.spread(levels, start.matrix, limit, unlimited, allowed)
+    matrix = start.matrix.copy()
+    matrix[copies[:, 0], copies[:, 1]] = True
+    return Placement(matrix)
+
+
+def _node_entries(levels: Int64, owners: Int64, topology: Topology, foreign_slots: int) -> NDArray[np.bool_]:
+    """Bool `[num_experts, num_nodes]`: experts that the node owns or that may enter it."""
+    home = Placement.from_owners(owners // topology.devices_per_node, topology.num_nodes).matrix
+    limit = np.full(topology.num_nodes, foreign_slots, dtype=np.int64)
+    unlimited = np.full(topology.num_nodes, len(owners) * topology.num_nodes, dtype=np.int64)
+    entries = _native.spread(levels, home, limit, unlimited, np.ones_like(home))
+    entered = home.copy()
+    entered[entries[:, 0], entries[:, 1]] = True
+    return entered

@@ -1,0 +1,72 @@
+"""Our policy: robust copies where bytes are hidden, copies that pay where they are not, and an exact quota."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.placement import Placement
+from hecate.planning.assign import exact_quota, min_max_loads
+from hecate.planning.calibrate import added, copies_ns, few_copies, parts_per_million, target_load, tokens_ns
+from hecate.planning.materialize import robust_copies
+from hecate.planning.plan import Plan
+from hecate.planning.reshard import few_moves
+from hecate.policies.base import LayerSetting, overlap_degree
+
+__all__ = ["Balanced"]
+
+Int64 = NDArray[np.int64]
+
+
+class Balanced:
+    """Ahead of time off the critical path, then exact (DESIGN.md, decision 6)."""
+
+    def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
+        """Robust copies within the hidden bytes; where nothing is hidden, as many as the cost model says pay."""
+        slots = min(layer.memory_slots, overlap_degree(layer, crosses_node=False))
+        if slots:
+            foreign = overlap_degree(layer) * layer.topology.devices_per_node
+            return robust_copies(history, owners, layer.topology, memory_slots=slots, foreign_slots=foreign)
+        start = Placement.from_owners(owners, layer.topology.num_devices)
+        candidates = [start]
+        for slots in range(1, layer.memory_slots + 1):
+            candidates.append(robust_copies(history, owners, layer.topology, memory_slots=slots))
+        return max(candidates, key=lambda p: self._expected_gain(layer, history, owners, start, p))
+
+    def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
+        """The fewest further copies that reach the dial, if the cost model says they pay."""
+        if not layer.calibrate:
+            return placement
+        loads = counts.sum(axis=0)
+        devices = layer.topology.num_devices
+        target = target_load(int(loads.sum()), devices, parts_per_million(layer.max_imbalance))
+        used = placement.matrix.sum(axis=0) - np.bincount(owners, minlength=devices)
+        more = few_copies(loads, placement, layer.topology, layer.memory_slots - used, target=target)
+        if more == placement or layer.calibrate == "always":
+            return more
+        saved = int(min_max_loads(loads[None], placement)[0] - min_max_loads(loads[None], more)[0])
+        price = copies_ns(layer.cost, added(more, placement), owners, layer.topology)
+        return more if tokens_ns(layer.cost, saved, layer.topology) > price else placement
+
+    def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
+        """The exact min-max quota."""
+        quota = exact_quota(counts, placement, layer.topology)
+        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+
+    def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
+        """The balance of Algorithm 2 with fewer moved experts."""
+        return few_moves(loads, owners, layers[0].topology, [overlap_degree(layer) for layer in layers])
+
+    @staticmethod
+    def _expected_gain(
+        layer: LayerSetting, history: Int64, owners: Int64, start: Placement, placement: Placement
+    ) -> int:
+        """Nanoseconds a step that `placement` would have saved over the history's steps, less its exposed copies."""
+        if not len(history):
+            return 0
+        loads = history.sum(axis=1)
+        saved = int((min_max_loads(loads, start) - min_max_loads(loads, placement)).sum()) // len(loads)
+        price = copies_ns(layer.cost, added(placement, start), owners, layer.topology)
+        return tokens_ns(layer.cost, saved, layer.topology) - price

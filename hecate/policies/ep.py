@@ -1,0 +1,38 @@
+"""Plain expert parallelism: nothing is copied, nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.placement import Placement
+from hecate.planning.assign import even_quota
+from hecate.planning.plan import Plan
+from hecate.policies.base import LayerSetting
+
+__all__ = ["ExpertParallel"]
+
+Int64 = NDArray[np.int64]
+
+
+class ExpertParallel:
+    """Every token travels to the owner of its expert."""
+
+    def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
+        """The owners alone."""
+        return Placement.from_owners(owners, layer.topology.num_devices)
+
+    def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
+        """`placement`."""
+        return placement
+
+    def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
+        """All tokens of an expert to its only holder."""
+        quota = even_quota(counts, placement, layer.topology)
+        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+
+    def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
+        """`owners`."""
+        return [owner.copy() for owner in owners]

@@ -1,0 +1,67 @@
+"""The paper's own policy: Algorithm 1 ahead of time, Algorithm 2 now and then, tokens spread evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.placement import Placement
+from hecate.planning.assign import even_quota
+from hecate.planning.calibrate import added, copies_ns, tokens_ns
+from hecate.planning.loads import predict
+from hecate.planning.materialize import sparse_materialization
+from hecate.planning.plan import Plan
+from hecate.planning.reshard import heterogeneous_sharding
+from hecate.policies.base import LayerSetting, overlap_degree
+
+__all__ = ["Hecate"]
+
+Int64 = NDArray[np.int64]
+
+
+class Hecate:
+    """Section 4 of the paper, as it is."""
+
+    def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
+        """Algorithm 1 on the window mean."""
+        if not len(history):
+            return Placement.from_owners(owners, layer.topology.num_devices)
+        return self._algorithm_1(layer, predict(history), owners, overlap_degree(layer), layer.memory_slots)
+
+    def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
+        """Algorithm 1 again on the true loads with the memory that is left, if the saving exceeds the exposed time."""
+        used = int((placement.matrix.sum(axis=0) - np.bincount(owners, minlength=placement.num_devices)).max())
+        slots = layer.memory_slots - used
+        if not layer.calibrate or slots <= 0:
+            return placement
+        more = placement | self._algorithm_1(layer, counts.sum(axis=0), owners, placement.num_experts, slots)
+        price = copies_ns(layer.cost, added(more, placement), owners, layer.topology)
+        saved = self._busiest(layer, counts, placement) - self._busiest(layer, counts, more)
+        pays = tokens_ns(layer.cost, max(0, saved), layer.topology) > price
+        return more if layer.calibrate == "always" or pays else placement
+
+    def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
+        """Own device, else own node's holders evenly, else all holders evenly (section 4.4)."""
+        quota = even_quota(counts, placement, layer.topology)
+        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+
+    def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
+        """Algorithm 2."""
+        return heterogeneous_sharding(loads, layers[0].topology, [overlap_degree(layer) for layer in layers])
+
+    @staticmethod
+    def _algorithm_1(layer: LayerSetting, loads: Int64, owners: Int64, degree: int, slots: int) -> Placement:
+        return sparse_materialization(
+            loads, owners, layer.topology, overlap_degree=degree, memory_slots=min(slots, layer.memory_slots)
+        )
+
+    @staticmethod
+    def _busiest(layer: LayerSetting, counts: Int64, placement: Placement) -> int:
+        """The largest device load under the even dispatch."""
+        received = even_quota(counts, placement, layer.topology).sum(axis=0)
+        device = np.nonzero(placement.matrix)[1]
+        loads = np.zeros(placement.num_devices, dtype=np.int64)
+        np.add.at(loads, device, received)
+        return int(loads.max())
