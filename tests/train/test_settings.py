@@ -1,0 +1,182 @@
+"""Configuration: every file of conf/ is a valid run, and what is not is refused with the valid choices."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from hecate.config import FSSDPConfig
+from hecate.models import GPTMoE
+from hecate.train.__main__ import check_keys
+from hecate.train.folder import Position, RunFolder
+from hecate.train.loggers import JsonLines, make_loggers, read_metrics
+from hecate.train.loop import learning_rate
+from hecate.train.settings import MODELS, OptimizerSettings, Settings, conf_dir
+
+
+def config(*overrides: str) -> dict[str, Any]:
+    with hydra.initialize_config_dir(version_base=None, config_dir=str(conf_dir())):
+        resolved = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(name): value for name, value in resolved.items()}
+
+
+def parameters_without_vocabulary(settings: Settings) -> int:
+    with torch.device("meta"):
+        model = MODELS[settings.kind](settings.model)
+    return sum(p.numel() for p in model.blocks.parameters())
+
+
+@pytest.mark.parametrize("path", sorted(conf_dir().glob("model/*.yaml")), ids=lambda p: p.stem)
+def test_every_model_of_conf_is_a_valid_run(path: Path) -> None:
+    settings = Settings.from_config(config(f"model={path.stem}"))
+    assert settings.sequence_length == settings.model.max_length
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [("gpt_moe_s", 1.84), ("gpt_moe_l", 7.36), ("bert_moe", 3.27), ("bert_moe_deep", 6.54)]
+)
+def test_papers_models_have_the_papers_size(model: str, billions: float) -> None:
+    size = parameters_without_vocabulary(Settings.from_config(config(f"model={model}")))
+    assert size / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_fssdp_section_is_fssdpconfig_with_its_defaults() -> None:
+    section = config()["fssdp"]
+    assert set(section) == {f.name for f in fields(FSSDPConfig)}
+    assert Settings.from_config(config()).fssdp == FSSDPConfig()
+
+
+def test_policy_seed_and_dtypes_reach_fssdp() -> None:
+    settings = Settings.from_config(config("policy=ep", "seed=3", "fssdp.param_dtype=bfloat16"))
+    assert (settings.fssdp.policy, settings.fssdp.seed, settings.fssdp.param_dtype) == ("ep", 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy=best", r"policy='best': must be one of 'balanced', 'hecate', 'ep'"),
+        ("model.top_k=9", r"model.top_k=9: must be <= model.num_experts=8"),
+        ("sequence_length=512", r"sequence_length=512: must be <= model.max_length=256"),
+        ("name=a/b", r"name='a/b': must be the plain name of a folder"),
+        ("name=..", r"name='..': must be"),
+        ("devices=0", r"devices=0: must be an integer >= 1"),
+        ("fssdp.param_dtype=float16", r"fssdp.param_dtype='float16': must be null or one of float64"),
+        ("model.kind=rnn", r"model.kind='rnn': must be one of gpt, bert"),
+        ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
+        ("+model.layers=3", r"model: layers unknown or missing; the keys are aux_weight"),
+    ],
+)
+def test_wrong_values_are_named_with_the_rule(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.from_config(config(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("polcy=ep", "key 'polcy' does not exist; there are the keys accumulate, batch_size"),
+        ("fssdp.polcy=ep", "key 'fssdp.polcy' does not exist; fssdp has the keys calibrate, cost"),
+        ("data.path.deep=3", "key 'data.path.deep' does not exist; data.path has the keys none"),
+        ("model=gpt5", "gpt_moe_tiny"),
+    ],
+)
+def test_keys_that_do_not_exist_are_refused_with_those_that_do(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_keys([override])
+
+
+def test_keys_that_exist_pass() -> None:
+    check_keys(
+        ["policy=ep", "data=tokens", "data.path=x.bin", "data.dtype=uint16", "logger=wandb", "logger.mode=online"]
+    )
+
+
+def test_model_has_the_values_of_its_seed() -> None:
+    settings = Settings.from_config(config("seed=5", "model.d_model=8", "model.num_layers=1"))
+    expected = GPTMoE(settings.model)
+    expected.reset_parameters(seed=5)
+    for name, parameter in settings.build_model(torch.device("cpu")).named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    optimizer = OptimizerSettings(2.0, (0.9, 0.95), 0.1, warmup=4, final_lr_share=0.1, max_grad_norm=1.0)
+    rates = [learning_rate(step, 104, optimizer) for step in range(1, 105)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[53] == pytest.approx(2.0 * 0.55)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in pairwise(rates[3:]))
+    assert learning_rate(1, 10, replace(optimizer, warmup=0)) < 2.0
+
+
+def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "r", config(), resume=True)
+    folder.prepare()
+    (folder.path / "metrics.jsonl").write_text("")
+    (folder.path / "mine.txt").write_text("not a file of a run")
+    folder.new_checkpoint(9).mkdir(parents=True)
+    folder.commit(Position(step=9, sequences=72))
+    folder.new_checkpoint(12).mkdir(parents=True)  # never completed
+    folder.prepare()
+    assert folder.latest() == (folder.new_checkpoint(9), Position(step=9, sequences=72))
+    (folder.path / "summary.json").write_text("{}")
+    folder.prepare()
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "mine.txt"]
+
+
+def test_resume_false_starts_an_unfinished_run_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, config(), resume=False)
+    folder.new_checkpoint(9).mkdir(parents=True)
+    folder.commit(Position(step=9, sequences=72))
+    folder.prepare()
+    assert folder.latest() is None
+
+
+def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, config(), resume=True)
+    folder.prepare()
+    folder.new_checkpoint(1).mkdir(parents=True)
+    folder.commit(Position(step=1, sequences=8))
+    RunFolder(tmp_path, config("policy=ep", "steps=9"), resume=True).prepare()
+    with pytest.raises(ValueError, match="the unfinished run has seed=0, this one seed=1"):
+        RunFolder(tmp_path, config("seed=1"), resume=True).prepare()
+
+
+def test_newer_checkpoint_replaces_the_older(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, config(), resume=True)
+    for step in (5, 10):
+        folder.new_checkpoint(step).mkdir(parents=True)
+        folder.commit(Position(step=step, sequences=8 * step))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_json_lines_drop_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = JsonLines(path, first_step=3)
+    log.log({"step": 3, "loss": 0.5})
+    log.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_loggers_work_without_an_account(tmp_path: Path, kind: str) -> None:
+    section = config(f"logger={kind}")["logger"]
+    for logger in make_loggers(section, tmp_path, first_step=1):
+        logger.log({"step": 1, "loss": 0.5, "loads": [[1, 2]]})
+        logger.close()
+    assert any(p.is_file() for p in (tmp_path / kind).rglob("*"))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "loads": [[1, 2]]}]
+
+
+def test_unknown_logger_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"logger.kind='paper': must be one of none, tensorboard, wandb"):
+        make_loggers({"kind": "paper"}, tmp_path, first_step=1)
