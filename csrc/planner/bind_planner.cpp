@@ -3,8 +3,9 @@
 
 #include <memory>
 
-#include "planner/copies.hpp"
+#include "planner/cover.hpp"
 #include "planner/quota.hpp"
+#include "planner/spread.hpp"
 
 namespace nb = nanobind;
 
@@ -60,8 +61,8 @@ Out even_quota_array(const Counts& counts, const Holding& placement, int devices
 using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Levels = nb::ndarray<const std::int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
-Limits limits_of(const Vector& in, const Vector& out, const Holding& allowed) {
-  return {{in.data(), in.data() + in.shape(0)}, {out.data(), out.data() + out.shape(0)}, allowed.data()};
+Limits limits_of(const Vector& in, const Vector& out, const bool* allowed = nullptr) {
+  return {{in.data(), in.data() + in.shape(0)}, {out.data(), out.data() + out.shape(0)}, allowed};
 }
 
 Out pairs_array(const std::vector<Pair>& pairs) {
@@ -101,43 +102,22 @@ Out spread_array(const Levels& levels, const Holding& placement, const Vector& i
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
-    Limits limits = limits_of(in, out, allowed);
     copies = spread(levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
                     pairs_of(placement), static_cast<int>(placement.shape(0)), static_cast<int>(placement.shape(1)),
-                    limits);
+                    limits_of(in, out, allowed.data()));
   }
   return pairs_array(copies);
 }
 
-// Copies that bring every device to `target`, or else nobody above the least load the search reaches.
-Out cover_array(const Vector& loads, const Holding& placement, std::int64_t target, const Vector& in, const Vector& out,
-                const Holding& allowed) {
+Out cover_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
+                const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, bool by_node) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
-    const int experts = static_cast<int>(placement.shape(0)), devices = static_cast<int>(placement.shape(1));
-    Network start(experts, devices, experts + 4 * devices);
-    for (const auto& [e, d] : pairs_of(placement)) start.add_pair(e, d, start.holders(e) ? 0 : loads.data()[e]);
-    const int before = start.pairs();
-    if (!start.drain(target)) {
-      const auto attempt = [&](std::int64_t goal, Network& network) {
-        Limits limits = limits_of(in, out, allowed);
-        return cover(network, goal, limits);
-      };
-      Network best = start;
-      if (!attempt(target, best)) {
-        std::int64_t low = target, high = start.min_max();
-        best = start;
-        while (high - low > std::max<std::int64_t>(1, low / 500)) {
-          const std::int64_t goal = low + (high - low) / 2;
-          Network network = start;
-          network.drain(goal);
-          if (attempt(goal, network)) high = goal, best = std::move(network);
-          else low = goal;
-        }
-      }
-      for (int p = before; p < best.pairs(); ++p) copies.emplace_back(best.expert_of[p], best.device_of[p]);
-    }
+    const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), devices_per_node};
+    const Limits limits = limits_of(in, out), node_limits = limits_of(node_in, node_out);
+    copies = cover({loads.data(), loads.data() + shape.experts}, holders_of(placement.data(), shape), shape, target,
+                   limits, by_node ? &node_limits : nullptr);
   }
   return pairs_array(copies);
 }
@@ -149,8 +129,8 @@ void bind_planner(nb::module_& m) {
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("spread", &spread_array, nb::arg("levels"), nb::arg("placement"), nb::arg("limit_in"), nb::arg("limit_out"),
         nb::arg("allowed"));
-  m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("target"), nb::arg("limit_in"),
-        nb::arg("limit_out"), nb::arg("allowed"));
+  m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
+        nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("by_node"));
   m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
 }
 

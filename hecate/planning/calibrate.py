@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hecate import _native
 from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
+from hecate.planning.limits import CopyLimits
 
 __all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load", "tokens_ns"]
 
@@ -24,19 +27,29 @@ def target_load(total: int, num_devices: int, dial_ppm: int) -> int:
     return max(total * dial_ppm // (num_devices * 1_000_000), -(-total // num_devices))
 
 
-def few_copies(loads: Int64, placement: Placement, topology: Topology, slots: Int64, *, target: int) -> Placement:
+def few_copies(
+    loads: Int64,
+    placement: Placement,
+    topology: Topology,
+    limits: CopyLimits,
+    *,
+    target: int,
+    prefer: Literal["copies", "crossings"] = "copies",
+) -> Placement:
     """`placement` with the fewest further copies found that leave no device more than `target` tokens.
 
     Args:
         loads: int64 `[num_experts]`, true.
         placement: holders so far.
         topology: of the devices.
-        slots: int64 `[num_devices]`, further copies each device has room for.
+        limits: further copies that may enter and leave each device and node.
         target: tokens; where it cannot be reached, the least that can.
+        prefer: "copies" for the fewest copies; "crossings" balances the nodes first and then the devices in each, so
+            that few experts cross nodes. Limits on nodes imply the latter.
     """
-    unlimited = np.full(topology.num_devices, placement.num_experts * topology.num_devices, dtype=np.int64)
-    allowed = np.ones_like(placement.matrix)
-    copies = _native.cover(loads, placement.matrix, target, np.ascontiguousarray(slots), unlimited, allowed)
+    by_node = limits.by_node or (prefer == "crossings" and topology.num_nodes > 1)
+    sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
+    copies = _native.cover(loads, placement.matrix, topology.devices_per_node, target, *sides, by_node)
     matrix = placement.matrix.copy()
     matrix[copies[:, 0], copies[:, 1]] = True
     return Placement(matrix)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from hecate import _native
 from hecate.placement import Placement, Topology
+from hecate.planning.limits import CopyLimits
 from hecate.planning.loads import Predictor, guesses
 
 __all__ = ["robust_copies", "sparse_materialization"]
@@ -65,9 +66,8 @@ def robust_copies(
     history: Int64,
     owners: Int64,
     topology: Topology,
+    limits: CopyLimits,
     *,
-    memory_slots: int,
-    foreign_slots: int | None = None,
     predictor: Predictor = "window",
 ) -> Placement:
     """Copies that keep the imbalance small under exact quota for loads that drift and jump, not the fewest.
@@ -76,36 +76,30 @@ def robust_copies(
         history: int64 `[steps, num_devices, num_experts]`, oldest first; without steps nothing is copied.
         owners: int64 `[num_experts]`.
         topology: of the devices.
-        memory_slots: copies a device may hold.
-        foreign_slots: experts that may enter a node from outside; None: any.
+        limits: copies that may enter and leave each device and node.
         predictor: see `loads.predict`.
 
     Many guesses of the next loads are balanced at once; a copy goes where it relieves the devices that are crowded
-    in most of them, until the slots are full. With `foreign_slots` the nodes are balanced first: which experts enter
+    in most of them, until the slots are full. With limits on nodes those are balanced first: which experts enter
     which node, then who holds them there.
     """
     start = Placement.from_owners(owners, topology.num_devices)
-    if not len(history) or not memory_slots:
+    if not len(history):
         return start
     levels = guesses(history, predictor)
     allowed = np.ones_like(start.matrix)
-    if foreign_slots is not None and topology.num_nodes > 1:
-        entered = _node_entries(levels, owners, topology, foreign_slots)
-        allowed = np.repeat(entered, topology.devices_per_node, axis=1)
-    limit = np.full(topology.num_devices, memory_slots, dtype=np.int64)
-    unlimited = np.full(topology.num_devices, len(owners) * topology.num_devices, dtype=np.int64)
-    copies = _native.spread(levels, start.matrix, limit, unlimited, allowed)
+    if limits.by_node:
+        allowed = np.repeat(_node_entries(levels, owners, topology, limits), topology.devices_per_node, axis=1)
+    copies = _native.spread(levels, start.matrix, limits.device_in, limits.device_out, allowed)
     matrix = start.matrix.copy()
     matrix[copies[:, 0], copies[:, 1]] = True
     return Placement(matrix)
 
 
-def _node_entries(levels: Int64, owners: Int64, topology: Topology, foreign_slots: int) -> NDArray[np.bool_]:
+def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> NDArray[np.bool_]:
     """Bool `[num_experts, num_nodes]`: experts that the node owns or that may enter it."""
     home = Placement.from_owners(owners // topology.devices_per_node, topology.num_nodes).matrix
-    limit = np.full(topology.num_nodes, foreign_slots, dtype=np.int64)
-    unlimited = np.full(topology.num_nodes, len(owners) * topology.num_nodes, dtype=np.int64)
-    entries = _native.spread(levels, home, limit, unlimited, np.ones_like(home))
+    entries = _native.spread(levels, home, limits.node_in, limits.node_out, np.ones_like(home))
     entered = home.copy()
     entered[entries[:, 0], entries[:, 1]] = True
     return entered

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from hecate.placement import Placement
 from hecate.planning.assign import exact_quota, min_max_loads
 from hecate.planning.calibrate import added, copies_ns, few_copies, parts_per_million, target_load, tokens_ns
+from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies
 from hecate.planning.plan import Plan
 from hecate.planning.reshard import few_moves
@@ -28,11 +29,11 @@ class Balanced:
         slots = min(layer.memory_slots, overlap_degree(layer, crosses_node=False))
         if slots:
             foreign = overlap_degree(layer) * layer.topology.devices_per_node
-            return robust_copies(history, owners, layer.topology, memory_slots=slots, foreign_slots=foreign)
+            return robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots, foreign))
         start = Placement.from_owners(owners, layer.topology.num_devices)
         candidates = [start]
         for slots in range(1, layer.memory_slots + 1):
-            candidates.append(robust_copies(history, owners, layer.topology, memory_slots=slots))
+            candidates.append(robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots)))
         return max(candidates, key=lambda p: self._expected_gain(layer, history, owners, start, p))
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
@@ -43,7 +44,8 @@ class Balanced:
         devices = layer.topology.num_devices
         target = target_load(int(loads.sum()), devices, parts_per_million(layer.max_imbalance))
         used = placement.matrix.sum(axis=0) - np.bincount(owners, minlength=devices)
-        more = few_copies(loads, placement, layer.topology, layer.memory_slots - used, target=target)
+        limits = CopyLimits.of(layer.topology, layer.memory_slots - used)
+        more = few_copies(loads, placement, layer.topology, limits, target=target, prefer="crossings")
         if more == placement or layer.calibrate == "always":
             return more
         saved = int(min_max_loads(loads[None], placement)[0] - min_max_loads(loads[None], more)[0])

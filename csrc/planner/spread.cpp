@@ -1,64 +1,8 @@
-#include "planner/copies.hpp"
+#include "planner/spread.hpp"
 
 #include <algorithm>
 
 namespace hecate {
-
-int Limits::sender(const Network& network, int expert) const {
-  int best = -1;
-  for (int p = network.first_of_expert(expert); p >= 0; p = network.next_of_expert(p)) {
-    const int d = network.device_of[p];
-    if (out[d] > 0 && (best < 0 || out[d] > out[best] || (out[d] == out[best] && d < best))) best = d;
-  }
-  return best;
-}
-
-void Limits::take(const Network& network, int expert, int device) {
-  --in[device];
-  --out[sender(network, expert)];
-}
-
-namespace {
-
-// The pair on `device` with the most tokens whose expert may be sent and entered somewhere, or -1.
-int largest_pair(const Network& network, int device, const Limits& limits) {
-  int best = -1;
-  for (int p = network.first_on_device(device); p >= 0; p = network.next_on_device(p))
-    if (network.amount[p] > 0 && (best < 0 || network.amount[p] > network.amount[best]) &&
-        limits.sender(network, network.expert_of[p]) >= 0)
-      best = p;
-  return best;
-}
-
-// The device with the least room that takes all of `tokens`; if none can, the one with the most room; or -1.
-int best_fit(const Network& network, int expert, std::int64_t tokens, std::int64_t target, const Limits& limits) {
-  int fit = -1, widest = -1;
-  for (int d = 0; d < network.devices(); ++d) {
-    if (network.load[d] >= target || !limits.may_enter(network, expert, d)) continue;
-    if (widest < 0 || network.load[d] < network.load[widest]) widest = d;
-    if (target - network.load[d] >= tokens && (fit < 0 || network.load[d] > network.load[fit])) fit = d;
-  }
-  return fit >= 0 ? fit : widest;
-}
-
-}  // namespace
-
-bool cover(Network& network, std::int64_t target, Limits& limits) {
-  for (;;) {
-    const int from = static_cast<int>(std::max_element(network.load.begin(), network.load.end()) - network.load.begin());
-    const std::int64_t excess = network.load[from] - target;
-    if (excess <= 0) return true;
-    const int pair = largest_pair(network, from, limits);
-    if (pair < 0) return false;
-    const std::int64_t wanted = std::min(excess, network.amount[pair]);
-    const int to = best_fit(network, network.expert_of[pair], wanted, target, limits);
-    if (to < 0) return false;
-    const std::int64_t moved = std::min(wanted, target - network.load[to]);
-    limits.take(network, network.expert_of[pair], to);
-    network.add_pair(network.expert_of[pair], to, moved);
-    network.add_amount(pair, -moved);
-  }
-}
 
 namespace {
 
@@ -135,7 +79,7 @@ Pair best_copy(const std::vector<Guess>& guesses, const Limits& limits) {
 }  // namespace
 
 std::vector<Pair> spread(const std::int64_t* levels, int num_levels, int guesses, const std::vector<Pair>& held,
-                         int experts, int devices, Limits& limits) {
+                         int experts, int devices, Limits limits) {
   std::vector<Pair> all = held, copies;
   for (int level = 0; level < num_levels; ++level) {
     std::vector<Guess> set =

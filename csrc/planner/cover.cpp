@@ -1,0 +1,203 @@
+#include "planner/cover.hpp"
+
+#include <algorithm>
+#include <map>
+
+namespace hecate {
+
+namespace {
+
+using Tokens = std::vector<std::int64_t>;
+
+// Devices below the target that may still take a copy, by rising room.
+class Rooms {
+ public:
+  Rooms(const Network& network, std::int64_t target, const Limits& limits) {
+    for (int d = 0; d < network.devices(); ++d)
+      if (network.load[d] < target && limits.in[d] > 0) sorted_.push_back({target - network.load[d], d});
+    std::sort(sorted_.begin(), sorted_.end());
+  }
+
+  // Where to move `tokens` of `expert`: the least room that takes all of them; else the larger of the two rooms that
+  // take them together with the least left over; else the largest. Returns a device, or -1.
+  int best_fit(const Network& network, const Limits& limits, int expert, std::int64_t tokens) const {
+    const auto usable = [&](std::size_t i) { return limits.may_enter(network, expert, sorted_[i].second); };
+    std::size_t i = std::lower_bound(sorted_.begin(), sorted_.end(), Room{tokens, -1}) - sorted_.begin();
+    const std::size_t wide = i;
+    for (; i < sorted_.size(); ++i)
+      if (usable(i)) return sorted_[i].second;
+    std::vector<std::size_t> narrow;
+    for (i = 0; i < wide; ++i)
+      if (usable(i)) narrow.push_back(i);
+    if (narrow.empty()) return -1;
+    std::size_t best = narrow.back();
+    std::int64_t waste = -1;
+    for (std::size_t low = 0, high = narrow.size() - 1; low < high;) {
+      const std::int64_t left = sorted_[narrow[low]].first + sorted_[narrow[high]].first - tokens;
+      if (left < 0) {
+        ++low;
+        continue;
+      }
+      if (waste < 0 || left < waste) waste = left, best = narrow[high];
+      --high;
+    }
+    return sorted_[best].second;
+  }
+
+  void fill(int device, std::int64_t tokens, bool more_slots) {
+    auto at = std::find_if(sorted_.begin(), sorted_.end(), [&](const Room& room) { return room.second == device; });
+    const Room left{at->first - tokens, device};
+    sorted_.erase(at);
+    if (left.first > 0 && more_slots) sorted_.insert(std::lower_bound(sorted_.begin(), sorted_.end(), left), left);
+  }
+
+ private:
+  using Room = std::pair<std::int64_t, int>;
+  std::vector<Room> sorted_;
+};
+
+// The pair on `device` with the most tokens whose expert can still be sent, or -1.
+int largest_pair(const Network& network, int device, const Limits& limits) {
+  int best = -1;
+  for (int p = network.first_on_device(device); p >= 0; p = network.next_on_device(p))
+    if (network.amount[p] > 0 && (best < 0 || network.amount[p] > network.amount[best]) &&
+        limits.sender(network, network.expert_of[p]) >= 0)
+      best = p;
+  return best;
+}
+
+bool relieve(Network& network, int device, std::int64_t target, Rooms& rooms, Limits& limits) {
+  while (network.load[device] > target) {
+    const int pair = largest_pair(network, device, limits);
+    if (pair < 0) return false;
+    const int expert = network.expert_of[pair];
+    const std::int64_t wanted = std::min(network.load[device] - target, network.amount[pair]);
+    const int to = rooms.best_fit(network, limits, expert, wanted);
+    if (to < 0) return false;
+    const std::int64_t moved = std::min(wanted, target - network.load[to]);
+    limits.take(network, expert, to);
+    rooms.fill(to, moved, limits.in[to] > 0);
+    network.add_pair(expert, to, moved);
+    network.add_amount(pair, -moved);
+  }
+  return true;
+}
+
+// Small excesses first: each finds a room that it fills well, and what is left over is still there for the large ones,
+// which need many rooms anyway.
+bool relieve_all(Network& network, std::int64_t target, Limits& limits) {
+  Rooms rooms(network, target, limits);
+  std::vector<std::pair<std::int64_t, int>> crowded;
+  for (int d = 0; d < network.devices(); ++d)
+    if (network.load[d] > target) crowded.push_back({network.load[d], d});
+  std::sort(crowded.begin(), crowded.end());
+  for (const auto& [load, d] : crowded)
+    if (!relieve(network, d, target, rooms, limits)) return false;
+  return true;
+}
+
+Network network_of(const Tokens& loads, const Holders& held, const Shape& shape) {
+  Network network(shape.experts, shape.devices, static_cast<int>(held.expert.size()) + 2 * shape.devices);
+  for (std::size_t p = 0; p < held.expert.size(); ++p) {
+    const int e = held.expert[p];
+    network.add_pair(e, held.device[p], network.holders(e) ? 0 : loads[e]);
+  }
+  return network;
+}
+
+bool cover_flat(Network& network, std::int64_t target, Limits limits, std::vector<Pair>& copies) {
+  const int before = network.pairs();
+  if (!network.drain(target) && !relieve_all(network, target, limits)) return false;
+  for (int p = before; p < network.pairs(); ++p) copies.emplace_back(network.expert_of[p], network.device_of[p]);
+  return true;
+}
+
+// The holders as pairs of expert and node.
+Holders node_holders(const Holders& held, const Shape& shape) {
+  Holders nodes;
+  for (int e = 0; e < shape.experts; ++e) {
+    nodes.first.push_back(static_cast<int>(nodes.expert.size()));
+    for (int p = held.first[e]; p < held.first[e + 1]; ++p) {
+      const int node = held.device[p] / shape.devices_per_node;
+      if (static_cast<int>(nodes.expert.size()) > nodes.first[e] && nodes.device.back() == node) continue;
+      nodes.expert.push_back(e);
+      nodes.device.push_back(node);
+    }
+  }
+  nodes.first.push_back(static_cast<int>(nodes.expert.size()));
+  return nodes;
+}
+
+// Balances the devices of one node. `given` holds (expert, tokens) that the node computes. An expert that enters the
+// node starts on a device of its own outside, full but for those tokens.
+bool cover_inside(const Holders& held, const Shape& shape, int node, const std::vector<Pair>& entered,
+                  const std::vector<std::pair<int, std::int64_t>>& given, std::int64_t target, Limits& limits,
+                  std::vector<Pair>& copies) {
+  const int inside = shape.devices_per_node, first = node * inside, outside = static_cast<int>(entered.size());
+  Network network(static_cast<int>(given.size()), inside + outside, 4 * static_cast<int>(given.size()));
+  Limits local{{limits.in.begin() + first, limits.in.begin() + first + inside},
+               {limits.out.begin() + first, limits.out.begin() + first + inside}};
+  local.in.resize(inside + outside, 0);
+  local.out.resize(inside + outside, 1);
+  int next = inside;
+  for (int i = 0; i < static_cast<int>(given.size()); ++i) {
+    const auto [e, tokens] = given[i];
+    for (int p = held.first[e]; p < held.first[e + 1]; ++p)
+      if (held.device[p] / inside == node) network.add_pair(i, held.device[p] - first, network.holders(i) ? 0 : tokens);
+    if (network.holders(i)) continue;
+    network.load[next] = target;
+    network.add_pair(i, next++, tokens);
+  }
+  const int before = network.pairs();
+  if (!network.drain(target) && !relieve_all(network, target, local)) return false;
+  for (int p = before; p < network.pairs(); ++p)
+    copies.emplace_back(given[network.expert_of[p]].first, first + network.device_of[p]);
+  return true;
+}
+
+bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t node_target,
+                 std::int64_t target, Limits limits, Limits node_limits, std::vector<Pair>& copies) {
+  const Shape node_shape{shape.nodes(), shape.experts, 1};
+  const Holders node_held = node_holders(held, shape);
+  Network nodes = network_of(loads, node_held, node_shape);
+  const int before = nodes.pairs();
+  if (!nodes.drain(node_target) && !relieve_all(nodes, node_target, node_limits)) return false;
+  for (int n = 0; n < shape.nodes(); ++n) {
+    std::vector<Pair> entered;
+    std::vector<std::pair<int, std::int64_t>> given;
+    for (int p = nodes.first_on_device(n); p >= 0; p = nodes.next_on_device(p)) {
+      if (p >= before) entered.emplace_back(nodes.expert_of[p], n);
+      given.emplace_back(nodes.expert_of[p], nodes.amount[p]);
+    }
+    std::reverse(given.begin(), given.end());
+    if (!cover_inside(held, shape, n, entered, given, target, limits, copies)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
+                        const Limits& limits, const Limits* node_limits) {
+  const Network start = network_of(loads, held, shape);
+  const auto attempt = [&](std::int64_t goal, std::vector<Pair>& copies) {
+    copies.clear();
+    if (node_limits)
+      return cover_nodes(loads, held, shape, goal * shape.devices_per_node, goal, limits, *node_limits, copies);
+    Network network = start;
+    return cover_flat(network, goal, limits, copies);
+  };
+  std::vector<Pair> best, copies;
+  if (attempt(target, best)) return best;
+  best.clear();
+  Network least = start;
+  std::int64_t low = target, high = least.min_max();
+  while (high - low > std::max<std::int64_t>(1, low / 1000)) {
+    const std::int64_t goal = low + (high - low) / 2;
+    if (attempt(goal, copies)) high = goal, best.swap(copies);
+    else low = goal;
+  }
+  return best;
+}
+
+}  // namespace hecate
