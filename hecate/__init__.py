@@ -1,6 +1,16 @@
 """Hecate: train Mixture-of-Experts models with fully sharded sparse data parallelism (FSSDP, arXiv 2502.02581)."""
 
+from hecate.api import FSSDP, fully_shard
+from hecate.collectives.functional import sparse_all_gather, sparse_reduce_scatter
 from hecate.config import FSSDPConfig
 from hecate.placement import Placement, Topology
 
-__all__ = ["FSSDPConfig", "Placement", "Topology"]
+__all__ = [
+    "FSSDP",
+    "FSSDPConfig",
+    "Placement",
+    "Topology",
+    "fully_shard",
+    "sparse_all_gather",
+    "sparse_reduce_scatter",
+]

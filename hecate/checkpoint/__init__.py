@@ -1,0 +1,1 @@
+"""State by original parameter names."""

@@ -1,0 +1,1 @@
+"""FSSDP at run time: pool (owned experts), copies, exchange, layer, engine."""

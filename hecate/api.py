@@ -1,0 +1,278 @@
+"""`fully_shard` and `FSSDP`: wires adapters, runtime and torch FSDP2 together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard as fsdp2
+from torch.distributed.tensor import DTensor
+
+from hecate.adapters.base import FoundExperts, find_experts
+from hecate.checkpoint.full import full_experts, full_tensor
+from hecate.config import FSSDPConfig
+from hecate.policies import get_policy
+from hecate.runtime.build import (
+    check_model,
+    check_same,
+    device_of,
+    free_slots,
+    make_comms,
+    make_mesh,
+    resolve_dtypes,
+)
+from hecate.runtime.chunk import ChunkLayout
+from hecate.runtime.copies import PoolLayer, SharedBuffers
+from hecate.runtime.engine import Engine
+from hecate.runtime.layer import FSSDPExperts
+from hecate.runtime.planner import LayerPlanner, layer_cost
+from hecate.runtime.pool import ExpertPool, local_tensor
+from hecate.runtime.replicate import ReplicatedDense
+from hecate.runtime.reshard import OptimizerWatch, Resharder
+
+__all__ = ["FSSDP", "fully_shard"]
+
+
+def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
+    """Train `model` with FSSDP: its experts by sparse collectives, the rest as `config.dense` says. In place.
+
+    Collective. Call it before the optimizer is made.
+
+    Args:
+        model: any module with MoE layers that an adapter knows (`hecate.adapters.base`), on every rank the same.
+        mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension. Without a process group the
+            model runs on one device.
+        config: settings; the same on all ranks.
+
+    Returns:
+        The engine; `engine.model` is `model`.
+
+    Raises:
+        ValueError: no MoE layer, parameters sharded already, a mesh that is not of the process group, or ranks that
+            disagree; before anything is changed.
+    """
+    return FSSDP(model, mesh, FSSDPConfig() if config is None else config)
+
+
+class FSSDP:
+    """A model under FSSDP. Made by `fully_shard`.
+
+    Attributes:
+        model: the model, changed in place: experts live in pools `hecate_pool_*`.
+        config: as passed.
+        mesh: as passed or made; None on one device.
+        device: where experts live.
+        pools: owned experts.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
+        found = find_experts(model)
+        check_model(model, mesh)
+        check_same([f.spec for f in found], config)
+        self.model = model
+        self.config = config
+        self.mesh = make_mesh(model, mesh)
+        self.device = device_of(model, self.mesh)
+        self._names = list(model.state_dict(keep_vars=True))
+        self._comms = make_comms(self.mesh, self.device)
+        self._policy = get_policy(config.policy)
+        self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
+        self._sync = True
+        self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
+        self._cast(found)
+        self.pools = self._make_pools(found)
+        self._engine = self._make_engine(found)
+        for index, f in enumerate(found):
+            setattr(f.parent, f.attribute, FSSDPExperts(self._engine, index, f.spec))
+        self._dense = self._shard_dense(found)
+        self._watch = OptimizerWatch(model, self._after_step)
+        self._resharder = Resharder(
+            self._engine.layers, self._policy, self._watch, self._comms.experts, self._replicas, config.reshard_interval
+        )
+        self._engine.attach(model)
+
+    # What a training loop calls.
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, a plain scalar."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without reducing the dense part's; experts' go to their owners all the same."""
+        self._set_sync(False)
+        try:
+            yield
+        finally:
+            self._set_sync(True)
+
+    def stats(self) -> dict[str, Any]:
+        """What happened in the last step.
+
+        Returns:
+            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]`, `counts` int64 `[D, E]`,
+            `imbalance_before` and `imbalance_after` (max/mean device load without and with copies), `copies`, `bytes`
+            (over all links), `exposed_seconds`. `memory_bytes` of this device: `owned`, `optimizer`, `gradients`,
+            `copies` (peaks).
+        """
+        copies = {"copies": self._engine.peak_copies_bytes}
+        return {
+            "step": self._engine.step,
+            "policy": self.config.policy,
+            "layers": self._engine.last_step,
+            "memory_bytes": self._peak_memory | copies,
+        }
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All parameters and buffers under their original names and shapes, on CPU, on every rank. Collective."""
+        experts = {
+            f"{spec.name}.{kind}": (pool, row, parameter)
+            for pool in self.pools
+            for row, spec in enumerate(pool.specs)
+            for kind, parameter in pool.parameters.items()
+        }
+        dense = self.model.state_dict()
+        full = {}
+        for name in self._names:
+            if name in experts:
+                pool, row, parameter = experts[name]
+                full[name] = full_experts(pool, row, local_tensor(parameter), self._comms.experts)
+            else:
+                full[name] = full_tensor(dense[name])
+        return full
+
+    # Building.
+
+    def _cast(self, found: Sequence[FoundExperts]) -> None:
+        """The dense part to `master_dtype`; pools are made in it."""
+        experts = {id(p) for f in found for p in f.module.parameters()}
+        for parameter in self.model.parameters():
+            if self.config.master_dtype is not None and id(parameter) not in experts:
+                parameter.data = parameter.data.to(self.config.master_dtype)
+
+    def _make_pools(self, found: Sequence[FoundExperts]) -> list[ExpertPool]:
+        """One pool for all layers with equal weights, filled from the model's own and registered on it."""
+        pools = []
+        for number, weights in enumerate(dict.fromkeys(f.spec.weights for f in found)):
+            layers = [f for f in found if f.spec.weights == weights]
+            pool = ExpertPool(
+                [f.spec for f in layers],
+                resolve_dtypes(layers[0].spec, self.config).master,
+                self.device,
+                self._comms.rank,
+                self._comms.topology.num_devices,
+                self.mesh,
+            )
+            for row, f in enumerate(layers):
+                pool.fill(row, f.module)
+            for kind, parameter in pool.parameters.items():
+                self.model.register_parameter(f"hecate_pool_{number}_{kind}", parameter)
+            pools.append(pool)
+        return pools
+
+    def _make_engine(self, found: Sequence[FoundExperts]) -> Engine:
+        config, comms = self.config, self._comms
+        shared = SharedBuffers() if config.rematerialize and comms.topology.num_devices > 1 else None
+        cost_model = config.cost_model(self.device.type)
+        trained = any(w.trainable for f in found for w in f.spec.weights)
+        planners = []
+        for index, f in enumerate(found):
+            pool = next(p for p in self.pools if f.spec in p.specs)
+            dtypes = resolve_dtypes(f.spec, config)
+            chunk_bytes = ChunkLayout(f.spec.weights).numel * dtypes.param.itemsize
+            slots = self._slots(chunk_bytes, len(found))
+            row = pool.specs.index(f.spec)
+            storage = PoolLayer(index, pool, row, dtypes, comms, slots, shared)
+            cost = layer_cost(cost_model, f.spec, storage, self._dense_flops(found))
+            planners.append(LayerPlanner(f.spec, storage, self._policy, config, cost))
+        return Engine(
+            planners,
+            comms,
+            shared,
+            torch.zeros((), device=self.device, requires_grad=trained),
+            before_step=lambda: self._resharder.before_step(self._engine.step),
+            enter=lambda: self._dense.enter() if self._dense is not None else None,
+            leave=lambda: self._dense.leave() if self._dense is not None else None,
+            end_of_backward=self._reduce_replicas,
+        )
+
+    def _slots(self, chunk_bytes: int, layers: int) -> int:
+        topology = self._comms.topology
+        if topology.num_devices == 1 or self.config.policy == "ep":
+            return 0
+        return free_slots(self.config, chunk_bytes, layers, self.device, topology.devices_per_node)
+
+    def _dense_flops(self, found: Sequence[FoundExperts]) -> int:
+        """Forward operations a token of the dense part before one MoE layer: 2 a weight, embeddings only look up."""
+        apart = {id(p) for pool in self.pools for p in pool.parameters.values()}
+        apart |= {id(p) for f in found for p in f.module.parameters()}
+        apart |= {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return 2 * sum(p.numel() for p in self.model.parameters() if id(p) not in apart) // len(found)
+
+    def _shard_dense(self, found: Sequence[FoundExperts]) -> ReplicatedDense | None:
+        """FSDP2 on the blocks and the model, or replicas; None where nothing of ours acts between passes."""
+        pools = {p for pool in self.pools for p in pool.parameters.values()}
+        config = self.config
+        if self.mesh is None or config.dense == "none":
+            return None
+        if config.dense == "replicate":
+            return ReplicatedDense(self.model, self.mesh, pools, config.param_dtype)
+        precision = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
+        for block in [*self._blocks(found), self.model]:
+            fsdp2(block, mesh=self.mesh, mp_policy=precision, ignored_params=pools)
+        return None
+
+    def _blocks(self, found: Sequence[FoundExperts]) -> list[nn.Module]:
+        """Modules that the model says must not be split, else those that hold an MoE layer; innermost first."""
+        named = tuple(getattr(self.model, "_no_split_modules", None) or ())
+        blocks = [m for m in self.model.modules() if type(m).__name__ in named]
+        blocks = blocks or list(dict.fromkeys(f.parent for f in found))
+        return [m for m in reversed(blocks) if m is not self.model]
+
+    # Between passes.
+
+    def _set_sync(self, sync: bool) -> None:
+        self._sync = sync
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(sync)
+
+    def _reduce_replicas(self) -> None:
+        if not self._sync:
+            return
+        if self._dense is not None:
+            self._dense.reduce_gradients()
+        if self._replicas is not None:
+            for pool in self.pools:
+                for kind, _ in pool.trainable():
+                    gradient = pool.gradient(kind)
+                    dist.all_reduce(gradient, group=self._replicas)
+                    gradient.div_(self._replicas.size())
+
+    def _after_step(self) -> None:
+        self._engine.end_step()
+        parameters = list(self.model.parameters())
+        states = [
+            value
+            for optimizer in self._watch.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        now = {
+            "owned": _num_bytes(parameters),
+            "optimizer": _num_bytes(states),
+            "gradients": _num_bytes([p.grad for p in parameters if p.grad is not None]),
+        }
+        self._peak_memory = {kind: max(now[kind], peak) for kind, peak in self._peak_memory.items()}
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes on this device."""
+    return sum(local.numel() * local.element_size() for local in map(local_tensor, tensors))

@@ -1,0 +1,143 @@
+"""Checks what `fully_shard` was given and makes the parts of an engine from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from hecate.collectives.group_seam import timeout_of
+from hecate.collectives.p2p import PointToPoint
+from hecate.config import FSSDPConfig
+from hecate.placement import Topology
+from hecate.runtime.chunk import Dtypes, ExpertsSpec
+from hecate.runtime.copies import Comms
+from hecate.runtime.overlap import ExposedTime, Lane
+
+__all__ = ["check_model", "check_same", "device_of", "free_slots", "make_comms", "make_mesh", "resolve_dtypes"]
+
+
+def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
+    """Where the experts go: the mesh's device type, else the model's."""
+    kind = mesh.device_type if mesh is not None else next(model.parameters()).device.type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """ValueError where a parameter is sharded already, or lies on another device type than the mesh."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"fully_shard: parameter {name} is sharded already ({parameter.placements} on {parameter.device_mesh}); "
+                "call hecate.fully_shard once, on a model of plain tensors"
+            )
+        if mesh is not None and parameter.device.type not in (mesh.device_type, "meta"):
+            raise ValueError(
+                f"fully_shard: parameter {name} is on {parameter.device.type}, the mesh on {mesh.device_type}; "
+                "move the model first"
+            )
+
+
+def make_mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """`mesh`, checked against the process group; all ranks in one dimension by default; None without a group."""
+    if not dist.is_available() or not dist.is_initialized():
+        if mesh is not None:
+            raise ValueError("fully_shard: a mesh needs a process group; call torch.distributed.init_process_group")
+        return None
+    world = dist.get_world_size()
+    if mesh is None:
+        return init_device_mesh(next(model.parameters()).device.type, (world,))
+    if mesh.ndim > 2:
+        raise ValueError(f"fully_shard: mesh has {mesh.ndim} dimensions; must be (shard,) or (replicate, shard)")
+    if mesh.size() != world:
+        raise ValueError(
+            f"fully_shard: the mesh has {mesh.size()} devices, the process group {world} ranks; they must be equal"
+        )
+    return mesh
+
+
+def make_comms(mesh: DeviceMesh | None, device: torch.device) -> Comms:
+    """Process groups, transport and lanes for the devices that share experts: the last dimension of `mesh`."""
+    exposed = ExposedTime()
+    lanes = (Lane(device, exposed), Lane(device, exposed))
+    if mesh is None:
+        return Comms(0, Topology(1, 1), None, None, *lanes, exposed, 1.0)
+    shard = mesh.get_group(mesh.ndim - 1)
+    topology = Topology.detect(shard.size())
+    ranks = mesh.mesh.view(-1, shard.size()).tolist()
+    tokens, experts = (_new_group(ranks, shard, device) for _ in range(2))
+    return Comms(
+        rank=shard.rank(),
+        topology=topology,
+        tokens=tokens,
+        experts=PointToPoint(experts, topology),
+        copies=lanes[0],
+        gradients=lanes[1],
+        exposed=exposed,
+        gradient_scale=1.0 / shard.size(),
+    )
+
+
+def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """A process group of its own for each row of `ranks`, with the timeout of `like`; returns this rank's."""
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout_of(like, device.type))
+    # Point-to-point calls between some ranks only are allowed after a first collective of all (NCCL).
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return group
+
+
+def check_same(specs: Sequence[ExpertsSpec], config: FSSDPConfig) -> None:
+    """ValueError on every rank where ranks pass different configs or models; names rank, setting and both values."""
+    if not dist.is_initialized():
+        return
+    values = {f"config.{f.name}": repr(getattr(config, f.name)) for f in fields(config)}
+    for spec in specs:
+        weights = [(w.kind, w.shape, str(w.dtype), w.trainable) for w in spec.weights]
+        values[f"model.{spec.name}"] = repr((spec.num_experts, weights))
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, values)
+    for rank, other in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | other.keys()):
+            if other.get(key) != everyone[0].get(key):
+                raise ValueError(
+                    f"fully_shard: {key} is {everyone[0].get(key)} on rank 0 and {other.get(key)} on rank {rank}; "
+                    "all ranks must pass the same"
+                )
+
+
+def resolve_dtypes(spec: ExpertsSpec, config: FSSDPConfig) -> Dtypes:
+    """What None means in the config for this layer."""
+    own = {w.dtype for w in spec.weights}
+    if len(own) > 1 and config.master_dtype is None:
+        raise ValueError(f"{spec.name}: weights have dtypes {own}; must be one, or set FSSDPConfig.master_dtype")
+    master = config.master_dtype or own.pop()
+    if master == torch.float16:
+        raise ValueError(f"{spec.name}: dtype torch.float16 needs a loss scaler that knows of all ranks; use bfloat16")
+    param = config.param_dtype or master
+    return Dtypes(master, param, config.reduce_dtype or param)
+
+
+def free_slots(config: FSSDPConfig, chunk_bytes: int, layers: int, device: torch.device, per_node: int) -> int:
+    """Copies a device has room for: `memory_slots`, or what fits in `memory_share` of the free memory, at most 2.
+
+    The smallest of all ranks, so that they plan the same. Collective where there is a process group.
+    """
+    if config.memory_slots != "auto":
+        return config.memory_slots
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() // per_node
+    alive = min(2, layers) if config.rematerialize else layers
+    slots = torch.tensor(min(2, int(free * config.memory_share) // max(1, alive * chunk_bytes)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(slots, op=dist.ReduceOp.MIN)
+    return int(slots)
+
+
+def _available_memory() -> int:
+    """Bytes that Linux says new allocations may use."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

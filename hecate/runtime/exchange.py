@@ -1,0 +1,164 @@
+"""A token's way to its experts and back: counts, permutation, all-to-all, and the mirror in backward.
+
+Shapes: T tokens of this device, k experts a token, N = T * k rows sent, M rows received, d model width, D devices,
+E experts, P (expert, device) pairs of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecate.ops.permute import block_order, combine, invert, permute
+from hecate.planning.plan import Plan
+
+__all__ = ["Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where this device's rows go and how received rows lie; made once, used forward and backward.
+
+    Attributes:
+        order, inverse: int64 `[N]`, rows sorted by (destination, expert).
+        sent, received: rows to and from each device.
+        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, source).
+        sizes: received rows per expert held here, in the order of its rows.
+        top_k: experts a token.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    local_order: Tensor
+    local_inverse: Tensor
+    sizes: tuple[int, ...]
+    top_k: int
+
+
+def count_tokens(
+    layer: str, index: Tensor, weights: Tensor, num_experts: int, group: dist.ProcessGroup | None
+) -> NDArray[np.int64]:
+    """Exchange how many tokens each device routes to each expert.
+
+    Args:
+        layer: its name, for the error.
+        index: `[T, k]` expert of each token copy.
+        weights: `[T, k]`.
+        num_experts: E.
+        group: None for one device.
+
+    Returns:
+        int64 `[D, E]`, on the host: the one place of a layer where an accelerator is waited for.
+
+    Raises:
+        ValueError: on every rank, naming layer and rank, where an index is outside [0, E) or a weight is not finite.
+    """
+    valid = (index >= 0) & (index < num_experts)
+    slot = torch.where(valid, index, num_experts).flatten()
+    not_finite = (~torch.isfinite(weights.detach())).sum()
+    row = torch.zeros(num_experts + 2, dtype=torch.int64, device=index.device)
+    row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
+    row[num_experts + 1] = not_finite
+    table = row
+    if group is not None:
+        table = row.new_empty(group.size() * row.numel())
+        dist.all_gather_into_tensor(table, row, group=group)
+    counts = table.cpu().view(-1, row.numel()).numpy()
+    _check_router(layer, counts, num_experts)
+    return counts[:, :num_experts]
+
+
+def _check_router(layer: str, counts: NDArray[np.int64], num_experts: int) -> None:
+    for rank in np.flatnonzero(counts[:, num_experts:].any(axis=1)):
+        outside, not_finite = counts[rank, num_experts:]
+        if outside:
+            raise ValueError(
+                f"{layer}: the router of rank {rank} chose {outside} experts outside [0, {num_experts}); "
+                f"the layer has {num_experts} experts"
+            )
+        raise ValueError(f"{layer}: the router of rank {rank} gave {not_finite} weights that are NaN or infinite")
+
+
+def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int]) -> Dispatch:
+    """The record that `plan` means for this device.
+
+    Args:
+        plan: whose quota row `rank` counts `index`.
+        index: `[T, k]` expert of each token copy.
+        rank: this device.
+        local_rows: experts held here, in the order of their rows.
+    """
+    device = index.device
+    num_devices = plan.quota.shape[0]
+    expert, holder = plan.holders.T
+    # Sorted by expert, a device's rows are consecutive blocks, one per pair; destinations put them in another order.
+    by_expert = torch.argsort(index.flatten(), stable=True)
+    to_pair = plan.quota[rank]
+    order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]
+    sent = np.bincount(holder, weights=to_pair, minlength=num_devices).astype(np.int64)
+
+    here = np.flatnonzero(holder == rank)
+    arriving = plan.quota[:, here]  # [D, experts held here, ascending]
+    row_of = {e: i for i, e in enumerate(local_rows)}
+    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
+    source = np.repeat(np.arange(num_devices), len(here))
+    local_order = block_order(arriving.ravel(), np.lexsort((source, np.tile(row, num_devices))), device)
+    sizes = np.zeros(len(local_rows), dtype=np.int64)
+    sizes[row] = arriving.sum(axis=0)
+    return Dispatch(
+        order,
+        invert(order),
+        tuple(sent.tolist()),
+        tuple(arriving.sum(axis=1).tolist()),
+        local_order,
+        invert(local_order),
+        tuple(sizes.tolist()),
+        index.shape[1],
+    )
+
+
+def send_out(hidden: Tensor, record: Dispatch, group: dist.ProcessGroup | None) -> Tensor:
+    """Tokens `[T, d]` to the rows `[M, d]` that this device computes, sorted by its experts' rows."""
+    rows = permute(hidden, record.order, record.inverse, record.top_k)
+    rows = _AllToAll.apply(rows, record.sent, record.received, group)
+    return permute(rows, record.local_order, record.local_inverse, 1)
+
+
+def bring_back(rows: Tensor, weights: Tensor, record: Dispatch, group: dist.ProcessGroup | None) -> Tensor:
+    """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
+    rows = permute(rows, record.local_inverse, record.local_order, 1)
+    rows = _AllToAll.apply(rows, record.received, record.sent, group)
+    return combine(rows, weights, record.order, record.inverse)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to the devices they belong to; backward sends gradients the way back."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup | None
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_to_all(
+    rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup | None
+) -> Tensor:
+    if group is None:
+        return rows.view_as(rows)
+    out = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+    return out

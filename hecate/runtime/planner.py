@@ -1,0 +1,115 @@
+"""One layer's plans: asks the policy, keeps the load history, books what happened. No process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.config import FSSDPConfig
+from hecate.cost import CostModel, LayerCost
+from hecate.placement import Placement
+from hecate.planning.loads import LoadHistory
+from hecate.planning.plan import Plan
+from hecate.policies.base import LayerSetting, Policy
+from hecate.runtime.chunk import ExpertsSpec
+from hecate.runtime.copies import PoolLayer
+from hecate.runtime.stats import LayerTotals
+
+__all__ = ["LayerPlanner", "layer_cost"]
+
+
+def layer_cost(model: CostModel, spec: ExpertsSpec, storage: PoolLayer, dense_token_flops: int) -> LayerCost:
+    """What an expert and a token of this layer cost; 2 operations a weight forward, 4 backward."""
+    weights = sum(int(np.prod(w.shape)) for w in spec.weights)
+    return LayerCost(
+        model=model,
+        expert_bytes=storage.layout.numel * storage.dtypes.param.itemsize,
+        gradient_bytes=storage.gradients.numel * storage.dtypes.reduce.itemsize,
+        token_flops=6 * weights,
+        token_bytes=spec.width * storage.dtypes.param.itemsize,
+        dense_token_flops=dense_token_flops,
+    )
+
+
+class LayerPlanner:
+    """Plans of one layer, from the loads it has seen.
+
+    Attributes:
+        name: of the layer's experts in the model.
+        num_experts: its experts.
+        storage: its experts in the pool.
+        history: loads of the last steps.
+        since_reshard: int64 `[num_experts]`, loads since ownership last changed.
+    """
+
+    def __init__(
+        self, spec: ExpertsSpec, storage: PoolLayer, policy: Policy, config: FSSDPConfig, cost: LayerCost
+    ) -> None:
+        self.name = spec.name
+        self.num_experts = spec.num_experts
+        self.storage = storage
+        self.history = LoadHistory(storage.comms.topology.num_devices, spec.num_experts, config.load_window)
+        self.since_reshard = np.zeros(spec.num_experts, dtype=np.int64)
+        self._policy = policy
+        self._config = config
+        self._cost = cost
+        self._tokens_per_device = 0
+        self._totals = self._no_totals()
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """int64 `[num_experts]`."""
+        return self.storage.pool.owners[self.storage.row]
+
+    def setting(self, tokens_per_device: int | None = None) -> LayerSetting:
+        """What the policy may know; `tokens_per_device` defaults to the last step's."""
+        config = self._config
+        return LayerSetting(
+            topology=self.storage.comms.topology,
+            cost=self._cost,
+            memory_slots=self.storage.capacity,
+            max_imbalance=config.max_imbalance,
+            overlap_degree=config.overlap_degree,
+            calibrate=config.calibrate,
+            tokens_per_device=self._tokens_per_device if tokens_per_device is None else tokens_per_device,
+        )
+
+    def materialize(self) -> Placement:
+        """The placement to gather in the coming step, from the load history."""
+        history = self.history.array()
+        if not len(history):
+            return self.storage.owners
+        return self._policy.materialize(self.setting(), history, self.owners)
+
+    def calibrate(self, counts: NDArray[np.int64], placement: Placement, top_k: int) -> Placement:
+        """`placement`, or more, for the true counts `[D, E]` of one micro-batch."""
+        return self._policy.calibrate(self._setting_for(counts, top_k), counts, self.owners, placement)
+
+    def assign(self, counts: NDArray[np.int64], placement: Placement, top_k: int) -> Plan:
+        """Who computes which tokens of one micro-batch."""
+        return self._policy.assign(self._setting_for(counts, top_k), counts, self.owners, placement)
+
+    def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
+        """Count a micro-batch that is trained on."""
+        self._totals.add(counts, self.owners, plan, top_k)
+
+    def end_step(self, exposed_seconds: float) -> dict[str, Any]:
+        """Turn the step's loads into history; returns the layer's entry of `FSSDP.stats()`."""
+        totals, self._totals = self._totals, self._no_totals()
+        totals.exposed_seconds = exposed_seconds
+        totals.bytes_sent, self.storage.bytes_sent = self.storage.bytes_sent, 0
+        if totals.micro_batches:
+            self.history.add(totals.counts)
+            self.history.close_step()
+            self.since_reshard = self.since_reshard + totals.counts.sum(axis=0)
+            self._tokens_per_device = totals.tokens_per_device
+        return totals.report(self.name)
+
+    def _setting_for(self, counts: NDArray[np.int64], top_k: int) -> LayerSetting:
+        return self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
+
+    def _no_totals(self) -> LayerTotals:
+        devices = self.storage.comms.topology.num_devices
+        return LayerTotals(np.zeros((devices, self.num_experts), dtype=np.int64))

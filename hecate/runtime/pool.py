@@ -1,0 +1,120 @@
+"""The expert pool: what a device owns of all MoE layers, one parameter per weight kind (DESIGN, decision 1).
+
+Slots are sorted by (layer, expert), so the owned experts of a layer are consecutive rows. Moving ownership is a
+permutation of slots: no shape changes. Rows beyond the owned experts are zero padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hecate.placement import Placement, initial_owners
+from hecate.runtime.chunk import ExpertsSpec, WeightSpec
+
+__all__ = ["ExpertPool", "local_tensor"]
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a DTensor on this rank, sharing its storage and outside autograd; a plain tensor likewise."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ExpertPool:
+    """Owned experts of layers whose experts have equal weights.
+
+    Attributes:
+        specs: the layers.
+        owners: per layer, int64 `[num_experts]`.
+        slots: rows of this device, the same on every device.
+        parameters: kind -> the registered parameter, `[slots * devices, *shape]` as DTensor, `[slots, *shape]` without
+            a mesh.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ExpertsSpec],
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int,
+        num_devices: int,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.specs = tuple(specs)
+        self.rank = rank
+        self.num_devices = num_devices
+        self.mesh = mesh
+        self.device = device
+        self.owners = [initial_owners(s.num_experts, num_devices, i) for i, s in enumerate(self.specs)]
+        self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
+        self.parameters = {
+            w.kind: nn.Parameter(
+                self._distribute(torch.zeros(self.slots, *w.shape, dtype=dtype, device=device)),
+                requires_grad=w.trainable,
+            )
+            for w in self.weights
+        }
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return self.specs[0].weights
+
+    def placement(self, layer: int) -> Placement:
+        """Who owns the experts of the pool's `layer`-th layer."""
+        return Placement.from_owners(self.owners[layer], self.num_devices)
+
+    def owned(self, layer: int) -> NDArray[np.int64]:
+        """Ascending expert ids of that layer on this device."""
+        return np.flatnonzero(self.owners[layer] == self.rank)
+
+    def rows(self, layer: int) -> slice:
+        """The slots of that layer's owned experts, in ascending expert id."""
+        start = sum(len(self.owned(i)) for i in range(layer))
+        return slice(start, start + len(self.owned(layer)))
+
+    def weights_of(self, layer: int) -> dict[str, Tensor]:
+        """Views kind -> `[owned, *shape]` of that layer's owned experts, outside autograd."""
+        rows = self.rows(layer)
+        return {kind: local_tensor(p)[rows] for kind, p in self.parameters.items()}
+
+    def add_gradients(
+        self, layer: int, positions: Sequence[int], grads: Mapping[str, Sequence[Tensor] | Tensor], scale: float
+    ) -> None:
+        """Add `scale * grads[kind][i]` to the gradient of that layer's owned expert number `positions[i]`."""
+        start = self.rows(layer).start
+        for kind, rows in grads.items():
+            target = self.gradient(kind)
+            for position, row in zip(positions, rows, strict=True):
+                target[start + position].add_(row, alpha=scale)
+
+    def gradient(self, kind: str) -> Tensor:
+        """Gradient rows `[slots, *shape]` of this device, zeros if there were none."""
+        parameter = self.parameters[kind]
+        if parameter.grad is None:
+            parameter.grad = self._distribute(torch.zeros_like(local_tensor(parameter)))
+        return local_tensor(parameter.grad)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(kind, parameter) of the kinds that get gradients."""
+        return ((kind, p) for kind, p in self.parameters.items() if p.requires_grad)
+
+    def fill(self, layer: int, experts: nn.Module) -> None:
+        """Copy this device's owned experts of that layer from the stacked parameters of `experts`, unless on meta."""
+        owned = torch.from_numpy(self.owned(layer))
+        for kind, rows in self.weights_of(layer).items():
+            stacked = getattr(experts, kind).detach()
+            if not stacked.is_meta:
+                rows.copy_(stacked[owned.to(stacked.device)])
+
+    def _distribute(self, local: Tensor) -> Tensor:
+        if self.mesh is None:
+            return local
+        placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
+        return DTensor.from_local(local, self.mesh, placements, run_check=False)

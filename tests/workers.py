@@ -1,0 +1,124 @@
+"""Spawned gloo process groups that run functions of test modules on every rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=60)
+
+
+class WorkerError(AssertionError):
+    """At least one rank raised; the message holds every rank's traceback."""
+
+
+class Group:
+    """`world_size` processes in one gloo group, one thread each."""
+
+    def __init__(self, world_size: int, timeout: timedelta = TIMEOUT) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self.world_size = world_size
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, timeout, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank; what each returned. WorkerError if any raised."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = [_receive(pipe) for pipe in self.pipes]
+        failed = [f"--- rank {rank}\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failed:
+            raise WorkerError("\n".join(failed))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            with suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+
+
+class Groups:
+    """Groups by world size, started when first asked for; one that failed is replaced."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Group] = {}
+
+    def __call__(self, world_size: int) -> Groups._Guard:
+        if world_size not in self._running:
+            self._running[world_size] = Group(world_size)
+        return Groups._Guard(self, world_size)
+
+    def discard(self, world_size: int) -> None:
+        """Ranks may be stuck after an error: start afresh next time."""
+        self._running.pop(world_size).close()
+
+    def close(self) -> None:
+        """End all."""
+        for group in self._running.values():
+            group.close()
+
+    class _Guard:
+        def __init__(self, groups: Groups, world_size: int) -> None:
+            self._groups, self._world_size = groups, world_size
+
+        def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+            """As `Group.run`."""
+            try:
+                return self._groups._running[self._world_size].run(function, *args)
+            except WorkerError:
+                self._groups.discard(self._world_size)
+                raise
+
+
+def _receive(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process died"
+
+
+def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("LOCAL_WORLD_SIZE", None)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        if task is None:
+            return
+        function, args = task
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
