@@ -82,6 +82,12 @@ std::vector<Pair> pairs_of(const Holding& placement) {
   return pairs;
 }
 
+std::int64_t lower_bound_of(const Vector& loads, const Vector& owners, const Vector& slots) {
+  nb::gil_scoped_release release;
+  return lower_bound_load({loads.data(), loads.data() + loads.shape(0)}, owners.data(),
+                          {slots.data(), slots.data() + slots.shape(0)});
+}
+
 Out min_max_array(const Counts& loads, const Holding& placement) {
   const std::size_t rows = loads.shape(0), experts = loads.shape(1);
   std::unique_ptr<std::int64_t[]> least(new std::int64_t[rows]);
@@ -126,6 +132,7 @@ Out cover_array(const Vector& loads, const Holding& placement, int devices_per_n
 
 void bind_planner(nb::module_& m) {
   m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("spread", &spread_array, nb::arg("levels"), nb::arg("placement"), nb::arg("limit_in"), nb::arg("limit_out"),
         nb::arg("allowed"));

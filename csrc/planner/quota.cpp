@@ -1,6 +1,7 @@
 #include "planner/quota.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "planner/min_cost.hpp"
 #include "planner/network.hpp"
@@ -105,6 +106,27 @@ std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Sha
     }
   }
   return network.min_max();
+}
+
+std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, const Tokens& slots) {
+  std::vector<int> hottest(loads.size());
+  std::iota(hottest.begin(), hottest.end(), 0);
+  std::stable_sort(hottest.begin(), hottest.end(), [&](int a, int b) { return loads[a] > loads[b]; });
+  Tokens most(slots.size(), 0);
+  for (std::size_t e = 0; e < loads.size(); ++e) most[owners[e]] += loads[e];
+  for (std::size_t d = 0; d < slots.size(); ++d) {
+    std::int64_t left = slots[d];
+    for (std::size_t i = 0; i < hottest.size() && left > 0; ++i)
+      if (owners[hottest[i]] != static_cast<std::int64_t>(d)) most[d] += loads[hottest[i]], --left;
+  }
+  std::sort(most.begin(), most.end());
+  std::int64_t left = std::accumulate(loads.begin(), loads.end(), std::int64_t{0});
+  for (std::size_t d = 0; d < most.size(); ++d) {
+    const std::int64_t share = ceil_div(left, static_cast<std::int64_t>(most.size() - d));
+    if (share <= most[d]) return share;
+    left -= most[d];
+  }
+  return most.back();
 }
 
 // Vertices: devices, then groups, then experts. A group passes tokens of its node at a profit, others at none, and

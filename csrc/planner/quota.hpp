@@ -24,6 +24,10 @@ std::vector<std::int64_t> column_sums(const std::int64_t* counts, const Shape& s
 // The smallest possible largest device load.
 std::int64_t min_max_load(const std::vector<std::int64_t>& loads, const Holders& holders, const Shape& shape);
 
+// The least largest load over locations when each computes its own experts' tokens and those of `slots` others at most.
+std::int64_t lower_bound_load(const std::vector<std::int64_t>& loads, const std::int64_t* owners,
+                              const std::vector<std::int64_t>& slots);
+
 // Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
 // their own device (worth `own`) and, on it or not, on their own node (worth `node` more).
 std::vector<std::int64_t> local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,

@@ -1,0 +1,1 @@
+"""Integers in, frozen plans out."""

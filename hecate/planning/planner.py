@@ -1,0 +1,117 @@
+"""`plan`: the planner by itself, counts in and a frozen plan out, no process group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate import _native
+from hecate.placement import Placement, Topology, check_owners
+from hecate.planning.assign import exact_quota
+from hecate.planning.calibrate import few_copies, parts_per_million, target_load
+from hecate.planning.limits import CopyLimits, LinkBudget
+from hecate.planning.materialize import robust_copies
+from hecate.planning.plan import Plan, check_counts
+
+__all__ = ["plan"]
+
+Int64 = NDArray[np.int64]
+
+
+def plan(
+    counts: NDArray[np.integer],
+    owners: NDArray[np.integer],
+    topology: Topology,
+    *,
+    memory_slots: int,
+    max_imbalance: float,
+    prefer: Literal["copies", "crossings"] = "copies",
+    history: NDArray[np.integer] | None = None,
+    foreign_slots: int | None = None,
+    byte_budget: LinkBudget | None = None,
+    expert_bytes: int = 1,
+) -> Plan:
+    """Plan one layer: which experts to copy where, and who computes which tokens.
+
+    Args:
+        counts: int `[num_devices, num_experts]`, tokens each source device routes to each expert, 2**40 in all at most.
+        owners: int `[num_experts]`, the device of each expert.
+        topology: of the devices.
+        memory_slots: copies a device may hold.
+        max_imbalance: the dial, max/mean device load to reach, >= 1. Where the slots do not allow it the plan is the
+            best that the search reaches; `imbalance` and `lower_bound` say how far it got.
+        prefer: what to minimize, "copies" or "crossings" (pairs of an expert and a foreign node that holds it).
+        history: int `[steps, num_devices, num_experts]`, earlier counts, oldest first. With it the copies are planned
+            ahead of time from it alone, robustly rather than few, and only the quota from `counts`.
+        foreign_slots: experts that may enter a node from outside; None: any number.
+        byte_budget: bytes that copies may put on each link.
+        expert_bytes: bytes of one expert, the unit of `byte_budget` and of the plan's `bytes`.
+
+    Raises:
+        ValueError: names the argument, its value and the rule it breaks.
+    """
+    owner_of = check_owners(owners, topology.num_devices)
+    tokens = check_counts(counts, topology.num_devices, len(owner_of))
+    _check_settings(memory_slots, max_imbalance, prefer, foreign_slots, expert_bytes)
+    limits = CopyLimits.of(topology, memory_slots, foreign_slots, byte_budget, expert_bytes)
+    loads = tokens.sum(axis=0)
+    if history is not None:
+        placement = robust_copies(_check_history(history, tokens.shape), owner_of, topology, limits)
+    else:
+        target = target_load(int(loads.sum()), topology.num_devices, parts_per_million(max_imbalance))
+        start = Placement.from_owners(owner_of, topology.num_devices)
+        placement = few_copies(loads, start, topology, limits, target=target, prefer=prefer)
+    return Plan.build(
+        placement,
+        owner_of,
+        topology,
+        exact_quota(tokens, placement, topology),
+        expert_bytes=expert_bytes,
+        lower_bound=lower_bound(loads, owner_of, topology, limits),
+    )
+
+
+def lower_bound(loads: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> float:
+    """The smallest max/mean device load that any plan within `limits` could have, as far as is provable.
+
+    A device computes at most its own experts' tokens and those of as many other experts as may enter it, the hottest;
+    likewise a node. The least load under which these shares still hold all tokens is a bound.
+    """
+    total = int(loads.sum())
+    if not total:
+        return 1.0
+    least = _native.lower_bound(loads, owners, limits.device_in)
+    node_owners = owners // topology.devices_per_node
+    per_node = _native.lower_bound(loads, node_owners, limits.node_in)
+    least = max(least, -(-per_node // topology.devices_per_node))
+    return least * topology.num_devices / total
+
+
+def _check_settings(
+    memory_slots: int, max_imbalance: float, prefer: str, foreign_slots: int | None, expert_bytes: int
+) -> None:
+    if not _is_int(memory_slots) or memory_slots < 0:
+        raise ValueError(f"memory_slots={memory_slots!r}: must be an integer >= 0")
+    if isinstance(max_imbalance, bool) or not isinstance(max_imbalance, int | float) or not 1 <= max_imbalance < 2**30:
+        raise ValueError(f"max_imbalance={max_imbalance!r}: must be a number >= 1")
+    if prefer not in ("copies", "crossings"):
+        raise ValueError(f"prefer={prefer!r}: must be one of 'copies', 'crossings'")
+    if foreign_slots is not None and (not _is_int(foreign_slots) or foreign_slots < 0):
+        raise ValueError(f"foreign_slots={foreign_slots!r}: must be an integer >= 0, or None")
+    if not _is_int(expert_bytes) or expert_bytes < 1:
+        raise ValueError(f"expert_bytes={expert_bytes!r}: must be an integer >= 1")
+
+
+def _check_history(history: NDArray[np.integer], shape: tuple[int, ...]) -> Int64:
+    steps = np.asarray(history)
+    if steps.ndim != 3 or steps.shape[1:] != shape:
+        raise ValueError(
+            f"history: shape {steps.shape}, must be [steps, num_devices={shape[0]}, num_experts={shape[1]}]"
+        )
+    return np.stack([check_counts(step, *shape) for step in steps]) if len(steps) else np.zeros((0, *shape), np.int64)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
