@@ -47,7 +47,7 @@ Out quota_array(const Counts& counts, const Holding& placement, int devices_per_
 Out exact_quota_array(const Counts& counts, const Holding& placement, int devices_per_node) {
   return quota_array(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
     const auto limit = min_max_load(column_sums(counts.data(), shape), holders, shape);
-    const auto amounts = local_amounts(counts.data(), holders, shape, limit, 1, 1);
+    const auto amounts = local_amounts(counts.data(), holders, shape, limit);
     split_by_source(counts.data(), holders, amounts, shape, quota);
   });
 }

@@ -12,6 +12,9 @@ namespace {
 
 using Tokens = std::vector<std::int64_t>;
 
+// What a token on its own device, or else on its own node, is worth.
+constexpr int kOwnDevice = 16, kOwnNode = 1;
+
 // An expert's holders within one node, as a range of pairs, and the node's own tokens for it.
 struct Group {
   int expert, node, begin, end;
@@ -131,8 +134,7 @@ std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, c
 
 // Vertices: devices, then groups, then experts. A group passes tokens of its node at a profit, others at none, and
 // so does a device with its own tokens; what is over the limit then moves along the paths that lose least.
-Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t limit,
-                     int own, int node) {
+Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t limit) {
   const std::vector<Group> groups = groups_of(counts, holders, shape);
   Tokens load(shape.devices, 0);
   Tokens amounts = preferred_amounts(counts, holders, groups, shape, limit, load);
@@ -148,11 +150,11 @@ Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const S
     for (int p = group.begin; p < group.end; ++p) {
       const int d = holders.device[p];
       const std::int64_t mine = counts[std::int64_t{d} * shape.experts + group.expert];
-      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -own);
+      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -kOwnDevice);
       flow.add_arc(vertex, d, all, std::max<std::int64_t>(0, amounts[p] - mine), 0);
       sum += amounts[p];
     }
-    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -node);
+    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -kOwnNode);
     flow.add_arc(expert, vertex, all, std::max<std::int64_t>(0, sum - group.tokens), 0);
   }
   Tokens excess(shape.devices + count + shape.experts, 0);

@@ -29,9 +29,9 @@ std::int64_t lower_bound_load(const std::vector<std::int64_t>& loads, const std:
                               const std::vector<std::int64_t>& slots);
 
 // Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
-// their own device (worth `own`) and, on it or not, on their own node (worth `node` more).
+// their own device, and then as many as possible on their own node.
 std::vector<std::int64_t> local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
-                                        std::int64_t limit, int own, int node);
+                                        std::int64_t limit);
 
 // Splits `amounts` by source device into quota [devices, pairs]: own device, then own node, then the rest.
 void split_by_source(const std::int64_t* counts, const Holders& holders, const std::vector<std::int64_t>& amounts,
