@@ -117,10 +117,10 @@ class FSSDP:
         """What happened in the last step.
 
         Returns:
-            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]`, `counts` int64 `[D, E]`,
-            `imbalance_before` and `imbalance_after` (max/mean device load without and with copies), `copies`, `bytes`
-            (over all links), `exposed_seconds`. `memory_bytes` of this device: `owned`, `optimizer`, `gradients`,
-            `copies` (peaks).
+            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]`, `counts` int64
+            `[D, E]`, `imbalance_before` and `imbalance_after` (max/mean device load without and with copies),
+            `copies`, `bytes` (over all links), `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`,
+            `optimizer`, `gradients`, `copies`.
         """
         copies = {"copies": self._engine.peak_copies_bytes}
         return {

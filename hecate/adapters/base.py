@@ -1,8 +1,8 @@
 """What an adapter must find in a model, and who adapts what.
 
 FSSDP replaces the *experts module* of each MoE layer: the module that holds the stacked weights of all experts and is
-called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared experts and
-auxiliary loss stay the model's own.
+called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared experts
+and auxiliary loss stay the model's own.
 
 The simplest way to fit is to have two members on that module (`OwnExperts`):
 
@@ -53,9 +53,10 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, OwnExperts) and name:
+        if name and isinstance(module, OwnExperts):
             parent, _, attribute = name.rpartition(".")
-            found.append(FoundExperts(model.get_submodule(parent), attribute, module, _own_spec(name, module)))
+            spec = _own_spec(name, module)
+            found.append(FoundExperts(model.get_submodule(parent), attribute, model.get_submodule(name), spec))
     if not found:
         raise ValueError(
             f"fully_shard: {type(model).__name__} has no MoE layer: no submodule has `expert_weights` and `expert_mlp` "

@@ -17,7 +17,7 @@ __all__ = ["full_experts", "full_tensor"]
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a DTensor, or the tensor itself, on CPU and outside autograd. Collective for DTensors."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
 
 
 def full_experts(pool: ExpertPool, layer: int, slots: Tensor, transport: Transport | None) -> Tensor:
@@ -36,4 +36,4 @@ def full_experts(pool: ExpertPool, layer: int, slots: Tensor, transport: Transpo
         gathered = sparse_all_gather(rows, src, everywhere, transport.group, transport.topology)
         assert isinstance(gathered, Tensor)
         rows = gathered
-    return rows.cpu()
+    return rows.to("cpu", copy=True)

@@ -7,9 +7,9 @@ backward are gathers and a sum over k in ascending order, so the same bits come 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 __all__ = ["block_order", "combine", "invert", "permute"]
@@ -20,7 +20,7 @@ def invert(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-def block_order(sizes: Sequence[int], blocks: Sequence[int], device: torch.device) -> Tensor:
+def block_order(sizes: ArrayLike, blocks: ArrayLike, device: torch.device) -> Tensor:
     """The permutation that lines up consecutive blocks of rows in another order.
 
     Args:
@@ -31,8 +31,8 @@ def block_order(sizes: Sequence[int], blocks: Sequence[int], device: torch.devic
     Returns:
         int64 `[sum(sizes)]`: row numbers in the wanted order.
     """
-    size = torch.tensor(sizes, dtype=torch.int64)
-    wanted = torch.tensor(blocks, dtype=torch.int64)
+    size = torch.from_numpy(np.array(sizes, dtype=np.int64))
+    wanted = torch.from_numpy(np.array(blocks, dtype=np.int64))
     start = size.cumsum(0) - size
     moved = size[wanted]
     shift = start[wanted] - (moved.cumsum(0) - moved)

@@ -17,7 +17,7 @@ __all__ = ["at_end_of_backward", "in_backward"]
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Run `callback` when the backward pass that is running now has computed all gradients."""
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(callback)
 
 
 def in_backward() -> bool:

@@ -33,7 +33,7 @@ def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
-                f"fully_shard: parameter {name} is sharded already ({parameter.placements} on {parameter.device_mesh}); "
+                f"fully_shard: parameter {name} is sharded already as {parameter.placements}; "
                 "call hecate.fully_shard once, on a model of plain tensors"
             )
         if mesh is not None and parameter.device.type not in (mesh.device_type, "meta"):

@@ -22,7 +22,6 @@ from hecate.runtime.exchange import count_tokens, dispatch_of
 from hecate.runtime.layer import LayerRecord
 from hecate.runtime.overlap import Pending
 from hecate.runtime.planner import LayerPlanner
-from hecate.runtime.pool import local_tensor
 
 __all__ = ["Engine"]
 

@@ -67,11 +67,12 @@ def count_tokens(
     row = torch.zeros(num_experts + 2, dtype=torch.int64, device=index.device)
     row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
     row[num_experts + 1] = not_finite
-    table = row
-    if group is not None:
-        table = row.new_empty(group.size() * row.numel())
-        dist.all_gather_into_tensor(table, row, group=group)
-    counts = table.cpu().view(-1, row.numel()).numpy()
+    table = row.new_empty(1 if group is None else group.size(), row.numel())
+    if group is None:
+        table[0] = row
+    else:
+        dist.all_gather(list(table.unbind(0)), row, group=group)
+    counts = table.cpu().numpy()
     _check_router(layer, counts, num_experts)
     return counts[:, :num_experts]
 

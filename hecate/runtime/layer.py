@@ -106,7 +106,7 @@ class _Materialize(torch.autograd.Function):
         # The anchor requires a gradient, so that experts get theirs under a frozen trunk.
         ctx.engine, ctx.copies = engine, copies
         trainable = {w.kind for w in copies.layer.gradients.weights}
-        ctx.kinds = [[kind for kind in weights] for _, weights in parts]
+        ctx.kinds = [list(weights) for _, weights in parts]
         tensors = [w for _, weights in parts for w in weights.values()]
         frozen = [w for _, weights in parts for kind, w in weights.items() if kind not in trainable]
         ctx.mark_non_differentiable(*frozen)

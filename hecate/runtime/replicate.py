@@ -32,8 +32,8 @@ class _Replica:
 class ReplicatedDense:
     """All parameters of `model` but `ignored`, on all ranks of `mesh`.
 
-    Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce_gradients` averages the leaves'
-    gradients over all ranks into the DTensors'.
+    Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce_gradients` averages the
+    gradients of the leaves over all ranks into those of the DTensors.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Moving ownership: experts change slots between devices, with their gradients and optimizer state (paper, Algorithm 2).
+"""Moving ownership: experts change devices with their gradients and optimizer state (paper, Algorithm 2).
 
 The optimizer is found by torch's public hook on every optimizer step, which also defines what a step is.
 """
@@ -96,7 +96,7 @@ class Resharder:
         return total.cpu().numpy()
 
     def _tensors(self, pool: ExpertPool) -> Iterator[Tensor]:
-        """All tensors with a row per slot: parameters, pending gradients, optimizer state; the same order on all ranks."""
+        """Tensors with a row per slot: parameters, pending gradients, optimizer state; in one order on all ranks."""
         for parameter in pool.parameters.values():
             yield local_tensor(parameter)
             if parameter.grad is not None:

@@ -1,0 +1,86 @@
+"""Which rank is missing: a beat of every rank in the job's store, read when a collective fails.
+
+A backend only knows that a connection broke or that time ran out, and with many ranks the broken connection may be one
+to a rank that merely gave up before. A rank whose beat stands still is the one that died or hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+__all__ = ["Heartbeat", "MissingRankError"]
+
+
+class MissingRankError(RuntimeError):
+    """A collective failed because ranks stopped; `ranks` are those whose heart beats no more."""
+
+    def __init__(self, ranks: list[int], silent_for: timedelta) -> None:
+        named = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+        super().__init__(f"{named} missing: no heartbeat for {silent_for.total_seconds():g} s; it died or hangs")
+        self.ranks = ranks
+
+
+class Heartbeat:
+    """Beats for this rank from a thread of its own, until `stop`.
+
+    Args:
+        store: that all ranks share; on rank 0's machine, so that a store that is gone means that rank 0's host is.
+        rank, world_size: of this process.
+        interval: between beats.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, interval: timedelta = timedelta(seconds=1)
+    ) -> None:
+        self._store = dist.PrefixStore("hecate/heartbeat", store)
+        self._rank, self._world_size, self._interval = rank, world_size, interval
+        self._stop = threading.Event()
+        self._store.add(str(rank), 1)
+        self._thread = threading.Thread(target=self._beat, name="hecate-heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say goodbye, so that nobody takes this rank for missing, and end the thread."""
+        self._stop.set()
+        self._thread.join()
+        with suppress(RuntimeError, OSError):  # the store may have gone before
+            self._store.add(f"{self._rank}/left", 1)
+
+    def missing(self) -> list[int]:
+        """Ranks that neither beat for three intervals nor left. Rank 0 where the store does not answer: it keeps it."""
+        try:
+            before = self._read("{}")
+            time.sleep(3 * self._interval.total_seconds())
+            after, left = self._read("{}"), self._read("{}/left")
+        except (RuntimeError, OSError):  # torch's store errors
+            return [0]
+        still = [rank for rank in range(self._world_size) if before[rank] == after[rank] and not left[rank]]
+        return [rank for rank in still if rank != self._rank]
+
+    @contextmanager
+    def naming_missing_ranks(self) -> Iterator[None]:
+        """Turn an error inside into `MissingRankError` where a rank is missing, and pass it on where none is."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = self.missing()
+            if ranks:
+                raise MissingRankError(ranks, 3 * self._interval) from error
+            raise
+
+    def _read(self, key: str) -> list[int]:
+        # Adding nothing reads a counter without waiting for a key.
+        return [self._store.add(key.format(rank), 0) for rank in range(self._world_size)]
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval.total_seconds()):
+            try:
+                self._store.add(str(self._rank), 1)
+            except (RuntimeError, OSError):  # the store is gone; `missing` will say so
+                return
