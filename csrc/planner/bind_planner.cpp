@@ -74,14 +74,6 @@ Out pairs_array(const std::vector<Pair>& pairs) {
   return Out(data, {pairs.size(), 2}, owner);
 }
 
-std::vector<Pair> pairs_of(const Holding& placement) {
-  std::vector<Pair> pairs;
-  for (std::size_t e = 0; e < placement.shape(0); ++e)
-    for (std::size_t d = 0; d < placement.shape(1); ++d)
-      if (placement.data()[e * placement.shape(1) + d]) pairs.emplace_back(static_cast<int>(e), static_cast<int>(d));
-  return pairs;
-}
-
 std::int64_t lower_bound_of(const Vector& loads, const Vector& owners, const Vector& slots) {
   nb::gil_scoped_release release;
   return lower_bound_load({loads.data(), loads.data() + loads.shape(0)}, owners.data(),
@@ -103,18 +95,19 @@ Out min_max_array(const Counts& loads, const Holding& placement) {
   return Out(data, {rows}, owner);
 }
 
-Out spread_array(const Levels& levels, const Holding& placement, const Vector& in, const Vector& out,
-                 const Holding& allowed) {
+Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
+                 const Holding& allowed, int swaps) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
-    copies = spread(levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
-                    pairs_of(placement), static_cast<int>(placement.shape(0)), static_cast<int>(placement.shape(1)),
-                    limits_of(in, out, allowed.data()));
+    const Guesses guesses{levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
+                          static_cast<int>(levels.shape(2))};
+    copies = spread(guesses, {owners.data(), owners.data() + owners.shape(0)}, limits_of(in, out, allowed.data()), swaps);
   }
   return pairs_array(copies);
 }
 
+// Copies that bring every device to `target`, or else as close as the search gets.
 Out cover_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
                 const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, bool by_node) {
   std::vector<Pair> copies;
@@ -134,8 +127,8 @@ void bind_planner(nb::module_& m) {
   m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
   m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
-  m.def("spread", &spread_array, nb::arg("levels"), nb::arg("placement"), nb::arg("limit_in"), nb::arg("limit_out"),
-        nb::arg("allowed"));
+  m.def("spread", &spread_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
+        nb::arg("allowed"), nb::arg("swaps"));
   m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
         nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("by_node"));
   m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));

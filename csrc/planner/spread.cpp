@@ -1,102 +1,206 @@
 #include "planner/spread.hpp"
 
 #include <algorithm>
+#include <numeric>
+
+#include "planner/cover.hpp"
 
 namespace hecate {
 
 namespace {
 
+constexpr std::int64_t kPermille = 1000;
+// Targets in 1/1000 of the mean load: wide ones first, so that no device is forgotten while others are made perfect.
+constexpr std::int64_t kTargets[] = {1150, 1100, 1050, 1000};
+
+// One guess of the loads, balanced over the copies that there are.
 struct Guess {
   Network network;
   std::int64_t target;
   bool done;
+
+  void drain() { done = done || network.drain(target); }
+  std::int64_t mean() const { return ceil_div(network.total(), network.devices()); }
 };
 
-std::vector<Guess> make_guesses(const std::int64_t* loads, int guesses, const std::vector<Pair>& held, int experts,
-                                int devices) {
-  std::vector<Guess> made;
-  for (int k = 0; k < guesses; ++k) {
-    Guess guess{Network(experts, devices, experts + 4 * devices), 0, false};
-    for (const auto& [e, d] : held) {
-      const bool first = guess.network.holders(e) == 0;
-      guess.network.add_pair(e, d, first ? loads[std::int64_t{k} * experts + e] : 0);
-    }
-    guess.target = ceil_div(guess.network.total(), devices);
-    guess.done = guess.network.drain(guess.target);
-    made.push_back(std::move(guess));
+using Set = std::vector<Guess>;
+
+Set make_set(const Guesses& guesses, int level, const std::vector<Pair>& held, int devices, std::int64_t permille) {
+  Set set;
+  set.reserve(guesses.count);
+  for (int k = 0; k < guesses.count; ++k) {
+    Guess guess{Network(guesses.experts, devices, static_cast<int>(held.size()) + devices), 0, false};
+    for (const auto& [e, d] : held)
+      guess.network.add_pair(e, d, guess.network.holders(e) ? 0 : guesses.of(level, k)[e]);
+    guess.target = ceil_div(guess.network.total() * permille, devices * kPermille);
+    guess.drain();
+    set.push_back(std::move(guess));
   }
-  return made;
+  return set;
 }
 
-// Per guess and expert, the tokens that a further copy outside of the crowded devices could relieve them of.
-std::vector<std::int64_t> relief(const std::vector<Guess>& guesses, int experts) {
-  std::vector<std::int64_t> gain(guesses.size() * experts, 0);
-  for (std::size_t k = 0; k < guesses.size(); ++k) {
-    const Network& network = guesses[k].network;
-    if (guesses[k].done) continue;
+// Per guess and expert, the tokens that a further copy outside of the crowded devices could take from them.
+std::vector<std::int64_t> relief(const Set& set) {
+  const int experts = set[0].network.experts();
+  std::vector<std::int64_t> gain(set.size() * experts, 0);
+  for (std::size_t k = 0; k < set.size(); ++k) {
+    const Network& network = set[k].network;
+    if (set[k].done) continue;
     std::int64_t excess = 0;
-    for (int d = 0; d < network.devices(); ++d) excess += std::max<std::int64_t>(0, network.load[d] - guesses[k].target);
+    for (std::int64_t load : network.load) excess += std::max<std::int64_t>(0, load - set[k].target);
+    std::int64_t* row = &gain[k * experts];
     for (int p = 0; p < network.pairs(); ++p)
-      if (network.reached(network.device_of[p])) gain[k * experts + network.expert_of[p]] += network.amount[p];
-    for (int e = 0; e < experts; ++e) gain[k * experts + e] = std::min(gain[k * experts + e], excess);
+      if (network.reached(network.device_of[p])) row[network.expert_of[p]] += network.amount[p];
+    for (int e = 0; e < experts; ++e) row[e] = std::min(row[e], excess);
   }
   return gain;
 }
 
-// The device where a copy of `expert` relieves most over all guesses, or -1 if nowhere.
-int best_device(const std::vector<Guess>& guesses, const std::vector<std::int64_t>& gain, int expert,
-                const Limits& limits) {
-  const int experts = guesses[0].network.experts();
-  int best = -1;
-  std::int64_t most = 0;
-  for (int d = 0; d < guesses[0].network.devices(); ++d) {
-    if (!limits.may_enter(guesses[0].network, expert, d)) continue;
-    std::int64_t value = 0;
-    for (std::size_t k = 0; k < guesses.size(); ++k)
-      if (!guesses[k].done && !guesses[k].network.reached(d))
-        value += std::min(gain[k * experts + expert],
-                          std::max<std::int64_t>(0, guesses[k].target - guesses[k].network.load[d]));
-    if (value > most) best = d, most = value;
-  }
-  return best;
+// What a copy of `expert` on `device` takes from the crowded devices, over all guesses.
+std::int64_t value_of(const Set& set, const std::vector<std::int64_t>& gain, int expert, int device) {
+  const int experts = set[0].network.experts();
+  std::int64_t value = 0;
+  for (std::size_t k = 0; k < set.size(); ++k)
+    if (!set[k].done && !set[k].network.reached(device))
+      value += std::min(gain[k * experts + expert],
+                        std::max<std::int64_t>(0, set[k].target - set[k].network.load[device]));
+  return value;
 }
 
-// The copy that relieves most; {-1, -1} if none does.
-Pair best_copy(const std::vector<Guess>& guesses, const Limits& limits) {
-  const int experts = guesses[0].network.experts();
-  const std::vector<std::int64_t> gain = relief(guesses, experts);
-  std::vector<std::int64_t> sum(experts, 0);
+// The copy that takes most, of those that `usable(expert, device)` admits; {-1, -1} if none takes anything. Of devices
+// that are nearly as good the one with the least room, so that wide ones stay free for large excesses.
+template <typename Usable>
+Pair best_copy(const Set& set, Usable usable) {
+  const int experts = set[0].network.experts();
+  const std::vector<std::int64_t> gain = relief(set);
+  std::vector<std::int64_t> sum(experts, 0), value(set[0].network.devices()), room(set[0].network.devices(), 0);
+  for (const Guess& guess : set)
+    for (int d = 0; d < guess.network.devices(); ++d)
+      room[d] += std::max<std::int64_t>(0, guess.target - guess.network.load[d]);
   for (std::size_t i = 0; i < gain.size(); ++i) sum[i % experts] += gain[i];
   for (;;) {
     const int e = static_cast<int>(std::max_element(sum.begin(), sum.end()) - sum.begin());
     if (sum[e] == 0) return {-1, -1};
-    const int d = limits.sender(guesses[0].network, e) < 0 ? -1 : best_device(guesses, gain, e, limits);
-    if (d >= 0) return {e, d};
+    std::fill(value.begin(), value.end(), 0);
+    for (int d = 0; d < set[0].network.devices(); ++d)
+      if (usable(e, d)) value[d] = value_of(set, gain, e, d);
+    const std::int64_t enough = *std::max_element(value.begin(), value.end()) * 9 / 10;
+    int best = -1;
+    for (int d = 0; d < set[0].network.devices(); ++d)
+      if (value[d] > 0 && value[d] >= enough && (best < 0 || room[d] < room[best])) best = d;
+    if (best >= 0) return {e, best};
     sum[e] = 0;
   }
 }
 
+// Adds the best copy again and again, until all guesses reach their targets or nothing helps.
+void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
+  for (;;) {
+    const Network& network = set[0].network;
+    const Pair copy = best_copy(set, [&](int e, int d) {
+      return limits.may_enter(network, e, d) && limits.sender(network, e) >= 0;
+    });
+    if (copy.first < 0) return;
+    limits.take(network, copy.first, copy.second);
+    for (Guess& guess : set) {
+      guess.network.add_pair(copy.first, copy.second);
+      guess.drain();
+    }
+    held.push_back(copy);
+  }
+}
+
+// The sum over the guesses of the largest load, with `out` (or no pair) replaced by `in`; `stop` or more: stopped early.
+std::int64_t largest_with(const Guesses& guesses, const std::vector<Pair>& held, int devices, std::int64_t stop) {
+  std::int64_t sum = 0;
+  for (int k = 0; k < guesses.count; ++k) {
+    Network network(guesses.experts, devices, static_cast<int>(held.size()));
+    for (const auto& [e, d] : held) network.add_pair(e, d, network.holders(e) ? 0 : guesses.of(0, k)[e]);
+    sum += network.min_max();
+    if (sum > stop) return sum;
+  }
+  return sum;
+}
+
+// Whether the limits allow the copies of `held`, made in this order.
+bool fits(const Guesses& guesses, const std::vector<Pair>& held, int devices, Limits limits) {
+  Network network(guesses.experts, devices, static_cast<int>(held.size()));
+  for (int p = 0; p < static_cast<int>(held.size()); ++p) {
+    const auto [e, d] = held[p];
+    if (p >= guesses.experts) {
+      if (!limits.may_enter(network, e, d) || limits.sender(network, e) < 0) return false;
+      limits.take(network, e, d);
+    }
+    network.add_pair(e, d);
+  }
+  return true;
+}
+
+// splitmix64: the same proposals on every rank.
+std::uint64_t next_random(std::uint64_t& state) {
+  std::uint64_t z = state += 0x9E3779B97F4A7C15;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+  return z ^ (z >> 31);
+}
+
+// Local search: gives random slots to other experts, hot ones rather, where that does not raise the largest loads.
+void refine(const Guesses& guesses, std::vector<Pair>& held, int devices, const Limits& limits, int swaps) {
+  std::vector<std::int64_t> below(guesses.experts);
+  std::partial_sum(guesses.of(0, 0), guesses.of(0, 0) + guesses.experts, below.begin());
+  if (held.size() == static_cast<std::size_t>(guesses.experts) || below.back() == 0) return;
+  std::int64_t least = 0;
+  for (int k = 0; k < guesses.count; ++k)
+    least += ceil_div(std::accumulate(guesses.of(0, k), guesses.of(0, k) + guesses.experts, std::int64_t{0}), devices);
+  std::int64_t sum = largest_with(guesses, held, devices, INT64_MAX);
+  std::uint64_t state = 0;
+  while (swaps-- > 0 && sum > least) {
+    Pair& slot = held[guesses.experts + next_random(state) % (held.size() - guesses.experts)];
+    const auto pick = static_cast<std::int64_t>(next_random(state) % static_cast<std::uint64_t>(below.back()));
+    const int expert = static_cast<int>(std::upper_bound(below.begin(), below.end(), pick) - below.begin());
+    const Pair before = slot;
+    slot.first = expert;
+    const std::int64_t changed = fits(guesses, held, devices, limits) ? largest_with(guesses, held, devices, sum) : sum + 1;
+    if (changed <= sum) sum = changed;
+    else slot = before;
+  }
+}
+
+Holders single_holders(const std::vector<int>& owners) {
+  Holders holders;
+  for (int e = 0; e < static_cast<int>(owners.size()); ++e) {
+    holders.expert.push_back(e);
+    holders.device.push_back(owners[e]);
+    holders.first.push_back(e);
+  }
+  holders.first.push_back(static_cast<int>(owners.size()));
+  return holders;
+}
+
 }  // namespace
 
-std::vector<Pair> spread(const std::int64_t* levels, int num_levels, int guesses, const std::vector<Pair>& held,
-                         int experts, int devices, Limits limits) {
-  std::vector<Pair> all = held, copies;
-  for (int level = 0; level < num_levels; ++level) {
-    std::vector<Guess> set =
-        make_guesses(levels + std::int64_t{level} * guesses * experts, guesses, all, experts, devices);
-    for (;;) {
-      const Pair copy = best_copy(set, limits);
-      if (copy.first < 0) break;
-      limits.take(set[0].network, copy.first, copy.second);
-      for (Guess& guess : set) {
-        guess.network.add_pair(copy.first, copy.second);
-        if (!guess.done) guess.done = guess.network.drain(guess.target);
-      }
-      all.push_back(copy);
-      copies.push_back(copy);
-    }
+std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps) {
+  const int experts = guesses.experts, devices = static_cast<int>(limits.in.size());
+  std::vector<Pair> held;
+  for (int e = 0; e < experts; ++e) held.emplace_back(e, owners[e]);
+  const std::int64_t* likeliest = guesses.of(0, 0);
+  const std::vector<std::int64_t> loads(likeliest, likeliest + experts);
+  std::int64_t total = 0;
+  for (std::int64_t load : loads) total += load;
+  Limits left = limits;
+  const Shape flat{devices, experts, devices};
+  const Network start = make_set({likeliest, 1, 1, experts}, 0, held, devices, kPermille)[0].network;
+  for (const Pair& copy : cover(loads, single_holders(owners), flat, ceil_div(total, devices), limits, nullptr)) {
+    left.take(start, copy.first, copy.second);
+    held.push_back(copy);
   }
-  return copies;
+  for (std::int64_t permille : kTargets)
+    for (int level = 0; level < guesses.levels; ++level) {
+      Set set = make_set(guesses, level, held, devices, permille);
+      fill(set, held, left);
+    }
+  refine(guesses, held, devices, limits, swaps);
+  return {held.begin() + experts, held.end()};
 }
 
 }  // namespace hecate

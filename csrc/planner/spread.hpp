@@ -8,10 +8,18 @@
 
 namespace hecate {
 
-// Adds copies for several guesses of the loads at once until the limits are used up or nothing is left to gain.
-// `levels` holds ever more pessimistic sets of guesses, each [guesses, experts]; `held` the holders so far.
-// Returns the copies in the order of their use.
-std::vector<Pair> spread(const std::int64_t* levels, int num_levels, int guesses, const std::vector<Pair>& held,
-                         int experts, int devices, Limits limits);
+// Guesses of the loads, [levels, count, experts]: each level is more pessimistic, the first guess the likeliest.
+struct Guesses {
+  const std::int64_t* loads;
+  int levels, count, experts;
+  const std::int64_t* of(int level, int guess) const {
+    return loads + (static_cast<std::int64_t>(level) * count + guess) * experts;
+  }
+};
+
+// Copies beyond `owners` that balance all guesses as well as the limits allow: first those that the likeliest guess
+// needs, then what relieves most guesses, for a target that tightens, and at last at most `swaps` trials of giving a
+// slot to another expert. Returns them in the order of their use.
+std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps);
 
 }  // namespace hecate

@@ -13,7 +13,7 @@ __all__ = ["LoadHistory", "Predictor", "guesses", "predict"]
 Int64 = NDArray[np.int64]
 Predictor = Literal["window", "recent"]
 
-GUESSES = 12
+GUESSES = 24
 NOISE_PERMILLE = (1500, 3000, 6000, 12000)
 LEAST_NOISE_PERMILLE = 100
 

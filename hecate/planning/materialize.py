@@ -90,7 +90,7 @@ def robust_copies(
     allowed = np.ones_like(start.matrix)
     if limits.by_node:
         allowed = np.repeat(_node_entries(levels, owners, topology, limits), topology.devices_per_node, axis=1)
-    copies = _native.spread(levels, start.matrix, limits.device_in, limits.device_out, allowed)
+    copies = _native.spread(levels, owners, limits.device_in, limits.device_out, allowed, _trials(topology.num_devices))
     matrix = start.matrix.copy()
     matrix[copies[:, 0], copies[:, 1]] = True
     return Placement(matrix)
@@ -98,8 +98,15 @@ def robust_copies(
 
 def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> NDArray[np.bool_]:
     """Bool `[num_experts, num_nodes]`: experts that the node owns or that may enter it."""
-    home = Placement.from_owners(owners // topology.devices_per_node, topology.num_nodes).matrix
-    entries = _native.spread(levels, home, limits.node_in, limits.node_out, np.ones_like(home))
+    node_owners = owners // topology.devices_per_node
+    home = Placement.from_owners(node_owners, topology.num_nodes).matrix
+    trials = _trials(topology.num_nodes)
+    entries = _native.spread(levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home), trials)
     entered = home.copy()
     entered[entries[:, 0], entries[:, 1]] = True
     return entered
+
+
+def _trials(num_devices: int) -> int:
+    """Trials of the local search: each takes time in proportion to the devices."""
+    return max(20, min(300, 20_000 // num_devices))
