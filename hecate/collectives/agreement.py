@@ -6,10 +6,11 @@ import hashlib
 import os
 
 import torch.distributed as dist
+from torch import Tensor
 
 from hecate.placement import Placement
 
-__all__ = ["check_placements", "debugging", "differing_ranks"]
+__all__ = ["check_placements", "check_rows", "debugging", "differing_ranks"]
 
 
 def debugging() -> bool:
@@ -33,3 +34,16 @@ def check_placements(what: str, placements: tuple[Placement, ...], group: dist.P
     wrong = differing_ranks(digest, group)
     if wrong:
         raise RuntimeError(f"{what}: rank {', '.join(map(str, wrong))} has another placement than the other ranks")
+
+
+def check_rows(what: str, rows: Tensor, group: dist.ProcessGroup) -> None:
+    """Under HECATE_DEBUG=1, RuntimeError naming the ranks whose chunks have another shape or dtype. Collective."""
+    if not debugging():
+        return
+    everyone: list[tuple[object, object]] = [(None, None)] * group.size()
+    dist.all_gather_object(everyone, (tuple(rows.shape[1:]), rows.dtype), group=group)
+    for name, values in zip(("chunk shape", "dtype"), zip(*everyone, strict=True), strict=True):
+        most = max(values, key=values.count)
+        for rank, value in enumerate(values):
+            if value != most:
+                raise RuntimeError(f"{what}: rank {rank} has another {name} {value} than the other ranks' {most}")

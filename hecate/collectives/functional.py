@@ -6,18 +6,20 @@ Shapes: E experts, D devices (ranks of the group), chunk: the trailing dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.agreement import check_placements
+from hecate.collectives.agreement import check_placements, check_rows
 from hecate.collectives.group_seam import group_named
 from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.schedule import gather_schedule
-from hecate.collectives.transport import Rows, Work
+from hecate.collectives.transport import Rows, Transport, Work
 from hecate.placement import Placement, Topology
 
 __all__ = ["SparseWork", "sparse_all_gather", "sparse_reduce_scatter"]
@@ -56,7 +58,8 @@ def sparse_all_gather(
         `[experts held here under dst, *chunk]`, ascending expert id.
 
     Raises:
-        ValueError: a placement of another group size, an expert without exactly one owner, or a shard of other rows.
+        ValueError: a placement of another group size, an expert without exactly one owner, a shard of other rows, or
+            ranks whose chunks differ in size.
     """
     return _run(_GATHER, shard, src, dst, group, topology, async_op)
 
@@ -91,6 +94,17 @@ def sparse_reduce_scatter(
     return _run(_REDUCE, grads, src, dst, group, topology, async_op)
 
 
+_TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, dict[Topology, Transport]] = WeakKeyDictionary()
+
+
+def _transport(group: dist.ProcessGroup, topology: Topology) -> Transport:
+    """The one transport of a group, so that calls under way at once do not take each other's messages."""
+    of_group = _TRANSPORTS.setdefault(group, {})
+    if topology not in of_group:
+        of_group[topology] = PointToPoint(group, topology)
+    return of_group[topology]
+
+
 # The ops take placements as flat lists of `expert * D + device`, the group by name: what torch.library can carry.
 
 
@@ -105,23 +119,30 @@ def _decode(pairs: Sequence[int], num_experts: int, num_devices: int) -> Placeme
 
 
 def _by_expert(rows: Tensor, placement: Placement, rank: int) -> Rows:
-    return dict(zip(placement.held_by(rank).tolist(), rows.flatten(1).unbind(0), strict=True))
+    flat = rows.view(rows.shape[0], math.prod(rows.shape[1:]))
+    return dict(zip(placement.held_by(rank).tolist(), flat.unbind(0), strict=True))
 
 
-def _start_gather(shard: Tensor, src: Placement, dst: Placement, transport: PointToPoint) -> tuple[Tensor, Work]:
+def _chunk_bytes(rows: Tensor) -> int:
+    return math.prod(rows.shape[1:]) * rows.itemsize
+
+
+def _start_gather(shard: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
     rank = transport.group.rank()
     shard = shard.detach().contiguous()
     out = shard.new_empty(len(dst.held_by(rank)), *shard.shape[1:])
+    transport.agree_on_chunk(_chunk_bytes(shard))
     sent, received = _by_expert(shard, src, rank), _by_expert(out, dst, rank)
     for expert in sent.keys() & received.keys():
         received[expert].copy_(sent[expert])
     return out, transport.gather(gather_schedule(src, dst), sent, received)
 
 
-def _start_reduce(grads: Tensor, src: Placement, dst: Placement, transport: PointToPoint) -> tuple[Tensor, Work]:
+def _start_reduce(grads: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
     rank = transport.group.rank()
     grads = grads.detach().contiguous()
     out = grads.new_empty(len(dst.held_by(rank)), *grads.shape[1:])
+    transport.agree_on_chunk(_chunk_bytes(grads))
     schedule = gather_schedule(dst, src).reversed
     sums = _by_expert(out, dst, rank)
     return out, transport.reduce(schedule, _by_expert(grads, src, rank), sums, grads.dtype)
@@ -146,10 +167,11 @@ def _run(
     topology = Topology.detect(group.size()) if topology is None else topology
     _check(name, rows, src, dst, group)
     check_placements(name, (src, dst), group)
+    check_rows(name, rows, group)
     call = (_encode(src), _encode(dst), src.num_experts, topology.devices_per_node, group.group_name)
     if not async_op:
         return getattr(torch.ops.hecate, name)(rows, *call)
-    out, work = _START[name](rows, src, dst, PointToPoint(group, topology))
+    out, work = _START[name](rows, src, dst, _transport(group, topology))
 
     def wait() -> Tensor:
         work.wait()
@@ -179,7 +201,7 @@ def _execute(
     process_group = group_named(group)
     devices = process_group.size()
     placements = (_decode(src, num_experts, devices), _decode(dst, num_experts, devices))
-    out, work = _START[name](rows, *placements, PointToPoint(process_group, Topology(devices, per_node)))
+    out, work = _START[name](rows, *placements, _transport(process_group, Topology(devices, per_node)))
     work.wait()
     return out
 

@@ -49,6 +49,24 @@ class Transport(ABC):
             )
         self.group = group
         self.topology = topology
+        self._agreed: set[int] = set()
+
+    def agree_on_chunk(self, num_bytes: int) -> None:
+        """ValueError where ranks come with chunks of other sizes; asked once a size. Collective.
+
+        Without it a backend may take a shorter message for a longer one and leave the rest of the row unwritten.
+        """
+        if num_bytes in self._agreed:
+            return
+        everyone = [0] * self.group.size()
+        dist.all_gather_object(everyone, num_bytes, group=self.group)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise ValueError(
+                    f"Transport: a chunk is {everyone[0]} bytes on rank 0 and {other} bytes on rank {rank}; "
+                    "all ranks must pass chunks of one size"
+                )
+        self._agreed.add(num_bytes)
 
     @abstractmethod
     def gather(self, schedule: Schedule, sent: Rows, received: Rows) -> Work:
