@@ -1,9 +1,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
 #include <memory>
 
 #include "planner/cover.hpp"
+#include "planner/plan_check.hpp"
 #include "planner/quota.hpp"
 #include "planner/spread.hpp"
 
@@ -60,6 +62,46 @@ Out even_quota_array(const Counts& counts, const Holding& placement, int devices
 
 using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Levels = nb::ndarray<const std::int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+Out vector_array(const std::vector<T>& values, std::initializer_list<std::size_t> shape) {
+  std::unique_ptr<std::int64_t[]> memory(new std::int64_t[values.size()]);
+  std::copy(values.begin(), values.end(), memory.get());
+  nb::capsule owner;
+  std::int64_t* data = release_to(memory, owner);
+  return Out(data, shape, owner);
+}
+
+// int64 [pairs, 2]: (expert, device), ascending.
+Out holders_array(const Holding& placement) {
+  std::vector<std::int64_t> flat;
+  for (std::size_t e = 0; e < placement.shape(0); ++e)
+    for (std::size_t d = 0; d < placement.shape(1); ++d)
+      if (placement.data()[e * placement.shape(1) + d]) flat.insert(flat.end(), {std::int64_t(e), std::int64_t(d)});
+  return vector_array(flat, {flat.size() / 2, 2});
+}
+
+PlanArrays plan_arrays(const Holding& placement, const Vector& owners, const Counts& holders, const Counts& quota,
+                       const std::int64_t* loads = nullptr) {
+  return {placement.data(), owners.data(), holders.data(), quota.data(), loads,
+          static_cast<std::int64_t>(holders.shape(0))};
+}
+
+Shape placement_shape(const Holding& placement, int devices_per_node) {
+  return {static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), devices_per_node};
+}
+
+nb::tuple plan_sums(const Holding& placement, const Vector& owners, const Counts& holders, const Counts& quota,
+                    int devices_per_node) {
+  const PlanArrays plan = plan_arrays(placement, owners, holders, quota);
+  const Shape shape = placement_shape(placement, devices_per_node);
+  return nb::make_tuple(vector_array(device_loads(plan, shape), {placement.shape(1)}), count_crossings(plan, shape));
+}
+
+std::string plan_fault_of(const Holding& placement, const Vector& owners, const Counts& holders, const Counts& quota,
+                          const Vector& loads) {
+  return plan_fault(plan_arrays(placement, owners, holders, quota, loads.data()), placement_shape(placement, 1));
+}
 
 Limits limits_of(const Vector& in, const Vector& out, const bool* allowed = nullptr) {
   return {{in.data(), in.data() + in.shape(0)}, {out.data(), out.data() + out.shape(0)}, allowed};
@@ -125,6 +167,11 @@ Out cover_array(const Vector& loads, const Holding& placement, int devices_per_n
 
 void bind_planner(nb::module_& m) {
   m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("holders", &holders_array, nb::arg("placement"));
+  m.def("plan_sums", &plan_sums, nb::arg("placement"), nb::arg("owners"), nb::arg("holders"), nb::arg("quota"),
+        nb::arg("devices_per_node"));
+  m.def("plan_fault", &plan_fault_of, nb::arg("placement"), nb::arg("owners"), nb::arg("holders"), nb::arg("quota"),
+        nb::arg("device_loads"));
   m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("spread", &spread_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),

@@ -1,7 +1,6 @@
 #include "planner/cover.hpp"
 
 #include <algorithm>
-#include <map>
 
 namespace hecate {
 
@@ -21,25 +20,26 @@ class Rooms {
   // Where to move `tokens` of `expert`: the least room that takes all of them; else the larger of the two rooms that
   // take them together with the least left over; else the largest. Returns a device, or -1.
   int best_fit(const Network& network, const Limits& limits, int expert, std::int64_t tokens) const {
-    const auto usable = [&](std::size_t i) { return limits.may_enter(network, expert, sorted_[i].second); };
-    std::size_t i = std::lower_bound(sorted_.begin(), sorted_.end(), Room{tokens, -1}) - sorted_.begin();
-    const std::size_t wide = i;
-    for (; i < sorted_.size(); ++i)
-      if (usable(i)) return sorted_[i].second;
-    std::vector<std::size_t> narrow;
-    for (i = 0; i < wide; ++i)
-      if (usable(i)) narrow.push_back(i);
-    if (narrow.empty()) return -1;
-    std::size_t best = narrow.back();
+    const auto usable = [&](int i) { return limits.may_enter(network, expert, sorted_[i].second); };
+    const auto above = [&](int i) {
+      while (i < count() && !usable(i)) ++i;
+      return i;
+    };
+    const auto below = [&](int i) {
+      while (i >= 0 && !usable(i)) --i;
+      return i;
+    };
+    const int wide = static_cast<int>(std::lower_bound(sorted_.begin(), sorted_.end(), Room{tokens, -1}) - sorted_.begin());
+    if (const int fit = above(wide); fit < count()) return sorted_[fit].second;
+    int high = below(wide - 1), best = high;
+    if (high < 0) return -1;
     std::int64_t waste = -1;
-    for (std::size_t low = 0, high = narrow.size() - 1; low < high;) {
-      const std::int64_t left = sorted_[narrow[low]].first + sorted_[narrow[high]].first - tokens;
-      if (left < 0) {
-        ++low;
-        continue;
-      }
-      if (waste < 0 || left < waste) waste = left, best = narrow[high];
-      --high;
+    for (int low = above(0); low < high;) {
+      const std::int64_t left = sorted_[low].first + sorted_[high].first - tokens;
+      if (left >= 0 && (waste < 0 || left < waste)) waste = left, best = high;
+      if (left >= 0) high = below(high - 1);
+      else if (waste < 0 && sorted_[high].first * 2 < tokens) break;  // not even two of the largest
+      else low = above(low + 1);
     }
     return sorted_[best].second;
   }
@@ -53,6 +53,7 @@ class Rooms {
 
  private:
   using Room = std::pair<std::int64_t, int>;
+  int count() const { return static_cast<int>(sorted_.size()); }
   std::vector<Room> sorted_;
 };
 
@@ -61,7 +62,7 @@ int largest_pair(const Network& network, int device, const Limits& limits) {
   int best = -1;
   for (int p = network.first_on_device(device); p >= 0; p = network.next_on_device(p))
     if (network.amount[p] > 0 && (best < 0 || network.amount[p] > network.amount[best]) &&
-        limits.sender(network, network.expert_of[p]) >= 0)
+        limits.can_send(network, network.expert_of[p]))
       best = p;
   return best;
 }
@@ -128,12 +129,12 @@ Holders node_holders(const Holders& held, const Shape& shape) {
   return nodes;
 }
 
-// Balances the devices of one node. `given` holds (expert, tokens) that the node computes. An expert that enters the
-// node starts on a device of its own outside, full but for those tokens.
-bool cover_inside(const Holders& held, const Shape& shape, int node, const std::vector<Pair>& entered,
+// Balances the devices of one node. `given` holds (expert, tokens) that the node computes, of which `outside` experts
+// enter the node: each starts on a device of its own outside, which is full but for those tokens.
+bool cover_inside(const Holders& held, const Shape& shape, int node, int outside,
                   const std::vector<std::pair<int, std::int64_t>>& given, std::int64_t target, Limits& limits,
                   std::vector<Pair>& copies) {
-  const int inside = shape.devices_per_node, first = node * inside, outside = static_cast<int>(entered.size());
+  const int inside = shape.devices_per_node, first = node * inside;
   Network network(static_cast<int>(given.size()), inside + outside, 4 * static_cast<int>(given.size()));
   Limits local{{limits.in.begin() + first, limits.in.begin() + first + inside},
                {limits.out.begin() + first, limits.out.begin() + first + inside}};
@@ -163,10 +164,10 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
   const int before = nodes.pairs();
   if (!nodes.drain(node_target) && !relieve_all(nodes, node_target, node_limits)) return false;
   for (int n = 0; n < shape.nodes(); ++n) {
-    std::vector<Pair> entered;
+    int entered = 0;
     std::vector<std::pair<int, std::int64_t>> given;
     for (int p = nodes.first_on_device(n); p >= 0; p = nodes.next_on_device(p)) {
-      if (p >= before) entered.emplace_back(nodes.expert_of[p], n);
+      entered += p >= before;
       given.emplace_back(nodes.expert_of[p], nodes.amount[p]);
     }
     std::reverse(given.begin(), given.end());

@@ -27,6 +27,12 @@ struct Limits {
     return best;
   }
 
+  bool can_send(const Network& network, int expert) const {
+    for (int p = network.first_of_expert(expert); p >= 0; p = network.next_of_expert(p))
+      if (out[network.device_of[p]] > 0) return true;
+    return false;
+  }
+
   bool may_enter(const Network& network, int expert, int device) const {
     return in[device] > 0 && (!allowed || allowed[static_cast<std::int64_t>(expert) * network.devices() + device]) &&
            !network.holds(expert, device);

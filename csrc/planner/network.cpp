@@ -7,6 +7,7 @@ namespace hecate {
 
 Network::Network(int experts, int devices, int expected_pairs)
     : load(devices, 0), expert_head_(experts, -1), device_head_(devices, -1), degree_(experts, 0),
+      held_(static_cast<std::size_t>(experts) * devices, false),
       level_(devices, -1), seen_(experts, 0), next_pair_(devices, -1) {
   for (auto* list : {&expert_of, &device_of, &expert_next_, &device_next_}) list->reserve(expected_pairs);
   amount.reserve(expected_pairs);
@@ -24,27 +25,13 @@ int Network::add_pair(int expert, int device, std::int64_t tokens) {
   device_next_.push_back(device_head_[device]);
   device_head_[device] = pair;
   ++degree_[expert];
+  held_[static_cast<std::size_t>(expert) * load.size() + device] = true;
   return pair;
-}
-
-void Network::remove_last_pair() {
-  const int pair = pairs() - 1;
-  expert_head_[expert_of[pair]] = expert_next_[pair];
-  device_head_[device_of[pair]] = device_next_[pair];
-  --degree_[expert_of[pair]];
-  for (auto* list : {&expert_of, &device_of, &expert_next_, &device_next_}) list->pop_back();
-  amount.pop_back();
 }
 
 void Network::add_amount(int pair, std::int64_t tokens) {
   amount[pair] += tokens;
   load[device_of[pair]] += tokens;
-}
-
-bool Network::holds(int expert, int device) const {
-  for (int p = expert_head_[expert]; p >= 0; p = expert_next_[p])
-    if (device_of[p] == device) return true;
-  return false;
 }
 
 std::int64_t Network::total() const { return std::accumulate(load.begin(), load.end(), std::int64_t{0}); }

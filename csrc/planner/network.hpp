@@ -13,8 +13,6 @@ class Network {
   Network(int experts, int devices, int expected_pairs);
 
   int add_pair(int expert, int device, std::int64_t amount = 0);
-  // Takes back the pair added last; its amount must be 0.
-  void remove_last_pair();
   void add_amount(int pair, std::int64_t tokens);
 
   int experts() const { return static_cast<int>(expert_head_.size()); }
@@ -25,7 +23,7 @@ class Network {
   int next_of_expert(int pair) const { return expert_next_[pair]; }
   int first_on_device(int device) const { return device_head_[device]; }
   int next_on_device(int pair) const { return device_next_[pair]; }
-  bool holds(int expert, int device) const;
+  bool holds(int expert, int device) const { return held_[static_cast<std::size_t>(expert) * load.size() + device]; }
   std::int64_t total() const;
 
   // Moves tokens between holders until no device has more than `target`. False: impossible, and then `reached`
@@ -44,6 +42,7 @@ class Network {
   std::int64_t push(int device, std::int64_t limit, std::int64_t target);
 
   std::vector<int> expert_head_, device_head_, expert_next_, device_next_, degree_;
+  std::vector<bool> held_;  // [experts, devices]
   std::vector<int> level_, seen_, queue_, next_pair_;
 };
 

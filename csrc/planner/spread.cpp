@@ -98,7 +98,7 @@ void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
   for (;;) {
     const Network& network = set[0].network;
     const Pair copy = best_copy(set, [&](int e, int d) {
-      return limits.may_enter(network, e, d) && limits.sender(network, e) >= 0;
+      return limits.may_enter(network, e, d) && limits.can_send(network, e);
     });
     if (copy.first < 0) return;
     limits.take(network, copy.first, copy.second);
@@ -128,7 +128,7 @@ bool fits(const Guesses& guesses, const std::vector<Pair>& held, int devices, Li
   for (int p = 0; p < static_cast<int>(held.size()); ++p) {
     const auto [e, d] = held[p];
     if (p >= guesses.experts) {
-      if (!limits.may_enter(network, e, d) || limits.sender(network, e) < 0) return false;
+      if (!limits.may_enter(network, e, d) || !limits.can_send(network, e)) return false;
       limits.take(network, e, d);
     }
     network.add_pair(e, d);

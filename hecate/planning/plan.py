@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hecate import _native
 from hecate.placement import Placement, Topology
 
 __all__ = ["Plan", "check_counts"]
@@ -56,9 +57,8 @@ class Plan:
         lower_bound: float = 1.0,
     ) -> Plan:
         """The plan that follows from `placement` and `quota`."""
-        holders = np.argwhere(placement.matrix).astype(np.int64, copy=False)
-        loads = np.zeros(topology.num_devices, dtype=np.int64)
-        np.add.at(loads, holders[:, 1], quota.sum(axis=0))
+        holders = _native.holders(placement.matrix)
+        loads, crossings = _native.plan_sums(placement.matrix, owners, holders, quota, topology.devices_per_node)
         copies = len(holders) - placement.num_experts
         return cls(
             placement=placement,
@@ -68,29 +68,26 @@ class Plan:
             quota=quota,
             device_loads=loads,
             copies=copies,
-            crossings=count_crossings(holders, owners, topology),
+            crossings=crossings,
             bytes=copies * expert_bytes,
             lower_bound=lower_bound,
         )
 
     def __post_init__(self) -> None:
         for name in ("owners", "holders", "quota", "device_loads"):
-            array = getattr(self, name)
-            view = np.ascontiguousarray(array, dtype=np.int64).view()
+            view = np.ascontiguousarray(getattr(self, name), dtype=np.int64).view()
             view.setflags(write=False)
             object.__setattr__(self, name, view)
         experts, devices, pairs = self.placement.num_experts, self.placement.num_devices, len(self.holders)
-        _rule(devices == self.topology.num_devices, f"placement has {devices} devices, topology {self.topology}")
-        _rule(self.owners.shape == (experts,), f"owners has shape {self.owners.shape}, placement {experts} experts")
-        _rule(self.quota.shape == (devices, pairs), f"quota has shape {self.quota.shape}, must be {(devices, pairs)}")
-        _rule(bool((self.quota >= 0).all()), "quota has a negative entry")
-        _rule(pairs == int(self.placement.matrix.sum()), f"{pairs} holders, placement has another number of pairs")
-        _rule(bool(self.placement.matrix[self.holders[:, 0], self.holders[:, 1]].all()), "a holder is not in placement")
-        keys = self.holders[:, 0] * devices + self.holders[:, 1]
-        _rule(bool((np.diff(keys) > 0).all()), "holders do not ascend")
-        _rule(bool(self.placement.matrix[np.arange(experts), self.owners].all()), "an owner does not hold its expert")
-        computed = np.bincount(self.holders[:, 1], weights=self.quota.sum(axis=0), minlength=devices)
-        _rule(bool((computed == self.device_loads).all()), "device_loads are not the sums of quota")
+        if devices != self.topology.num_devices:
+            raise ValueError(f"Plan: placement has {devices} devices, topology {self.topology.num_devices}")
+        shapes = {"owners": (experts,), "holders": (pairs, 2), "quota": (devices, pairs), "device_loads": (devices,)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"Plan: {name} has shape {getattr(self, name).shape}, must be {shape}")
+        fault = _native.plan_fault(self.placement.matrix, self.owners, self.holders, self.quota, self.device_loads)
+        if fault:
+            raise ValueError(f"Plan: {fault}")
 
     @property
     def imbalance(self) -> float:
@@ -111,13 +108,6 @@ class Plan:
         return hashed.hexdigest()
 
 
-def count_crossings(holders: Int64, owners: Int64, topology: Topology) -> int:
-    """Pairs of an expert and a foreign node that holds it."""
-    node = holders[:, 1] // topology.devices_per_node
-    foreign = node != owners[holders[:, 0]] // topology.devices_per_node
-    return len(np.unique(holders[foreign, 0] * topology.num_nodes + node[foreign]))
-
-
 def check_counts(counts: object, num_devices: int, num_experts: int) -> Int64:
     """`counts` as C-contiguous int64 `[num_devices, num_experts]`; ValueError names value and rule."""
     array = np.asarray(counts)
@@ -133,8 +123,3 @@ def check_counts(counts: object, num_devices: int, num_experts: int) -> Int64:
     if array.size and (array.max() > MAX_TOKENS or array.sum() > MAX_TOKENS):
         raise ValueError(f"counts: {array.sum(dtype=object)} tokens in total, must be <= 2**40")
     return array
-
-
-def _rule(holds: bool, broken: str) -> None:
-    if not holds:
-        raise ValueError(f"Plan: {broken}")
