@@ -1,0 +1,30 @@
+import numpy as np
+from numpy.typing import NDArray
+
+_Int64 = NDArray[np.int64]
+_Bool = NDArray[np.bool_]
+
+# csrc/planner
+def exact_quota(counts: _Int64, placement: _Bool, devices_per_node: int) -> _Int64: ...
+def even_quota(counts: _Int64, placement: _Bool, devices_per_node: int) -> _Int64: ...
+def min_max_loads(loads: _Int64, placement: _Bool) -> _Int64: ...
+def lower_bound(loads: _Int64, owners: _Int64, slots: _Int64) -> int: ...
+def holders(placement: _Bool) -> _Int64: ...
+def plan_sums(
+    placement: _Bool, owners: _Int64, holders: _Int64, quota: _Int64, devices_per_node: int
+) -> tuple[_Int64, int]: ...
+def plan_fault(placement: _Bool, owners: _Int64, holders: _Int64, quota: _Int64, device_loads: _Int64) -> str: ...
+def cover(
+    loads: _Int64,
+    placement: _Bool,
+    devices_per_node: int,
+    target: int,
+    limit_in: _Int64,
+    limit_out: _Int64,
+    node_in: _Int64,
+    node_out: _Int64,
+    by_node: bool,
+) -> _Int64: ...
+def spread(
+    levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, swaps: int
+) -> _Int64: ...
