@@ -4,13 +4,17 @@ from hecate.api import FSSDP, fully_shard
 from hecate.collectives.functional import sparse_all_gather, sparse_reduce_scatter
 from hecate.config import FSSDPConfig
 from hecate.placement import Placement, Topology
+from hecate.planning.limits import LinkBudget
+from hecate.planning.planner import plan
 
 __all__ = [
     "FSSDP",
     "FSSDPConfig",
+    "LinkBudget",
     "Placement",
     "Topology",
     "fully_shard",
+    "plan",
     "sparse_all_gather",
     "sparse_reduce_scatter",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as fsdp2
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from hecate.adapters.base import FoundExperts, find_experts
 from hecate.checkpoint.full import full_experts, full_tensor
+from hecate.checkpoint.state import TrainingState
+from hecate.checkpoint.store import load, save
+from hecate.collectives.group_seam import default_store
 from hecate.config import FSSDPConfig
 from hecate.policies import get_policy
 from hecate.runtime.build import (
@@ -30,6 +36,7 @@ from hecate.runtime.build import (
 from hecate.runtime.chunk import ChunkLayout
 from hecate.runtime.copies import PoolLayer, SharedBuffers
 from hecate.runtime.engine import Engine
+from hecate.runtime.heartbeat import Heartbeat
 from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.planner import LayerPlanner, layer_cost
 from hecate.runtime.pool import ExpertPool, local_tensor
@@ -72,8 +79,8 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
-        found = find_experts(model)
         check_model(model, mesh)
+        found = find_experts(model)
         check_same([f.spec for f in found], config)
         self.model = model
         self.config = config
@@ -83,6 +90,7 @@ class FSSDP:
         self._comms = make_comms(self.mesh, self.device)
         self._policy = get_policy(config.policy)
         self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
+        self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
         self._sync = True
         self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
         self._cast(found)
@@ -113,6 +121,16 @@ class FSSDP:
         finally:
             self._set_sync(True)
 
+    @contextmanager
+    def naming_missing_ranks(self) -> Iterator[None]:
+        """Put it around a training loop: where a collective fails because ranks died or hang, the error names them.
+
+        Raises:
+            hecate.runtime.heartbeat.MissingRankError: from the backend's own error.
+        """
+        with nullcontext() if self._heart is None else self._heart.naming_missing_ranks():
+            yield
+
     def stats(self) -> dict[str, Any]:
         """What happened in the last step.
 
@@ -126,7 +144,7 @@ class FSSDP:
         return {
             "step": self._engine.step,
             "policy": self.config.policy,
-            "layers": self._engine.last_step,
+            "layers": self._engine.report(),
             "memory_bytes": self._peak_memory | copies,
         }
 
@@ -147,6 +165,46 @@ class FSSDP:
             else:
                 full[name] = full_tensor(dense[name])
         return full
+
+    def save(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> None:
+        """Write a checkpoint folder with torch.distributed.checkpoint, by original names and shapes. Collective.
+
+        Weights and buffers have their original names, optimizer state `optimizer.state.<name>.<key>`; experts are
+        stacked, so that the stock `dcp.load` reads them anywhere. Also saved: parameter groups, owners, load history,
+        step count, cost model; not: pending gradients. What was at `path` is replaced when the new one is complete.
+
+        Args:
+            path: the folder, on a file system that all ranks share.
+            optimizer: of the model's parameters.
+
+        Raises:
+            OSError: it could not be written; on all ranks, and the one before is intact.
+            ValueError: an optimizer of other parameters, or with state that cannot be saved.
+        """
+        save(Path(path), self._training_state(), optimizer)
+
+    def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> None:
+        """Read what `save` wrote, on any number of devices, or a plain `dcp.save(model.state_dict())`. Collective.
+
+        On an equal mesh owners and cost model become the saved ones, and training goes on bit by bit; on another one
+        owners become the initial ones and the cost model stays the config's. Pending gradients are dropped.
+
+        Args:
+            path: the folder.
+            optimizer: gets the saved state and parameter groups, whether it has made a step or not; None reads weights.
+
+        Raises:
+            ValueError: no checkpoint, damaged (names the file), of a newer format, or of another model or optimizer;
+                on all ranks, before anything is overwritten.
+            OSError: it could not be read.
+        """
+        load(Path(path), self._training_state(), optimizer)
+        if optimizer is not None:
+            self._watch.optimizers.add(optimizer)  # its state moves with the experts before it makes a step
+
+    def _training_state(self) -> TrainingState:
+        replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())
+        return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
 
     # Building.
 
@@ -201,6 +259,7 @@ class FSSDP:
             enter=lambda: self._dense.enter() if self._dense is not None else None,
             leave=lambda: self._dense.leave() if self._dense is not None else None,
             end_of_backward=self._reduce_replicas,
+            guard=self.naming_missing_ranks,
         )
 
     def _slots(self, chunk_bytes: int, layers: int) -> int:

@@ -17,6 +17,7 @@ from hecate.config import FSSDPConfig
 from hecate.placement import Topology
 from hecate.runtime.chunk import Dtypes, ExpertsSpec
 from hecate.runtime.copies import Comms
+from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.overlap import ExposedTime, Lane
 
 __all__ = ["check_model", "check_same", "device_of", "free_slots", "make_comms", "make_mesh", "resolve_dtypes"]
@@ -30,6 +31,9 @@ def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
 
 def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """ValueError where a parameter is sharded already, or lies on another device type than the mesh."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSSDPExperts):
+            raise ValueError(f"fully_shard: {name} is under FSSDP already; call hecate.fully_shard once on a model")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(

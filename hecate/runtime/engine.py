@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
 from hecate.runtime.copies import Comms, LayerCopies, SharedBuffers
 from hecate.runtime.exchange import count_tokens, dispatch_of
 from hecate.runtime.layer import LayerRecord
-from hecate.runtime.overlap import Pending
+from hecate.runtime.overlap import ExposedTime, Pending
 from hecate.runtime.planner import LayerPlanner
+from hecate.runtime.stats import LayerTotals
 
 __all__ = ["Engine"]
 
@@ -37,6 +39,7 @@ class Engine:
         before_step: called at the first forward of a step, before planning (re-sharding).
         enter, leave: called around each forward and backward pass (dense replicas).
         end_of_backward: called when all expert gradients of a backward pass are home (dense reduction).
+        guard: makes a context in which a failed collective names the ranks that are missing.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class Engine:
         enter: Callable[[], None],
         leave: Callable[[], None],
         end_of_backward: Callable[[], None],
+        guard: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.layers = tuple(layers)
         self.comms = comms
         self.anchor = anchor
+        self.guard = guard
         self.step = 0
-        self.last_step: list[dict[str, Any]] = []
         self.peak_copies_bytes = 0
+        self._totals: list[LayerTotals] = []  # of the last step
+        self._exposed = ExposedTime()
         self._shared = shared
         self._before_step = before_step
         self._enter, self._leave, self._end_of_backward = enter, leave, end_of_backward
@@ -169,8 +175,9 @@ class Engine:
 
     def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
         """The experts of a layer have run backward: send gradients home, prefetch the layer that comes next."""
-        self._finish_reductions()
-        self._pending.append(copies.reduce(grads))
+        with self.guard():
+            self._finish_reductions()
+            self._pending.append(copies.reduce(grads))
         if self._shared is None:
             copies.release()
         self._launch_again(copies.layer.index - 1)
@@ -189,7 +196,8 @@ class Engine:
         self._launch_again(len(self.layers) - 1)
 
     def _finish_backward(self) -> None:
-        self._finish_reductions()
+        with self.guard():
+            self._finish_reductions()
         for micro_batch in self._in_backward:
             self._drop(micro_batch)
         self._in_backward.clear()
@@ -204,7 +212,7 @@ class Engine:
 
     def _drop(self, micro_batch: int) -> None:
         for key in [k for k in self._records if k[1] == micro_batch]:
-            del self._records[key]
+            self._records.pop(key).copies.release()
 
     # The end of a step.
 
@@ -216,9 +224,27 @@ class Engine:
         self._records.clear()
         if self._shared is not None:
             self._shared.evict()
-        exposed = self.comms.exposed.take()
-        self.last_step = [layer.end_step(exposed.get(i, 0.0)) for i, layer in enumerate(self.layers)]
+        self._totals = [layer.end_step() for layer in self.layers]
+        self._exposed = self.comms.exposed.take()
         self.step += 1
+
+    def report(self) -> list[dict[str, Any]]:
+        """The last step, an entry a layer, as `FSSDP.stats()` gives it; empty before the first."""
+        return [
+            totals.report(layer.name) | {"exposed_seconds": self._exposed.seconds(i)}
+            for i, (layer, totals) in enumerate(zip(self.layers, self._totals, strict=False))
+        ]
+
+    def restart(self, step: int) -> None:
+        """Go to `step` with other weights or owners: nothing of the present step is kept."""
+        for copies in self._launched.values():
+            copies.release()
+        self._launched.clear()
+        self._records.clear()
+        if self._shared is not None:
+            self._shared.evict()
+        self._placements = None
+        self.step = step
 
     def _measure(self) -> None:
         own = sum(r.copies.num_bytes for r in self._records.values())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -27,7 +29,9 @@ class MissingRankError(RuntimeError):
 
 
 class Heartbeat:
-    """Beats for this rank from a thread of its own, until `stop`.
+    """Beats for this rank from a thread of its own, until `stop()`, the object's or the process's end.
+
+    Several in one process (one an engine) beat together; the rank has left when all have stopped.
 
     Args:
         store: that all ranks share; on rank 0's machine, so that a store that is gone means that rank 0's host is.
@@ -41,26 +45,22 @@ class Heartbeat:
         self._store = dist.PrefixStore("hecate/heartbeat", store)
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._stop = threading.Event()
-        self._store.add(str(rank), 1)
-        self._thread = threading.Thread(target=self._beat, name="hecate-heartbeat", daemon=True)
+        self._store.add(f"{rank}/alive", 1)
+        # The thread must not keep this object alive, so that `stop` runs when the last user drops it.
+        beat = partial(_beat, self._store, str(rank), interval.total_seconds(), self._stop)
+        self._thread = threading.Thread(target=beat, name="hecate-heartbeat", daemon=True)
         self._thread.start()
-
-    def stop(self) -> None:
-        """Say goodbye, so that nobody takes this rank for missing, and end the thread."""
-        self._stop.set()
-        self._thread.join()
-        with suppress(RuntimeError, OSError):  # the store may have gone before
-            self._store.add(f"{self._rank}/left", 1)
+        self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
 
     def missing(self) -> list[int]:
         """Ranks that neither beat for three intervals nor left. Rank 0 where the store does not answer: it keeps it."""
         try:
             before = self._read("{}")
             time.sleep(3 * self._interval.total_seconds())
-            after, left = self._read("{}"), self._read("{}/left")
+            after, alive = self._read("{}"), self._read("{}/alive")
         except (RuntimeError, OSError):  # torch's store errors
             return [0]
-        still = [rank for rank in range(self._world_size) if before[rank] == after[rank] and not left[rank]]
+        still = [rank for rank in range(self._world_size) if before[rank] == after[rank] and alive[rank]]
         return [rank for rank in still if rank != self._rank]
 
     @contextmanager
@@ -68,6 +68,8 @@ class Heartbeat:
         """Turn an error inside into `MissingRankError` where a rank is missing, and pass it on where none is."""
         try:
             yield
+        except MissingRankError:
+            raise
         except RuntimeError as error:
             ranks = self.missing()
             if ranks:
@@ -78,9 +80,17 @@ class Heartbeat:
         # Adding nothing reads a counter without waiting for a key.
         return [self._store.add(key.format(rank), 0) for rank in range(self._world_size)]
 
-    def _beat(self) -> None:
-        while not self._stop.wait(self._interval.total_seconds()):
-            try:
-                self._store.add(str(self._rank), 1)
-            except (RuntimeError, OSError):  # the store is gone; `missing` will say so
-                return
+
+def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) -> None:
+    while not stop.wait(interval):
+        try:
+            store.add(rank, 1)
+        except (RuntimeError, OSError):  # the store is gone; `missing` will say so
+            return
+
+
+def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join()
+    with suppress(RuntimeError, OSError):  # the store may have gone before
+        store.add(f"{rank}/alive", -1)

@@ -57,7 +57,10 @@ class FSSDPExperts(nn.Module):
         Returns:
             `[T, d]` in the dtype of `hidden_states`.
         """
-        engine = self._engine[0]
+        with self._engine[0].guard():
+            return self._run(self._engine[0], hidden_states, top_k_index, top_k_weights)
+
+    def _run(self, engine: Engine, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         record = engine.record(self.index, top_k_index, top_k_weights)
         group = engine.comms.tokens
         rows = send_out(hidden_states.to(engine.compute_dtype(self.index)), record.dispatch, group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,17 +96,40 @@ class LayerPlanner:
         """Count a micro-batch that is trained on."""
         self._totals.add(counts, self.owners, plan, top_k)
 
-    def end_step(self, exposed_seconds: float) -> dict[str, Any]:
-        """Turn the step's loads into history; returns the layer's entry of `FSSDP.stats()`."""
+    def end_step(self) -> LayerTotals:
+        """Turn the step's loads into history; returns its totals."""
         totals, self._totals = self._totals, self._no_totals()
-        totals.exposed_seconds = exposed_seconds
         totals.bytes_sent, self.storage.bytes_sent = self.storage.bytes_sent, 0
         if totals.micro_batches:
             self.history.add(totals.counts)
             self.history.close_step()
             self.since_reshard = self.since_reshard + totals.counts.sum(axis=0)
             self._tokens_per_device = totals.tokens_per_device
-        return totals.report(self.name)
+        return totals
+
+    def state(self) -> dict[str, NDArray[np.int64]]:
+        """What plans come from, besides `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
+        return {
+            "history": self.history.array(),
+            "since_reshard": self.since_reshard.copy(),
+            "tokens_per_device": np.array(self._tokens_per_device, dtype=np.int64),
+        }
+
+    def restart(self, state: Mapping[str, NDArray[np.int64]] | None, cost: CostModel | None) -> None:
+        """Go on from `state`, of any number of devices (None: no history), with `cost` (None: the present one)."""
+        devices = self.storage.comms.topology.num_devices
+        self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
+        self.since_reshard = np.zeros(self.num_experts, dtype=np.int64)
+        self._tokens_per_device = 0
+        self._totals = self._no_totals()
+        if state is not None:
+            for counts in state["history"]:
+                self.history.add(_spread(counts, devices))
+                self.history.close_step()
+            self.since_reshard += state["since_reshard"]
+            self._tokens_per_device = int(state["tokens_per_device"])
+        if cost is not None:
+            self._cost = replace(self._cost, model=cost)
 
     def _setting_for(self, counts: NDArray[np.int64], top_k: int) -> LayerSetting:
         return self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
@@ -113,3 +137,11 @@ class LayerPlanner:
     def _no_totals(self) -> LayerTotals:
         devices = self.storage.comms.topology.num_devices
         return LayerTotals(np.zeros((devices, self.num_experts), dtype=np.int64))
+
+
+def _spread(counts: NDArray[np.int64], devices: int) -> NDArray[np.int64]:
+    """Counts `[D, E]`; of another number of devices, each expert's load spread evenly over `devices`."""
+    if len(counts) == devices:
+        return counts
+    each, rest = np.divmod(counts.sum(axis=0), devices)
+    return each + (np.arange(devices)[:, None] < rest)

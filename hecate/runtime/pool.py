@@ -52,11 +52,11 @@ class ExpertPool:
         self.num_devices = num_devices
         self.mesh = mesh
         self.device = device
-        self.owners = [initial_owners(s.num_experts, num_devices, i) for i, s in enumerate(self.specs)]
+        self.owners = self.initial_owners()
         self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
         self.parameters = {
             w.kind: nn.Parameter(
-                self._distribute(torch.zeros(self.slots, *w.shape, dtype=dtype, device=device)),
+                self.distribute(torch.zeros(self.slots, *w.shape, dtype=dtype, device=device)),
                 requires_grad=w.trainable,
             )
             for w in self.weights
@@ -65,6 +65,14 @@ class ExpertPool:
     @property
     def weights(self) -> tuple[WeightSpec, ...]:
         return self.specs[0].weights
+
+    def initial_owners(self) -> list[NDArray[np.int64]]:
+        """Per layer, the even sharding that training starts from."""
+        return [initial_owners(s.num_experts, self.num_devices, i) for i, s in enumerate(self.specs)]
+
+    def fits(self, owners: Sequence[NDArray[np.int64]]) -> bool:
+        """Whether no device would own more than its slots."""
+        return int(np.bincount(np.concatenate(owners), minlength=self.num_devices).max()) <= self.slots
 
     def placement(self, layer: int) -> Placement:
         """Who owns the experts of the pool's `layer`-th layer."""
@@ -98,7 +106,7 @@ class ExpertPool:
         """Gradient rows `[slots, *shape]` of this device, zeros if there were none."""
         parameter = self.parameters[kind]
         if parameter.grad is None:
-            parameter.grad = self._distribute(torch.zeros_like(local_tensor(parameter)))
+            parameter.grad = self.distribute(torch.zeros_like(local_tensor(parameter)))
         return local_tensor(parameter.grad)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -113,7 +121,12 @@ class ExpertPool:
             if not stacked.is_meta:
                 rows.copy_(stacked[owned.to(stacked.device)])
 
-    def _distribute(self, local: Tensor) -> Tensor:
+    def clear_padding(self, tensor: Tensor) -> None:
+        """Zero the rows `[slots, ...]` of this device that hold no expert."""
+        local_tensor(tensor)[sum(len(self.owned(i)) for i in range(len(self.specs))) :] = 0
+
+    def distribute(self, local: Tensor) -> Tensor:
+        """The DTensor of which `local` `[slots, ...]` is this device's part; itself without a mesh."""
         if self.mesh is None:
             return local
         placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]

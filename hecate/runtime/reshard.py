@@ -83,6 +83,8 @@ class Resharder:
         for pool in dict.fromkeys(layer.storage.pool for layer in self._layers):
             layers = [layer for layer in self._layers if layer.storage.pool is pool]
             loads = [self._summed(layer.since_reshard) for layer in layers]
+            if not any(load.any() for load in loads):
+                continue  # done for this step already, before an evaluation or a checkpoint
             owners = self._policy.reshard(tuple(layer.setting() for layer in layers), loads, pool.owners)
             for layer in layers:
                 layer.since_reshard[:] = 0

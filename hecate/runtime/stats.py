@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class LayerTotals:
         copies: experts held beyond their owner, of the last micro-batch.
         top_k: experts a token.
         micro_batches: how many.
+        bytes_sent: by all devices together, for copies and their gradients.
     """
 
     counts: NDArray[np.int64]
@@ -33,7 +34,6 @@ class LayerTotals:
     copies: int = 0
     top_k: int = 1
     micro_batches: int = 0
-    exposed_seconds: float = field(default=0.0)
     bytes_sent: int = 0
 
     def add(self, counts: NDArray[np.int64], owners: NDArray[np.int64], plan: Plan, top_k: int) -> None:
@@ -54,7 +54,7 @@ class LayerTotals:
         return int(self.counts.sum()) // max(1, self.counts.shape[0] * self.top_k * self.micro_batches)
 
     def report(self, name: str) -> dict[str, Any]:
-        """The layer's entry of `FSSDP.stats()`; an imbalance without tokens is 1."""
+        """What was counted, for the layer called `name`; an imbalance without tokens is 1."""
         return {
             "name": name,
             "counts": self.counts,
@@ -63,5 +63,4 @@ class LayerTotals:
             "imbalance_after": self.after / self.mean if self.mean else 1.0,
             "copies": self.copies,
             "bytes": self.bytes_sent,
-            "exposed_seconds": self.exposed_seconds,
         }
