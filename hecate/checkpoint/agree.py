@@ -1,0 +1,38 @@
+"""An error on one rank becomes an error on all, instead of a hang of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+__all__ = ["agree", "gather", "rank_and_world"]
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Of the default process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """What every rank passes, by rank. Collective."""
+    values = [value] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def agree(function: Callable[[], T]) -> T:
+    """`function()`; where it raises OSError or ValueError on any rank, all raise the lowest such rank's. Collective."""
+    error: Exception | None = None
+    try:
+        value = function()
+    except (OSError, ValueError) as raised:
+        error = raised
+    first = next((e for e in gather(error) if e is not None), None)
+    if first is not None:
+        raise first
+    return value

@@ -1,0 +1,192 @@
+"""The folder of a checkpoint: written aside and renamed when complete, every file with a checksum.
+
+`<path>/` holds torch.distributed.checkpoint's files, `hecate.json` (what is no tensor) and, written last,
+`manifest.json` (format version, size and CRC-32 of every other file).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+__all__ = ["ChecksumWriter", "aside", "find", "prepare", "publish", "read_record", "verify"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECORD = "hecate.json"
+BLOCK = 1 << 22
+
+Checksums = dict[str, tuple[int, int]]
+"""File name -> (bytes, CRC-32)."""
+
+
+class _Stream:
+    """A file being written, and the checksum of what was."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.num_bytes = self.checksum = 0
+        self.tell, self.fileno, self.flush, self.close = (
+            self._file.tell,
+            self._file.fileno,
+            self._file.flush,
+            self._file.close,
+        )
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.num_bytes += memoryview(data).nbytes
+        return self._file.write(data)
+
+
+class _ChecksumFiles(FileSystem):
+    """The file system of DCP's writer, keeping the checksums of what it writes."""
+
+    def __init__(self) -> None:
+        self.checksums: Checksums = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb", mode
+        stream = _Stream(Path(path))
+        try:
+            yield stream
+        finally:
+            stream.close()
+        self.checksums[Path(path).name] = (stream.num_bytes, stream.checksum)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
+
+
+class ChecksumWriter(FileSystemWriter):
+    """DCP's writer of files, synced to the disk; `checksums` of those that this rank wrote."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=True)
+        self.fs = _ChecksumFiles()
+
+    @property
+    def checksums(self) -> Checksums:
+        """Of the files that this rank has written."""
+        return cast(_ChecksumFiles, self.fs).checksums
+
+
+def aside(path: Path) -> Path:
+    """Where the checkpoint `path` is written until it is complete."""
+    return path.with_name(path.name + ".tmp")
+
+
+def prepare(temporary: Path) -> None:
+    """Make that folder empty; what a crash left there is dropped. OSError if that is not allowed."""
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def publish(temporary: Path, path: Path, record: Mapping[str, Any], checksums: Checksums) -> None:
+    """Complete the checkpoint in `temporary` and put it in the place of `path`.
+
+    A crash at any point leaves the one before at `path` or at `path.old`, where `find` looks.
+    """
+    text = json.dumps(record)
+    _write(temporary / RECORD, text)
+    checksums = {**checksums, RECORD: (len(text.encode()), zlib.crc32(text.encode()))}
+    _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": checksums}, indent=1))
+    _sync(temporary)
+    old = _old(path)
+    if path.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _sync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def find(path: Path) -> Path:
+    """Where the checkpoint `path` is: there, or aside where saving its successor was interrupted. ValueError if not."""
+    for folder in (path, _old(path)):
+        if (folder / MANIFEST).exists() or (folder / ".metadata").exists():
+            return folder
+    raise ValueError(f"checkpoint {path}: no such checkpoint; it must be a folder with {MANIFEST} or .metadata")
+
+
+def verify(folder: Path, rank: int, world: int) -> None:
+    """Check the files of a checkpoint, each of `world` ranks its part.
+
+    Raises:
+        ValueError: it is of a newer format, or a file is missing or damaged; names the file.
+    """
+    if not (folder / MANIFEST).exists():
+        if (folder / RECORD).exists():
+            raise ValueError(f"checkpoint {folder}: {MANIFEST} is missing, the checkpoint is damaged")
+        return  # of another program, without checksums
+    manifest = _parse(folder / MANIFEST)
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"checkpoint {folder}: has format {manifest['format']}, this version of hecate reads up to {FORMAT}; "
+            "load it with a newer one"
+        )
+    for name in sorted(manifest["files"])[rank::world]:
+        expected = tuple(manifest["files"][name])
+        if not (folder / name).exists():
+            raise ValueError(f"checkpoint {folder}: file {name} is missing")
+        if (found := _checksum(folder / name)) != expected:
+            raise ValueError(
+                f"checkpoint {folder}: file {name} is damaged: {found[0]} bytes with CRC-32 {found[1]:08x}, "
+                f"written were {expected[0]} with {expected[1]:08x}"
+            )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `publish` was given; None in a checkpoint of another program."""
+    return _parse(folder / RECORD) if (folder / RECORD).exists() else None
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path.parent}: file {path.name} is damaged: {error}") from None
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    num_bytes = checksum = 0
+    buffer = memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(buffer[:count], checksum)
+            num_bytes += count
+    return num_bytes, checksum
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

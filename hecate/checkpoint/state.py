@@ -1,0 +1,145 @@
+"""What a checkpoint of FSSDP holds, by original names: weights, buffers and the planners' state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hecate.checkpoint.rows import ExpertRows
+from hecate.cost import CostModel
+from hecate.runtime.engine import Engine
+from hecate.runtime.pool import ExpertPool, local_tensor
+
+__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "expert_rows", "listed"]
+
+PLANNER = "hecate."
+
+Entry = ExpertRows | Tensor
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What save and load see of `FSSDP`.
+
+    Attributes:
+        model: between passes.
+        names: of the original model's `state_dict()`.
+        pools, engine: its experts and planners.
+        replica, replicas: of this device in a (replicate, shard) mesh, and their number; 0 and 1 without one.
+    """
+
+    model: nn.Module
+    names: Sequence[str]
+    pools: Sequence[ExpertPool]
+    engine: Engine
+    replica: int
+    replicas: int
+
+    @property
+    def mesh(self) -> list[Any]:
+        """Device type, replicas and devices that share experts: where this is equal, a run resumes bit by bit."""
+        return [self.pools[0].device.type, self.replicas, self.pools[0].num_devices]
+
+    # Weights and buffers.
+
+    def weights(self) -> dict[str, Entry]:
+        """Parameters and buffers, sharing memory with the model."""
+        state = self.model.state_dict()  # FSDP2 shards what a forward pass left whole
+        experts = {
+            name: expert_rows(pool, row, local_tensor(parameter))
+            for pool in self.pools
+            for kind, parameter in pool.parameters.items()
+            for row, name in enumerate(_names(pool, kind))
+        }
+        return {name: experts[name] if name in experts else state[name] for name in self.names}
+
+    def original_names(self) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
+        """Parameter -> the original names it stands for, and its pool if it is one of a pool."""
+        homes: dict[Tensor, tuple[list[str], ExpertPool | None]] = {
+            parameter: ([name], None) for name, parameter in self.model.named_parameters()
+        }
+        for pool in self.pools:
+            homes |= {parameter: (_names(pool, kind), pool) for kind, parameter in pool.parameters.items()}
+        return homes
+
+    # The planners.
+
+    def planner(self) -> dict[str, Tensor]:
+        """Of each layer the owners, and this replica's load history."""
+        entries = {}
+        for layer in self.engine.layers:
+            entries[f"{PLANNER}{layer.name}.owners"] = torch.from_numpy(layer.owners.copy())
+            for key, value in layer.state().items():
+                entries[f"{PLANNER}{layer.name}.replica{self.replica}.{key}"] = torch.from_numpy(value)
+        return entries
+
+    def planner_keys(self, saved_replicas: int) -> dict[str, dict[str, str]]:
+        """Layer -> key of `LayerPlanner.state()` or "owners" -> entry of the saved replica that this one continues."""
+        replica = self.replica % saved_replicas
+        return {
+            layer.name: {key: f"{PLANNER}{layer.name}.replica{replica}.{key}" for key in layer.state()}
+            | {"owners": f"{PLANNER}{layer.name}.owners"}
+            for layer in self.engine.layers
+        }
+
+    @property
+    def cost(self) -> CostModel:
+        """That the planners use."""
+        return self.engine.layers[0].setting().cost.model
+
+    def restart(
+        self,
+        step: int,
+        planners: Mapping[str, Mapping[str, NDArray[np.int64]]] | None,
+        owners: Mapping[str, NDArray[np.int64]] | None,
+        cost: CostModel | None,
+    ) -> None:
+        """Go to `step` before other weights come: owners, load history and cost model change, gradients are dropped.
+
+        Args:
+            step: optimizer steps made.
+            planners: layer -> `LayerPlanner.state()`; None: no history.
+            owners: layer -> int64 `[num_experts]`; where None, or more than a pool has room for, the initial ones.
+            cost: None leaves it.
+        """
+        self.engine.restart(step)
+        for pool in self.pools:
+            saved = None if owners is None else [owners[spec.name] for spec in pool.specs]
+            pool.owners = saved if saved is not None and pool.fits(saved) else pool.initial_owners()
+        for layer in self.engine.layers:
+            layer.restart(None if planners is None else planners[layer.name], cost)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+def _names(pool: ExpertPool, kind: str) -> list[str]:
+    return [f"{spec.name}.{kind}" for spec in pool.specs]
+
+
+def expert_rows(pool: ExpertPool, row: int, slots: Tensor) -> ExpertRows:
+    return ExpertRows(slots[pool.rows(row)], pool.owned(row), pool.specs[row].num_experts)
+
+
+def listed(names: Iterable[str]) -> str:
+    """At most 10 of them."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+    return ", ".join(ordered[:10]) + more
+
+
+def compare_names(where: str, saved: Iterable[str], present: Iterable[str], what: str) -> None:
+    """ValueError where the two sets differ."""
+    saved, present = set(saved), set(present)
+    parts = []
+    if missing := present - saved:
+        parts.append(f"lacks {listed(missing)}")
+    if extra := saved - present:
+        parts.append(f"has {listed(extra)}, which are not here")
+    if parts:
+        raise ValueError(f"{where}: of the {what}, the checkpoint " + "; it ".join(parts))

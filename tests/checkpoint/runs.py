@@ -1,0 +1,88 @@
+"""Training runs that stop, save, load and go on; functions that every rank of a test group runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import hecate
+from hecate.models.gpt import GPTMoE
+from hecate.models.transformer import ModelConfig
+from tests.runtime.reference import TINY as REFERENCE
+
+# The load-balance loss is not linear in the tokens of a rank: with it, losses depend on the world size.
+TINY = replace(REFERENCE, aux_weight=0.0)
+
+# Copies in every step, and ownership that moves every step: the hardest state to save.
+BALANCED = hecate.FSSDPConfig(
+    memory_slots=2, reshard_interval=1, cost=hecate.FSSDPConfig().cost_model("cuda"), calibrate="always"
+)
+SEQUENCES = 12  # a step, shared by all ranks: a batch is the same at any world size
+
+
+class Run:
+    """A tiny GPT-MoE on the ranks of the group, or on one device."""
+
+    def __init__(
+        self,
+        config: hecate.FSSDPConfig = BALANCED,
+        mesh: tuple[int, ...] | None = None,
+        model: ModelConfig = TINY,
+        optimizer: str = "AdamW",
+        seed: int = 1,
+    ) -> None:
+        self.model = plain_model(model, seed)
+        names = ("replicate", "shard")
+        device_mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=names)
+        self.engine = hecate.fully_shard(self.model, device_mesh, config)
+        self.optimizer = make_optimizer(optimizer, self.model)
+
+    def train(self, first: int, last: int) -> list[float]:
+        """Steps `first` to `last - 1`; mean losses."""
+        return [self.step(number) for number in range(first, last)]
+
+    def step(self, number: int) -> float:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        tokens = batch(number)[rank::world]
+        loss = self.model(tokens[:, :-1], tokens[:, 1:]).loss
+        loss.backward()
+        self.engine.clip_grad_norm_(0.5)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        total = loss.detach().double()
+        if world > 1:
+            dist.all_reduce(total)
+        return float(total) / world
+
+    def copies(self) -> int:
+        return sum(layer["copies"] for layer in self.engine.stats()["layers"])
+
+
+def plain_model(config: ModelConfig = TINY, seed: int = 1) -> GPTMoE:
+    """In float64, with a skewed router."""
+    model = GPTMoE(config).double()
+    model.reset_parameters(seed=seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.mul_(20)
+    return model
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(TINY.vocab_size, (SEQUENCES, TINY.max_length + 1), generator=generator)
+
+
+def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if name == "SGD":
+        return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    if name == "groups":
+        decayed = [p for n, p in model.named_parameters() if "hecate_pool" in n]
+        rest = [p for n, p in model.named_parameters() if "hecate_pool" not in n]
+        return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 3e-3}], lr=1e-2)
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
