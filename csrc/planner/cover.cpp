@@ -156,6 +156,18 @@ bool cover_inside(const Holders& held, const Shape& shape, int node, int outside
   return true;
 }
 
+// Takes one send of a holder for each expert that enters a node.
+bool charge_senders(const Network& nodes, int first_entry, const Holders& held, Limits& limits) {
+  for (int p = first_entry; p < nodes.pairs(); ++p) {
+    const int e = nodes.expert_of[p];
+    int sender = held.device[held.first[e]];
+    for (int q = held.first[e]; q < held.first[e + 1]; ++q)
+      if (limits.out[held.device[q]] > limits.out[sender]) sender = held.device[q];
+    if (--limits.out[sender] < 0) return false;
+  }
+  return true;
+}
+
 bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t node_target,
                  std::int64_t target, Limits limits, Limits node_limits, std::vector<Pair>& copies) {
   const Shape node_shape{shape.nodes(), shape.experts, 1};
@@ -163,6 +175,7 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
   Network nodes = network_of(loads, node_held, node_shape);
   const int before = nodes.pairs();
   if (!nodes.drain(node_target) && !relieve_all(nodes, node_target, node_limits)) return false;
+  if (!charge_senders(nodes, before, held, limits)) return false;
   for (int n = 0; n < shape.nodes(); ++n) {
     int entered = 0;
     std::vector<std::pair<int, std::int64_t>> given;
