@@ -93,7 +93,7 @@ class FSSDP:
         self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
         self._sync = True
         self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
-        self._cast(found)
+        self._move_dense(found)
         self.pools = self._make_pools(found)
         self._engine = self._make_engine(found)
         for index, f in enumerate(found):
@@ -208,12 +208,16 @@ class FSSDP:
 
     # Building.
 
-    def _cast(self, found: Sequence[FoundExperts]) -> None:
-        """The dense part to `master_dtype`; pools are made in it."""
+    def _move_dense(self, found: Sequence[FoundExperts]) -> None:
+        """The dense part to the device and `master_dtype`; pools are made there. Meta tensors stay."""
         experts = {id(p) for f in found for p in f.module.parameters()}
         for parameter in self.model.parameters():
-            if self.config.master_dtype is not None and id(parameter) not in experts:
-                parameter.data = parameter.data.to(self.config.master_dtype)
+            if id(parameter) not in experts:
+                device = parameter.device if parameter.is_meta else self.device
+                parameter.data = parameter.data.to(device, self.config.master_dtype or parameter.dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer if buffer.is_meta else buffer.to(self.device))
 
     def _make_pools(self, found: Sequence[FoundExperts]) -> list[ExpertPool]:
         """One pool for all layers with equal weights, filled from the model's own and registered on it."""

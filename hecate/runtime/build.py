@@ -30,7 +30,7 @@ def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
 
 
 def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """ValueError where a parameter is sharded already, or lies on another device type than the mesh."""
+    """ValueError where a model is sharded already, or lies on an accelerator that is not the mesh's."""
     for name, module in model.named_modules():
         if isinstance(module, FSSDPExperts):
             raise ValueError(f"fully_shard: {name} is under FSSDP already; call hecate.fully_shard once on a model")
@@ -40,10 +40,10 @@ def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
                 f"fully_shard: parameter {name} is sharded already as {parameter.placements}; "
                 "call hecate.fully_shard once, on a model of plain tensors"
             )
-        if mesh is not None and parameter.device.type not in (mesh.device_type, "meta"):
+        if mesh is not None and parameter.device.type not in (mesh.device_type, "cpu", "meta"):
             raise ValueError(
                 f"fully_shard: parameter {name} is on {parameter.device.type}, the mesh on {mesh.device_type}; "
-                "move the model first"
+                "the model must be there, on cpu or on meta"
             )
 
 
