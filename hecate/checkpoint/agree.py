@@ -26,13 +26,13 @@ def gather(value: T) -> list[T]:
 
 
 def agree(function: Callable[[], T]) -> T:
-    """`function()`; where it raises OSError or ValueError on any rank, all raise the lowest such rank's. Collective."""
+    """`function()`; where it raises on any rank, all raise what the lowest such rank did. Collective."""
     error: Exception | None = None
     try:
         value = function()
-    except (OSError, ValueError) as raised:
+    except Exception as raised:
         error = raised
     first = next((e for e in gather(error) if e is not None), None)
     if first is not None:
-        raise first
+        raise first from error
     return value

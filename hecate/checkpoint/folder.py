@@ -134,6 +134,8 @@ def verify(folder: Path, rank: int, world: int) -> None:
             raise ValueError(f"checkpoint {folder}: {MANIFEST} is missing, the checkpoint is damaged")
         return  # of another program, without checksums
     manifest = _parse(folder / MANIFEST)
+    if not manifest.keys() >= {"format", "files"}:
+        raise ValueError(f"checkpoint {folder}: file {MANIFEST} is damaged: it has no format or no files")
     if manifest["format"] > FORMAT:
         raise ValueError(
             f"checkpoint {folder}: has format {manifest['format']}, this version of hecate reads up to {FORMAT}; "

@@ -125,7 +125,8 @@ def _checked(
 ) -> OptimizerTarget | None:
     own = [name for name in saved if not name.startswith((OPTIMIZER, PLANNER))]
     compare_names(where, own, weights, "parameters and buffers")
-    for name, value in weights.items():
+    # Experts first: another number of them shows in the router's shape too, which says less.
+    for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], ExpertRows)):
         _check_same(where, name, saved[name], value)
     if optimizer is None:
         return None
@@ -137,6 +138,8 @@ def _checked(
 
 def _check_same(where: str, name: str, saved: TensorStorageMetadata, value: Entry) -> None:
     there, here = tuple(saved.size), tuple(value.shape)
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(f"{where}: {name} is on the meta device and has no memory to load into; initialize the model")
     if isinstance(value, ExpertRows) and there[:1] != here[:1] and there[1:] == here[1:]:
         raise ValueError(f"{where}: {name} has {there[0]} experts in the checkpoint, {here[0]} in the model")
     if there != here:

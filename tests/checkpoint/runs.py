@@ -34,8 +34,11 @@ class Run:
         model: ModelConfig = TINY,
         optimizer: str = "AdamW",
         seed: int = 1,
+        frozen: str | None = None,
     ) -> None:
         self.model = plain_model(model, seed)
+        if frozen is not None:
+            self.model.get_submodule(frozen).requires_grad_(False)
         names = ("replicate", "shard")
         device_mesh = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=names)
         self.engine = hecate.fully_shard(self.model, device_mesh, config)
@@ -46,17 +49,33 @@ class Run:
         return [self.step(number) for number in range(first, last)]
 
     def step(self, number: int) -> float:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        tokens = batch(number)[rank::world]
-        loss = self.model(tokens[:, :-1], tokens[:, 1:]).loss
+        loss = self.loss(number)
         loss.backward()
         self.engine.clip_grad_norm_(0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
         total = loss.detach().double()
-        if world > 1:
+        if self.world > 1:
             dist.all_reduce(total)
-        return float(total) / world
+        return float(total) / self.world
+
+    def loss(self, number: int) -> Tensor:
+        """Of this rank's part of the step's batch."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        tokens = batch(number)[rank :: self.world]
+        return self.model(tokens[:, :-1], tokens[:, 1:]).loss
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.loss(99)
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def owners(self) -> list[list[int]]:
+        """By layer of the only pool."""
+        return [owners.tolist() for pool in self.engine.pools for owners in pool.owners]
 
     def copies(self) -> int:
         return sum(layer["copies"] for layer in self.engine.stats()["layers"])

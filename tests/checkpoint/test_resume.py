@@ -1,0 +1,221 @@
+"""A run that is saved and goes on elsewhere is the run that was never interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import hecate
+from hecate.placement import initial_owners
+from tests.checkpoint.runs import BALANCED, TINY, Run, plain_model
+from tests.workers import Groups
+
+Full = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """A run of 6 steps, saved after 3.
+
+    Attributes:
+        path: of the checkpoint.
+        losses: of steps 3, 4 and 5.
+        at_save, at_end: all parameters and buffers.
+        copies: in the last step.
+        owners: by layer, when it was saved.
+    """
+
+    path: str
+    losses: list[float]
+    at_save: Full
+    at_end: Full
+    copies: int
+    owners: list[list[int]]
+
+
+def unbroken(path: str, evaluate: bool = False, **settings: object) -> Unbroken:
+    run = Run(**settings)  # type: ignore[arg-type]
+    run.train(0, 3)
+    if evaluate:
+        run.evaluate()
+    for group in run.optimizer.param_groups:
+        group["lr"] *= 0.5
+    run.engine.save(path, run.optimizer)
+    at_save, owners = run.engine.full_state_dict(), run.owners()
+    losses = run.train(3, 6)
+    return Unbroken(path, losses, at_save, run.engine.full_state_dict(), run.copies(), owners)
+
+
+def resumed(path: str, used: bool = False, **settings: object) -> tuple[list[float], Full, Full]:
+    """Losses after loading, the state loaded, the state at the end."""
+    run = Run(seed=7, **settings)  # type: ignore[arg-type]
+    if used:  # other owners, optimizer state and gradients are there already
+        run.train(10, 12)
+        run.loss(12).backward()
+    run.engine.load(path, run.optimizer)
+    loaded = run.engine.full_state_dict()
+    return run.train(3, 6), loaded, run.engine.full_state_dict()
+
+
+def assert_equal(left: Full, right: Full) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def assert_close(left: Full, right: Full) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(
+            value, right[name], rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+def assert_goes_on(
+    run: Callable[..., list[tuple[list[float], Full, Full]]], saved: Unbroken, **settings: object
+) -> None:
+    """Bit by bit, on every rank."""
+    for losses, loaded, end in run(saved.path, **settings):
+        assert_equal(loaded, saved.at_save)
+        assert losses == saved.losses
+        assert_equal(end, saved.at_end)
+
+
+@pytest.fixture(scope="module")
+def saved(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    run: Unbroken = groups(2).run(unbroken, str(path))[0]
+    even = [initial_owners(TINY.num_experts, 2, layer).tolist() for layer in range(TINY.num_layers)]
+    assert run.copies > 0, "a run without copies tests less"
+    assert run.owners != even, "a run without moved experts tests less"
+    assert not [p for p in path.parent.iterdir() if p != path]
+    return run
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_equal_bits_at_the_same_world_size(groups: Groups, saved: Unbroken, used: bool) -> None:
+    assert_goes_on(lambda path: groups(2).run(resumed, path, used), saved)
+
+
+def test_another_world_size(groups: Groups, saved: Unbroken) -> None:
+    for losses, loaded, end in groups(3).run(resumed, saved.path):
+        assert_equal(loaded, saved.at_save)
+        assert losses == pytest.approx(saved.losses, rel=1e-6)
+        assert_close(end, saved.at_end)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_one_device_without_a_process_group(saved: Unbroken, used: bool) -> None:
+    losses, loaded, end = resumed(saved.path, used)
+    assert_equal(loaded, saved.at_save)
+    assert losses == pytest.approx(saved.losses, rel=1e-6)
+    assert_close(end, saved.at_end)
+
+
+def test_saved_by_one_device_loaded_by_three(groups: Groups, tmp_path: Path) -> None:
+    one = unbroken(str(tmp_path / "one"))
+    for losses, loaded, end in groups(3).run(resumed, one.path):
+        assert_equal(loaded, one.at_save)
+        assert losses == pytest.approx(one.losses, rel=1e-6)
+        assert_close(end, one.at_end)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of a run that is saved and resumed on `world` ranks."""
+
+    world: int
+    settings: dict[str, object]
+
+
+VARIANTS = {
+    "replicas": Variant(4, {"mesh": (2, 2)}),
+    "dense replicated": Variant(2, {"config": replace(BALANCED, dense="replicate")}),
+    "re-materialized": Variant(2, {"config": replace(BALANCED, rematerialize=True)}),
+    "the paper's policy": Variant(2, {"config": replace(BALANCED, policy="hecate")}),
+    "after an evaluation": Variant(2, {"evaluate": True}),
+    "SGD": Variant(2, {"optimizer": "SGD"}),
+    "parameter groups": Variant(2, {"optimizer": "groups"}),
+    "frozen experts": Variant(2, {"frozen": "blocks.1.moe.experts"}),
+    "experts that devices do not divide": Variant(3, {"model": replace(TINY, num_experts=7)}),
+}
+
+
+def unbroken_with(path: str, settings: dict[str, object]) -> Unbroken:
+    return unbroken(path, **settings)
+
+
+def resumed_with(path: str, settings: dict[str, object]) -> tuple[list[float], Full, Full]:
+    return resumed(path, **{key: value for key, value in settings.items() if key != "evaluate"})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equal_bits_under(groups: Groups, tmp_path: Path, name: str) -> None:
+    variant = VARIANTS[name]
+    run = groups(variant.world).run(unbroken_with, str(tmp_path / "checkpoint"), variant.settings)[0]
+    assert_goes_on(lambda path: groups(variant.world).run(resumed_with, path, variant.settings), run)
+
+
+def test_another_policy(groups: Groups, saved: Unbroken) -> None:
+    ep = {"config": hecate.FSSDPConfig(policy="ep", dense="replicate")}
+    for losses, loaded, end in groups(2).run(resumed_with, saved.path, ep):
+        assert_equal(loaded, saved.at_save)
+        assert losses == pytest.approx(saved.losses, rel=1e-6)
+        assert_close(end, saved.at_end)
+
+
+def test_dense_part_left_to_the_caller(groups: Groups, saved: Unbroken) -> None:
+    for loaded in groups(2).run(loaded_with_plain_dense_part, saved.path):
+        assert_equal(loaded, saved.at_save)
+
+
+def loaded_with_plain_dense_part(path: str) -> Full:
+    run = Run(hecate.FSSDPConfig(dense="none"), seed=7)
+    run.engine.load(path, run.optimizer)
+    return run.engine.full_state_dict()
+
+
+def test_replicas_write_each_expert_once(groups: Groups, tmp_path: Path) -> None:
+    run: Unbroken = groups(4).run(unbroken_with, str(tmp_path / "four"), {"mesh": (2, 2)})[0]
+    metadata = dcp.FileSystemReader(run.path).read_metadata()
+    for name in ("blocks.0.moe.experts.up", "optimizer.state.blocks.2.moe.experts.down.exp_avg_sq"):
+        entry = metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        offsets = sorted(tuple(chunk.offsets) for chunk in entry.chunks)
+        assert offsets == [(expert, 0, 0) for expert in range(TINY.num_experts)]
+    losses, loaded, end = resumed(run.path)
+    assert_equal(loaded, run.at_save)
+    assert losses == pytest.approx(run.losses, rel=1e-6)
+    assert_close(end, run.at_end)
+
+
+def test_stock_dcp_reads_stacked_tensors_in_one_process(saved: Unbroken) -> None:
+    state = plain_model(seed=7).state_dict()
+    dcp.load(state, checkpoint_id=saved.path)
+    assert_equal(dict(state), saved.at_save)
+    moments = {f"optimizer.state.{n}.exp_avg": torch.zeros_like(p) for n, p in plain_model().named_parameters()}
+    dcp.load(moments, checkpoint_id=saved.path)
+    assert all(moment.any(dim=-1).any() for moment in moments.values())
+
+
+def test_dense_checkpoint_loads_sharded(groups: Groups, tmp_path: Path) -> None:
+    plain = plain_model(seed=3).state_dict()
+    dcp.save(dict(plain), checkpoint_id=tmp_path / "plain")
+    for loaded in groups(2).run(weights_only, str(tmp_path / "plain")):
+        assert_equal(loaded, dict(plain))
+
+
+def weights_only(path: str) -> Full:
+    run = Run(seed=7)
+    run.train(0, 2)
+    run.engine.load(path)
+    with pytest.raises(ValueError, match="saved without an optimizer"):
+        run.engine.load(path, run.optimizer)
+    return run.engine.full_state_dict()
