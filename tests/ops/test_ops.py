@@ -1,0 +1,73 @@
+"""Grouped products and permutations against loops and autograd's own check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hecate.ops.grouped import Groups, grouped_linear
+from hecate.ops.permute import block_order, combine, invert, permute
+
+CPU = torch.device("cpu")
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2), (0, 0, 0), (5,), (0, 4)])
+def test_grouped_linear_is_a_product_per_group(sizes: tuple[int, ...]) -> None:
+    groups = Groups.of(sizes, CPU)
+    x, weight = _random(sum(sizes), 4), _random(len(sizes), 6, 4)
+    expected = torch.cat([rows @ w.t() for rows, w in zip(x.split(list(sizes)), weight, strict=True)])
+    torch.testing.assert_close(grouped_linear(x, weight, groups), expected)
+    assert torch.autograd.gradcheck(lambda x, w: grouped_linear(x, w, groups), (x, weight))
+    assert groups.ends.tolist() == torch.tensor(sizes).cumsum(0).tolist()
+
+
+def test_grouped_linear_accepts_rows_with_gaps() -> None:
+    """A stack may be a view into a buffer of chunks."""
+    buffer = torch.randn(3, 40, dtype=torch.float64)
+    weight = buffer[:, 8:32].unflatten(1, (6, 4))
+    x, groups = _random(5, 4), Groups.of((2, 0, 3), CPU)
+    torch.testing.assert_close(grouped_linear(x, weight, groups), grouped_linear(x, weight.contiguous(), groups))
+
+
+def test_a_group_without_rows_gets_a_zero_gradient() -> None:
+    weight = _random(3, 6, 4)
+    grouped_linear(_random(5, 4), weight, Groups.of((3, 0, 2), CPU)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[1].abs().sum() == 0
+    assert weight.grad[0].abs().sum() > 0
+
+
+def test_grouped_linear_names_sizes_that_differ() -> None:
+    with pytest.raises(ValueError, match="weight has 2 groups and x 5 rows, groups say 3 and 5"):
+        grouped_linear(_random(5, 4), _random(2, 6, 4), Groups.of((3, 0, 2), CPU))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_permute_and_combine(top_k: int) -> None:
+    tokens = 5
+    order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(0))
+    inverse = invert(order)
+    x, weights = _random(tokens, 4), _random(tokens, top_k)
+    rows = permute(x, order, inverse, top_k)
+    torch.testing.assert_close(rows, x.repeat_interleave(top_k, dim=0)[order])
+    torch.testing.assert_close(combine(rows, weights, order, inverse), x * weights.sum(1, keepdim=True))
+    assert torch.autograd.gradcheck(
+        lambda x, w: combine(permute(x, order, inverse, top_k).sin(), w, order, inverse), (x, weights)
+    )
+
+
+def test_block_order() -> None:
+    assert block_order([2, 0, 3], [2, 0, 1], CPU).tolist() == [2, 3, 4, 0, 1]
+    assert block_order([], [], CPU).tolist() == []
+
+
+def test_ops_are_registered_correctly() -> None:
+    x, weight, groups = _random(5, 4), _random(3, 6, 4), Groups.of((3, 0, 2), CPU)
+    torch.library.opcheck(torch.ops.hecate.grouped_linear.default, (x, weight, groups.ends, groups.sizes))
+    order = torch.randperm(10)
+    torch.library.opcheck(torch.ops.hecate.permute.default, (x, order, invert(order), 2))
+    torch.library.opcheck(torch.ops.hecate.unpermute.default, (_random(10, 4), order, invert(order)))
