@@ -193,7 +193,8 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
 
 std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
                         const Limits& limits, const Limits* node_limits) {
-  const Network start = network_of(loads, held, shape);
+  Network start = network_of(loads, held, shape);
+  if (start.drain(target)) return {};
   const auto attempt = [&](std::int64_t goal, std::vector<Pair>& copies) {
     copies.clear();
     if (node_limits)

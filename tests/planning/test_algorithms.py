@@ -1,0 +1,148 @@
+"""The paper's algorithms against their obvious versions, and what ours add: robust copies, fewer moves, calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hecate.placement import Placement, Topology, initial_owners
+from hecate.planning.assign import min_max_loads
+from hecate.planning.calibrate import few_copies, parts_per_million, target_load
+from hecate.planning.limits import CopyLimits
+from hecate.planning.materialize import robust_copies, sparse_materialization
+from hecate.planning.reshard import few_moves, heterogeneous_sharding
+from hecate.planning.synthetic import synthetic_loads
+from tests.planning.oracles import algorithm_1, algorithm_2, random_case
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3, 99])
+@pytest.mark.parametrize("slots", [0, 1, 2, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_algorithm_1(seed: int, slots: int, degree: int) -> None:
+    counts, owners, _, topology = random_case(seed)
+    loads = counts.sum(axis=0)
+    placement = sparse_materialization(loads, owners, topology, overlap_degree=degree, memory_slots=slots)
+    assert (placement.matrix == algorithm_1(loads, owners, topology, degree, slots)).all()
+
+
+def layers_of(seed: int) -> tuple[list[np.ndarray], Topology, list[int]]:
+    rng = np.random.default_rng(seed)
+    devices = int(rng.choice([1, 2, 4, 6, 8]))
+    topology = Topology(devices, int(rng.choice([n for n in range(1, devices + 1) if devices % n == 0])))
+    loads = [rng.integers(0, 1000, int(rng.integers(1, 20))) for _ in range(int(rng.integers(1, 6)))]
+    return loads, topology, [int(rng.integers(0, 4)) for _ in loads]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_algorithm_2(seed: int) -> None:
+    loads, topology, degrees = layers_of(seed)
+    owners = heterogeneous_sharding(loads, topology, degrees)
+    assert [owner.tolist() for owner in owners] == algorithm_2(loads, topology, degrees)
+    check_memory(owners, loads, topology)
+
+
+def check_memory(owners: list[np.ndarray], loads: list[np.ndarray], topology: Topology) -> None:
+    owned = np.zeros(topology.num_devices, dtype=np.int64)
+    for owner, load in zip(owners, loads, strict=True):
+        assert owner.shape == load.shape
+        owned += np.bincount(owner, minlength=topology.num_devices)
+    total = sum(map(len, loads))
+    assert owned.max() <= -(-total // topology.num_devices)
+    if total % topology.num_devices == 0:
+        assert (owned == total // topology.num_devices).all()
+
+
+def cold_imbalance(owners: np.ndarray, load: np.ndarray, degree: int, num_devices: int) -> int:
+    cold = load.copy()
+    cold[np.argsort(-load, kind="stable")[:degree]] = 0
+    device_loads = np.zeros(num_devices, dtype=np.int64)
+    np.add.at(device_loads, owners, cold)
+    return int(device_loads.max())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_few_moves_keeps_memory_and_never_makes_a_layer_worse(seed: int) -> None:
+    loads, topology, degrees = layers_of(seed)
+    start = [initial_owners(len(load), topology.num_devices, layer) for layer, load in enumerate(loads)]
+    owners = few_moves(loads, start, topology, degrees)
+    for old, new, load, degree in zip(start, owners, loads, degrees, strict=True):
+        before, after = (np.bincount(o, minlength=topology.num_devices) for o in (old, new))
+        assert (before == after).all()
+        worst = cold_imbalance(old, load, degree, topology.num_devices)
+        assert cold_imbalance(new, load, degree, topology.num_devices) <= worst
+
+
+def test_few_moves_moves_fewer_experts_for_the_same_balance() -> None:
+    topology, degrees = Topology(8, 4), [2] * 6
+    loads = [synthetic_loads("zipf", 8, 32, 512, 2, seed)[0].sum(axis=0) for seed in range(6)]
+    start = [initial_owners(32, 8, layer) for layer in range(6)]
+    paper, ours = heterogeneous_sharding(loads, topology, degrees), few_moves(loads, start, topology, degrees)
+
+    def moved(owners: list[np.ndarray]) -> int:
+        return sum(int((a != b).sum()) for a, b in zip(start, owners, strict=True))
+
+    def worst(owners: list[np.ndarray]) -> int:
+        return sum(cold_imbalance(o, load, 2, 8) for o, load in zip(owners, loads, strict=True))
+
+    assert moved(ours) < moved(paper) / 2
+    assert worst(ours) < 0.7 * worst(start)
+    assert worst(ours) <= 1.1 * worst(paper)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_robust_copies_keep_to_the_limits(seed: int) -> None:
+    counts, owners, _, topology = random_case(seed)
+    slots, foreign = seed % 4, (None, 0, 1, 2)[seed // 4 % 4]
+    placement = robust_copies(counts[None], owners, topology, CopyLimits.of(topology, slots, foreign))
+    start = Placement.from_owners(owners, topology.num_devices)
+    assert start <= placement
+    copies = (placement - start).matrix
+    assert copies.sum(axis=0).max() <= slots
+    if foreign is not None:
+        held = placement.matrix.reshape(len(owners), topology.num_nodes, -1).any(axis=2)
+        held[np.arange(len(owners)), owners // topology.devices_per_node] = False
+        assert held.sum(axis=0).max() <= foreign
+
+
+def test_robust_copies_without_history_are_none() -> None:
+    owners, topology = np.array([0, 1, 1]), Topology(2, 2)
+    placement = robust_copies(np.zeros((0, 2, 3), dtype=np.int64), owners, topology, CopyLimits.of(topology, 2))
+    assert placement == Placement.from_owners(owners, 2)
+
+
+@pytest.mark.parametrize(
+    ("slots", "foreign", "mean", "worst"), [(2, None, 1.005, 1.03), (3, 2, 1.02, 1.06), (1, None, 1.12, 1.3)]
+)
+def test_robust_copies_balance_drifting_loads(slots: int, foreign: int | None, mean: float, worst: float) -> None:
+    topology, owners, left = Topology(32, 8), initial_owners(64, 32, layer=0), []
+    for seed in range(2):
+        loads = synthetic_loads("drift", 32, 64, 256, 2, seed, steps=9, drift_rate=0.1, step_noise=0.15)
+        for step in range(5, 9):
+            limits = CopyLimits.of(topology, slots, foreign)
+            placement = robust_copies(loads[step - 5 : step], owners, topology, limits)
+            total = loads[step].sum(axis=0)
+            left.append(min_max_loads(total[None], placement)[0] * 32 / total.sum())
+    assert np.mean(left) <= mean
+    assert max(left) <= worst
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_calibration_only_adds_and_reaches_the_dial(seed: int) -> None:
+    counts, _, placement, topology = random_case(seed)
+    loads = counts.sum(axis=0)
+    target = target_load(int(loads.sum()), topology.num_devices, parts_per_million(1.02))
+    before = int(min_max_loads(loads[None], placement)[0])
+    for prefer in ("copies", "crossings"):
+        more = few_copies(loads, placement, topology, CopyLimits.of(topology, 16), target=target, prefer=prefer)
+        assert placement <= more
+        assert min_max_loads(loads[None], more)[0] <= target
+        if before <= target:
+            assert more == placement
+    none = few_copies(loads, placement, topology, CopyLimits.of(topology, 0), target=target)
+    assert none == placement
+
+
+def test_the_dial_becomes_an_integer_once() -> None:
+    assert parts_per_million(1.02) == 1_020_000
+    assert target_load(2**40, 3, 1_000_001) == 2**40 * 1_000_001 // 3_000_000
+    assert target_load(10, 3, 1_000_000) == 4
