@@ -137,6 +137,16 @@ Out min_max_array(const Counts& loads, const Holding& placement) {
   return Out(data, {rows}, owner);
 }
 
+Out holder_loads_array(const Vector& loads, const Holding& placement) {
+  std::vector<std::int64_t> amounts;
+  {
+    nb::gil_scoped_release release;
+    const Shape shape = placement_shape(placement, 1);
+    amounts = holder_loads({loads.data(), loads.data() + loads.shape(0)}, holders_of(placement.data(), shape), shape);
+  }
+  return vector_array(amounts, {amounts.size()});
+}
+
 Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
                  const Holding& allowed, int swaps) {
   std::vector<Pair> copies;
@@ -174,6 +184,7 @@ void bind_planner(nb::module_& m) {
         nb::arg("device_loads"));
   m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
+  m.def("holder_loads", &holder_loads_array, nb::arg("loads"), nb::arg("placement"));
   m.def("spread", &spread_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
         nb::arg("allowed"), nb::arg("swaps"));
   m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),

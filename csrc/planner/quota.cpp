@@ -95,20 +95,34 @@ Tokens column_sums(const std::int64_t* counts, const Shape& shape) {
   return sums;
 }
 
-std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape) {
+namespace {
+
+// Every expert's tokens split evenly over its holders.
+Network even_network(const Tokens& loads, const Holders& holders, const Shape& shape) {
   const int pairs = static_cast<int>(holders.expert.size());
   Network network(shape.experts, shape.devices, pairs);
   for (int p = 0; p < pairs; ++p) network.add_pair(holders.expert[p], holders.device[p]);
   for (int e = 0; e < shape.experts; ++e) {
     std::int64_t left = loads[e];
-    const int first = holders.first[e], count = holders.first[e + 1] - first;
-    for (int i = 0; i < count; ++i) {
-      const std::int64_t share = left / (count - i);
-      network.add_amount(first + i, share);
+    for (int p = holders.first[e]; p < holders.first[e + 1]; ++p) {
+      const std::int64_t share = left / (holders.first[e + 1] - p);
+      network.add_amount(p, share);
       left -= share;
     }
   }
-  return network.min_max();
+  return network;
+}
+
+}  // namespace
+
+std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape) {
+  return even_network(loads, holders, shape).min_max();
+}
+
+Tokens holder_loads(const Tokens& loads, const Holders& holders, const Shape& shape) {
+  Network network = even_network(loads, holders, shape);
+  network.min_max();
+  return network.amount;
 }
 
 std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, const Tokens& slots) {

@@ -24,6 +24,10 @@ std::vector<std::int64_t> column_sums(const std::int64_t* counts, const Shape& s
 // The smallest possible largest device load.
 std::int64_t min_max_load(const std::vector<std::int64_t>& loads, const Holders& holders, const Shape& shape);
 
+// The tokens of each pair under the smallest possible largest device load, whoever sends them.
+std::vector<std::int64_t> holder_loads(const std::vector<std::int64_t>& loads, const Holders& holders,
+                                       const Shape& shape);
+
 // The least largest load over locations when each computes its own experts' tokens and those of `slots` others at most.
 std::int64_t lower_bound_load(const std::vector<std::int64_t>& loads, const std::int64_t* owners,
                               const std::vector<std::int64_t>& slots);

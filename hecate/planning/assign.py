@@ -9,12 +9,17 @@ from hecate import _native
 from hecate.placement import Placement, Topology
 from hecate.planning.plan import check_counts
 
-__all__ = ["even_quota", "exact_quota", "min_max_loads"]
+__all__ = ["even_quota", "exact_quota", "holder_loads", "min_max_loads"]
 
 
 def min_max_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
     """Int64 `[rows]`: the smallest possible largest device load for each of `loads`, int64 `[rows, num_experts]`."""
     return _native.min_max_loads(np.ascontiguousarray(loads), placement.matrix)
+
+
+def holder_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
+    """Int64 `[pairs]`: tokens of each holder under the smallest largest device load, for `loads` `[num_experts]`."""
+    return _native.holder_loads(loads, placement.matrix)
 
 
 def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:

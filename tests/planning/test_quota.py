@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.placement import Placement, Topology
-from hecate.planning.assign import even_quota, exact_quota, min_max_loads
+from hecate.planning.assign import even_quota, exact_quota, holder_loads, min_max_loads
 from tests.planning.oracles import (
     even_dispatch,
     locality,
@@ -27,6 +27,8 @@ def test_exact_quota_is_optimal_to_within_a_token(seed: int) -> None:
     best = lp_min_max(counts.sum(axis=0), placement)
     assert best - 1e-6 <= busiest < best + 1
     assert busiest == min_max_loads(counts.sum(axis=0)[None], placement)[0]
+    held = holder_loads(counts.sum(axis=0), placement)
+    assert busiest == np.bincount(np.nonzero(placement.matrix)[1], held).max()
 
 
 @settings(max_examples=150, deadline=None)
