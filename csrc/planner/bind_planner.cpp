@@ -75,9 +75,12 @@ Out vector_array(const std::vector<T>& values, std::initializer_list<std::size_t
 // int64 [pairs, 2]: (expert, device), ascending.
 Out holders_array(const Holding& placement) {
   std::vector<std::int64_t> flat;
-  for (std::size_t e = 0; e < placement.shape(0); ++e)
-    for (std::size_t d = 0; d < placement.shape(1); ++d)
-      if (placement.data()[e * placement.shape(1) + d]) flat.insert(flat.end(), {std::int64_t(e), std::int64_t(d)});
+  const int experts = static_cast<int>(placement.shape(0)), devices = static_cast<int>(placement.shape(1));
+  for (int e = 0; e < experts; ++e)
+    for_each_true(placement.data() + std::int64_t{e} * devices, devices, [&](int d) {
+      flat.push_back(e);
+      flat.push_back(d);
+    });
   return vector_array(flat, {flat.size() / 2, 2});
 }
 

@@ -25,8 +25,9 @@ std::int64_t count_crossings(const PlanArrays& plan, const Shape& shape) {
 }
 
 std::string plan_fault(const PlanArrays& plan, const Shape& shape) {
-  const std::int64_t cells = std::int64_t{shape.experts} * shape.devices;
-  if (std::count(plan.placement, plan.placement + cells, true) != plan.pairs)
+  std::int64_t held = 0;
+  for_each_true(plan.placement, shape.experts * shape.devices, [&](int) { ++held; });
+  if (held != plan.pairs)
     return std::to_string(plan.pairs) + " holders, placement has another number of pairs";
   std::int64_t last = -1;
   for (std::int64_t p = 0; p < plan.pairs; ++p) {

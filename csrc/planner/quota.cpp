@@ -80,9 +80,10 @@ Holders holders_of(const bool* placement, const Shape& shape) {
   holders.first.reserve(shape.experts + 1);
   for (int e = 0; e < shape.experts; ++e) {
     holders.first.push_back(static_cast<int>(holders.expert.size()));
-    const bool* row = placement + std::int64_t{e} * shape.devices;
-    for (int d = 0; d < shape.devices; ++d)
-      if (row[d]) holders.expert.push_back(e), holders.device.push_back(d);
+    for_each_true(placement + std::int64_t{e} * shape.devices, shape.devices, [&](int d) {
+      holders.expert.push_back(e);
+      holders.device.push_back(d);
+    });
   }
   holders.first.push_back(static_cast<int>(holders.expert.size()));
   return holders;

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.<name> --json FILE`; one JSON format for all (benchmarks/report.py)."""
