@@ -29,3 +29,14 @@ def cover(
 def spread(
     levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, swaps: int
 ) -> _Int64: ...
+
+# csrc/collectives
+def route(
+    kind: str,
+    holds: _Bool,
+    owners: _Int64,
+    devices_per_node: int,
+    chunk_bytes: int,
+    partial_bytes: int,
+    links: _Int64,
+) -> tuple[_Int64, str, int, int, int]: ...

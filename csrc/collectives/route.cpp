@@ -1,0 +1,122 @@
+// Chooses the shape that is done first and puts its hops into rounds.
+#include "collectives/route.hpp"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <tuple>
+
+namespace hecate {
+
+namespace {
+
+constexpr std::int64_t kLeastPiece = 64 * 1024;  // bytes
+constexpr int kMostPieces = 64;
+
+using Hops = std::vector<Hop> (*)(const Request&, const Shape&);
+
+class Choice {
+ public:
+  Choice(const Request& request, Hops hops) : request_(request), hops_of_(hops) {
+    consider(Shape{});
+    direct_ns_ = timing_.total;
+  }
+
+  // Keep `shape` if it is faster than the best so far; returns how long it takes.
+  std::int64_t consider(const Shape& shape) {
+    std::vector<Hop> hops = hops_of_(request_, shape);
+    Timing timing = simulate(request_, hops);
+    const std::int64_t total = timing.total;
+    if (hops_.empty() || total < timing_.total)
+      shape_ = shape, hops_ = std::move(hops), timing_ = std::move(timing);
+    return total;
+  }
+
+  // Every shape, its pieces doubled while that saves 1 %.
+  void search(const std::vector<Shape>& shapes) {
+    const std::int64_t most = std::min<std::int64_t>(kMostPieces, request_.chunk_bytes / kLeastPiece);
+    for (Shape shape : shapes) {
+      std::int64_t least = consider(shape), before;
+      do {
+        before = least;
+        shape.pieces *= 2;
+        if (shape.pieces <= most) least = std::min(least, consider(shape));
+      } while (least < before - before / 100);
+    }
+  }
+
+  Route route(bool staged) const;
+
+ private:
+  std::vector<int> rounds(const std::vector<int>& order, bool staged) const;
+
+  const Request& request_;
+  const Hops hops_of_;
+  Shape shape_;
+  std::vector<Hop> hops_;
+  Timing timing_;
+  std::int64_t direct_ns_ = 0;
+};
+
+// A round is as long as the longest hop; a hop is in a later round than what it carries. Where receivers stage what
+// they add (`staged`), a round has one piece of each peer.
+std::vector<int> Choice::rounds(const std::vector<int>& order, bool staged) const {
+  std::vector<int> round(hops_.size());
+  std::set<std::tuple<int, int, int>> taken;
+  const bool waits = std::any_of(hops_.begin(), hops_.end(), [](const Hop& h) { return !h.after.empty(); });
+  for (int i : order) {
+    const Hop& hop = hops_[i];
+    int at = waits ? static_cast<int>(timing_.start[i] / timing_.slot) : 0;
+    for (int before : hop.after) at = std::max(at, round[before] + 1);
+    if (hop.behind >= 0) at = std::max(at, round[hop.behind]);
+    while (staged && !taken.emplace(hop.src, hop.dst, at).second) ++at;
+    round[i] = at;
+  }
+  return round;
+}
+
+Route Choice::route(bool staged) const {
+  std::vector<int> order(hops_.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return timing_.start[a] < timing_.start[b]; });
+  const std::vector<int> round = rounds(order, staged);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return round[a] < round[b]; });
+  Route result;
+  result.shape = shape_;
+  for (int i : order) {
+    result.hops.push_back(hops_[i]);
+    result.round.push_back(round[i]);
+  }
+  result.predicted_ns = timing_.total;
+  result.direct_ns = direct_ns_;
+  result.bound_ns = bound_ns(request_);
+  return result;
+}
+
+}  // namespace
+
+Route gather_route(const Request& request) {
+  Choice choice(request, gather_hops);
+  const bool nodes = request.nodes() > 2, ports = request.nodes() > 1 && request.links.crossing < request.links.border;
+  std::vector<Shape> shapes;
+  for (int across : {kAll, 1, 2})
+    for (int inside : {kAll, 1, 2}) {
+      if (!nodes && across != kAll) continue;
+      shapes.push_back({false, 1, inside, across, false});
+      if (ports) shapes.push_back({false, 1, inside, across, true});
+    }
+  choice.search(shapes);
+  return choice.route(false);
+}
+
+Route reduce_route(const Request& request) {
+  Choice choice(request, reduce_hops);
+  std::vector<Shape> shapes;
+  for (int inside : {1, kAll})
+    for (int across : {kAll, 1})
+      if (across == kAll || request.nodes() > 2) shapes.push_back({false, 1, inside, across, false});
+  choice.search(shapes);
+  return choice.route(true);
+}
+
+}  // namespace hecate

@@ -1,0 +1,177 @@
+"""How the pieces of a schedule travel: placements, topology and links -> frozen rounds of hops (DESIGN, decision 7).
+
+A gather hands pieces on inside nodes, so that an expert crosses each node border once; a reduction adds on the way, in
+the order of `collectives.order`. The search is C++ (csrc/collectives) and pure: every rank finds the same route. It
+takes the fastest of several shapes by its own model of the links, so never one that is slower than plain sends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate import _native
+from hecate.cost import CostModel
+from hecate.placement import Placement, Topology
+
+__all__ = ["Hop", "Links", "Part", "Route", "gather_route", "reduce_route"]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What carries messages, per direction. Each carries one message after the other, several of them at once.
+
+    Attributes:
+        device: bytes per second into or out of one device, inside its node.
+        fabric: bytes per second between all devices of a node together.
+        crossing: bytes per second of one device out of or into its node.
+        border: bytes per second out of or into a node, all its devices together.
+        message_ns: fixed cost of a message to sender and receiver, nanoseconds.
+    """
+
+    device: int
+    fabric: int
+    crossing: int
+    border: int
+    message_ns: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name == "message_ns" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Links.{f.name}={value!r}: must be an integer >= {least}")
+
+    @classmethod
+    def of(cls, cost: CostModel, topology: Topology, device_type: str) -> Links:
+        """The links of a cost model: a network port a device. Processes on CPU share their machine's memory."""
+        per_node = topology.devices_per_node
+        return cls(
+            device=cost.intra_node_bandwidth,
+            fabric=cost.intra_node_bandwidth * (1 if device_type == "cpu" else per_node),
+            crossing=cost.inter_node_bandwidth,
+            border=cost.inter_node_bandwidth * (1 if device_type == "cpu" else per_node),
+            message_ns=cost.message_ns,
+        )
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One piece of one expert on its way from device `src` to device `dst`.
+
+    Attributes:
+        expert: its number.
+        piece, pieces: which of how many.
+        src, dst: devices.
+        first: reductions: the lowest device whose contribution is in it.
+        partial: reductions: a sum of several contributions, in accumulation dtype; else one, in wire dtype.
+        final: reductions: added to the owner's result, not to a sum that the owner hands on.
+    """
+
+    expert: int
+    piece: int
+    pieces: int
+    src: int
+    dst: int
+    first: int
+    partial: bool
+    final: bool
+
+    def range_of(self, numel: int) -> slice:
+        """Which elements of a chunk of `numel` it carries."""
+        return slice(numel * self.piece // self.pieces, numel * (self.piece + 1) // self.pieces)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one device does in one round, in this order."""
+
+    sends: tuple[Hop, ...]
+    receives: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Hops in rounds: a hop carries what came in earlier rounds.
+
+    Attributes:
+        hops: read-only int64 `[hops, 9]`: round, expert, piece, pieces, src, dst, first, partial, final; by round.
+        shape: the chosen shape, in words.
+        predicted_ns: how long it takes by the model of the links.
+        direct_ns: how long plain sends would take, likewise; at least `predicted_ns`.
+        bound_ns: no schedule is faster: bytes into or out of a device or across a node border, over its bandwidth.
+    """
+
+    hops: NDArray[np.int64]
+    shape: str
+    predicted_ns: int
+    direct_ns: int
+    bound_ns: int
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[Part, ...]]:
+        return {}
+
+    def part(self, rank: int) -> tuple[Part, ...]:
+        """The rounds that device `rank` takes part in."""
+        if rank not in self._parts:
+            self._parts[rank] = self._part(rank)
+        return self._parts[rank]
+
+    def _part(self, rank: int) -> tuple[Part, ...]:
+        mine = self.hops[(self.hops[:, 4] == rank) | (self.hops[:, 5] == rank)]
+        rounds: dict[int, tuple[list[Hop], list[Hop]]] = {}
+        for number, expert, piece, pieces, src, dst, first, partial, final in mine.tolist():
+            hop = Hop(expert, piece, pieces, src, dst, first, bool(partial), bool(final))
+            sends, receives = rounds.setdefault(number, ([], []))
+            (sends if src == rank else receives).append(hop)
+        return tuple(Part(tuple(sends), tuple(receives)) for sends, receives in rounds.values())
+
+
+@lru_cache(maxsize=1024)
+def gather_route(src: Placement, dst: Placement, topology: Topology, links: Links, chunk_bytes: int) -> Route:
+    """Route of SparseAllGather (paper, section 3.1).
+
+    Args:
+        src: exactly one device an expert.
+        dst: any placement of the same shape.
+        topology: of the devices.
+        links: between them.
+        chunk_bytes: of one expert.
+    """
+    return _route("gather", dst, src, topology, links, chunk_bytes, chunk_bytes)
+
+
+@lru_cache(maxsize=1024)
+def reduce_route(
+    src: Placement, dst: Placement, topology: Topology, links: Links, chunk_bytes: int, partial_bytes: int
+) -> Route:
+    """Route of SparseReduceScatter (paper, section 3.1).
+
+    Args:
+        src: who contributes.
+        dst: exactly one device an expert.
+        topology: of the devices.
+        links: between them.
+        chunk_bytes: of one contribution.
+        partial_bytes: of a partial sum, in accumulation dtype.
+    """
+    return _route("reduce", src, dst, topology, links, chunk_bytes, partial_bytes)
+
+
+def _route(
+    kind: str, holds: Placement, owns: Placement, topology: Topology, links: Links, chunk: int, partial: int
+) -> Route:
+    if holds.matrix.shape != owns.matrix.shape or holds.num_devices != topology.num_devices:
+        raise ValueError(
+            f"route: placements {holds.matrix.shape} and {owns.matrix.shape} must both be [num_experts, num_devices] "
+            f"with the topology's num_devices={topology.num_devices}"
+        )
+    numbers = np.array([getattr(links, f.name) for f in fields(Links)], dtype=np.int64)
+    hops, shape, *times = _native.route(
+        kind, holds.matrix, owns.owners, topology.devices_per_node, chunk, partial, numbers
+    )
+    hops.setflags(write=False)
+    return Route(hops, shape, *times)
