@@ -17,9 +17,11 @@ from torch import Tensor
 
 from hecate.collectives.agreement import check_placements, check_rows
 from hecate.collectives.group_seam import group_named
-from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.route import Links
+from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Rows, Transport, Work
+from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
 
 __all__ = ["SparseWork", "sparse_all_gather", "sparse_reduce_scatter"]
@@ -94,15 +96,18 @@ def sparse_reduce_scatter(
     return _run(_REDUCE, grads, src, dst, group, topology, async_op)
 
 
-_TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, dict[Topology, Transport]] = WeakKeyDictionary()
+_TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, str], Transport]] = WeakKeyDictionary()
 
 
-def _transport(group: dist.ProcessGroup, topology: Topology) -> Transport:
+def _transport(group: dist.ProcessGroup, topology: Topology, device_type: str) -> Transport:
     """The one transport of a group, so that calls under way at once do not take each other's messages."""
     of_group = _TRANSPORTS.setdefault(group, {})
-    if topology not in of_group:
-        of_group[topology] = PointToPoint(group, topology)
-    return of_group[topology]
+    key = (topology, device_type)
+    if key not in of_group:
+        of_group[key] = Routed(
+            group, topology, Links.of(CostModel.cpu() if device_type == "cpu" else CostModel(), topology, device_type)
+        )
+    return of_group[key]
 
 
 # The ops take placements as flat lists of `expert * D + device`, the group by name: what torch.library can carry.
@@ -171,7 +176,7 @@ def _run(
     call = (_encode(src), _encode(dst), src.num_experts, topology.devices_per_node, group.group_name)
     if not async_op:
         return getattr(torch.ops.hecate, name)(rows, *call)
-    out, work = _START[name](rows, src, dst, _transport(group, topology))
+    out, work = _START[name](rows, src, dst, _transport(group, topology, rows.device.type))
 
     def wait() -> Tensor:
         work.wait()
@@ -201,7 +206,8 @@ def _execute(
     process_group = group_named(group)
     devices = process_group.size()
     placements = (_decode(src, num_experts, devices), _decode(dst, num_experts, devices))
-    out, work = _START[name](rows, *placements, _transport(process_group, Topology(devices, per_node)))
+    transport = _transport(process_group, Topology(devices, per_node), rows.device.type)
+    out, work = _START[name](rows, *placements, transport)
     work.wait()
     return out
 

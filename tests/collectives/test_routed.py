@@ -1,0 +1,121 @@
+"""The routed transport gives the bits of the plain one, whatever the links make of the route."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.collectives.group_seam import default_store
+from hecate.collectives.order import accumulation_dtype
+from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.route import Links, gather_route, reduce_route
+from hecate.collectives.routed import Routed
+from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.transport import Transport, Work
+from hecate.placement import Placement, Topology
+from tests.collectives.reference import Case
+from tests.workers import Groups
+
+# Free messages: as many pieces as there may be, everything that can be handed on is.
+FINE = Links(device=10**8, fabric=10**12, crossing=10**7, border=10**7, message_ns=0)
+PORTS = Links(device=10**9, fabric=10**12, crossing=10**7, border=10**8, message_ns=0)
+CHUNK = (8, 12345)
+
+
+def case_of(devices: int, per_node: int, seed: int) -> Case:
+    small = Case.random(devices, per_node, seed)
+    return Case(small.src, small.dst, small.topology, CHUNK, seed)
+
+
+def rows_of(rows: Tensor, placement: Placement) -> dict[int, Tensor]:
+    held = placement.held_by(dist.get_rank()).tolist()
+    return dict(zip(held, rows.flatten(1).unbind(0), strict=True)) if held else {}
+
+
+def start_gather(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[Tensor, Work]:
+    rank = dist.get_rank()
+    shard = case.rows(case.src, rank, dtype)
+    new = case.dst - case.src
+    out = torch.empty(len(new.held_by(rank)), *CHUNK, dtype=dtype)
+    return out, transport.gather(gather_schedule(case.src, case.dst), rows_of(shard, case.src), rows_of(out, new))
+
+
+def start_reduce(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[Tensor, Work]:
+    rank = dist.get_rank()
+    grads = case.rows(case.dst, rank, dtype)
+    out = torch.empty(len(case.src.held_by(rank)), *CHUNK, dtype=accumulation_dtype(dtype))
+    schedule = gather_schedule(case.src, case.dst).reversed
+    return out, transport.reduce(schedule, rows_of(grads, case.dst), rows_of(out, case.src), dtype)
+
+
+def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> int:
+    """Hops that carry less than a chunk; so that the test knows it saw some."""
+    topology = Topology(devices, per_node)
+    plain, routed = PointToPoint(dist.group.WORLD, topology), Routed(dist.group.WORLD, topology, links)
+    pieces = 0
+    for seed in range(4):
+        case = case_of(devices, per_node, seed)
+        for start in (start_gather, start_reduce):
+            results = []
+            for transport in (plain, routed):
+                out, work = start(transport, case, dtype)
+                work.wait()
+                results.append(out)
+            assert torch.equal(*results), f"{start.__name__}, seed {seed}"
+        size = int(np.prod(CHUNK)) * dtype.itemsize
+        wide = int(np.prod(CHUNK)) * accumulation_dtype(dtype).itemsize
+        gather = gather_route(case.src, case.dst, topology, links, size)
+        reduce = reduce_route(case.dst, case.src, topology, links, size, wide)
+        pieces += int((gather.hops[:, 3] > 1).sum() + (reduce.hops[:, 3] > 1).sum())
+    return pieces
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("links", [FINE, PORTS])
+@pytest.mark.parametrize(("devices", "per_node"), [(3, 3), (4, 2), (5, 1), (5, 5)])
+def test_same_bits_as_plain_sends(
+    groups: Groups, devices: int, per_node: int, links: Links, dtype: torch.dtype
+) -> None:
+    pieces = groups(devices).run(compare, devices, per_node, links, dtype)
+    assert min(pieces) > 0
+
+
+def overlap(devices: int) -> None:
+    topology = Topology(devices, 2)
+    plain, routed = PointToPoint(dist.group.WORLD, topology), Routed(dist.group.WORLD, topology, FINE)
+    cases = [case_of(devices, 2, seed) for seed in range(4)]
+    expected = []
+    for case in cases:
+        for start in (start_gather, start_reduce):
+            out, work = start(plain, case, torch.float32)
+            work.wait()
+            expected.append(out)
+    got = [start(routed, case, torch.float32) for case in cases for start in (start_gather, start_reduce)]
+    for (out, work), right in zip(got[::-1], expected[::-1], strict=True):
+        work.wait()
+        assert torch.equal(out, right)
+
+
+def test_many_under_way_at_once(groups: Groups) -> None:
+    groups(4).run(overlap, 4)
+
+
+def hand_on_without_waiting() -> None:
+    """Half of rank 2's copy goes through rank 1, which does not wait for its own before rank 2 has all."""
+    topology = Topology(3, 3)
+    routed = Routed(dist.group.WORLD, topology, FINE)
+    case = Case(Placement.from_owners([0], 3), Placement(np.ones((1, 3))), topology, CHUNK, 0)
+    out, work = start_gather(routed, case, torch.float32)
+    if dist.get_rank() == 1:
+        default_store().wait(["rank 2 has its copy"])
+    work.wait()
+    if dist.get_rank() == 2:
+        default_store().set("rank 2 has its copy", "yes")
+    assert all(torch.equal(row, case.row(0, 0, torch.float32)) for row in out)
+
+
+def test_pieces_are_handed_on_while_the_caller_computes(groups: Groups) -> None:
+    groups(3).run(hand_on_without_waiting)
