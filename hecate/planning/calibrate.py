@@ -11,6 +11,7 @@ from hecate import _native
 from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
+from hecate.planning.plan import with_copies
 
 __all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load", "tokens_ns"]
 
@@ -50,9 +51,7 @@ def few_copies(
     by_node = limits.by_node or (prefer == "crossings" and topology.num_nodes > 1)
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
     copies = _native.cover(loads, placement.matrix, topology.devices_per_node, target, *sides, by_node)
-    matrix = placement.matrix.copy()
-    matrix[copies[:, 0], copies[:, 1]] = True
-    return Placement(matrix)
+    return with_copies(placement, copies)
 
 
 def copies_ns(cost: LayerCost, copies: Int64, owners: Int64, topology: Topology) -> int:

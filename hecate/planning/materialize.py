@@ -9,6 +9,7 @@ from hecate import _native
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
 from hecate.planning.loads import Predictor, guesses
+from hecate.planning.plan import with_copies
 
 __all__ = ["robust_copies", "sparse_materialization"]
 
@@ -30,36 +31,9 @@ def sparse_materialization(
     With t <= m the t hottest go to all devices; otherwise `num_devices * m` slots are shared among them in
     proportion to load, hottest first, each expert's copies on nodes and devices with the most free slots.
     """
-    placement = Placement.from_owners(owners, topology.num_devices).matrix.copy()
-    degree = min(overlap_degree, len(loads))
-    slots = min(memory_slots, degree)
-    hottest = np.argsort(-loads, kind="stable")[:degree]
-    if degree <= slots:
-        placement[hottest] = True
-        return Placement(placement)
-    free = np.full(topology.num_devices, slots, dtype=np.int64)
-    total, budget = int(loads[hottest].sum()), topology.num_devices * slots
-    for expert in hottest:
-        share = -(-budget * int(loads[expert]) // total) if total else 0
-        for _ in range(min(share, topology.num_devices - 1)):
-            device = _roomiest(free, placement[expert], topology)
-            if device is None:
-                break
-            placement[expert, device] = True
-            free[device] -= 1
-    return Placement(placement)
-
-
-def _roomiest(free: Int64, held: NDArray[np.bool_], topology: Topology) -> int | None:
-    """The free device without the expert on the node that holds it least often, most free slots first."""
-    nodes = (topology.num_nodes, topology.devices_per_node)
-    usable = (free > 0) & ~held
-    if not usable.any():
-        return None
-    node_held, node_free = held.reshape(nodes).sum(axis=1), (free * ~held).reshape(nodes).sum(axis=1)
-    node = np.arange(topology.num_devices) // topology.devices_per_node
-    order = np.lexsort((np.arange(topology.num_devices), -free, -node_free[node], node_held[node], ~usable))
-    return int(order[0])
+    shape = (topology.num_devices, topology.devices_per_node)
+    copies = _native.sparse_materialization(loads.tolist(), owners.tolist(), *shape, overlap_degree, memory_slots)
+    return with_copies(Placement.from_owners(owners, topology.num_devices), copies)
 
 
 def robust_copies(
@@ -90,21 +64,18 @@ def robust_copies(
     allowed = np.ones_like(start.matrix)
     if limits.by_node:
         allowed = np.repeat(_node_entries(levels, owners, topology, limits), topology.devices_per_node, axis=1)
-    copies = _native.spread(levels, owners, limits.device_in, limits.device_out, allowed, _trials(topology.num_devices))
-    matrix = start.matrix.copy()
-    matrix[copies[:, 0], copies[:, 1]] = True
-    return Placement(matrix)
+    trials = _trials(topology.num_devices)
+    copies = _native.spread(levels, owners, limits.device_in, limits.device_out, allowed, trials)
+    return with_copies(start, copies)
 
 
 def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> NDArray[np.bool_]:
     """Bool `[num_experts, num_nodes]`: experts that the node owns or that may enter it."""
     node_owners = owners // topology.devices_per_node
-    home = Placement.from_owners(node_owners, topology.num_nodes).matrix
+    home = Placement.from_owners(node_owners, topology.num_nodes)
     trials = _trials(topology.num_nodes)
-    entries = _native.spread(levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home), trials)
-    entered = home.copy()
-    entered[entries[:, 0], entries[:, 1]] = True
-    return entered
+    entries = _native.spread(levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home.matrix), trials)
+    return with_copies(home, entries).matrix
 
 
 def _trials(num_devices: int) -> int:

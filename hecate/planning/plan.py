@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from hecate import _native
 from hecate.placement import Placement, Topology
 
-__all__ = ["Plan", "check_counts"]
+__all__ = ["Plan", "check_counts", "with_copies"]
 
 Int64 = NDArray[np.int64]
 MAX_TOKENS = 2**40
@@ -123,3 +124,11 @@ def check_counts(counts: object, num_devices: int, num_experts: int) -> Int64:
     if array.size and (array.max() > MAX_TOKENS or array.sum() > MAX_TOKENS):
         raise ValueError(f"counts: {array.sum(dtype=object)} tokens in total, must be <= 2**40")
     return array
+
+
+def with_copies(placement: Placement, copies: Int64 | Sequence[tuple[int, int]]) -> Placement:
+    """`placement` and `copies`, int `[copies, 2]` (expert, device)."""
+    pairs = np.asarray(copies, dtype=np.int64).reshape(-1, 2)
+    matrix = placement.matrix.copy()
+    matrix[pairs[:, 0], pairs[:, 1]] = True
+    return Placement(matrix)
