@@ -157,7 +157,8 @@ Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, c
     nb::gil_scoped_release release;
     const Guesses guesses{levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
                           static_cast<int>(levels.shape(2))};
-    copies = spread(guesses, {owners.data(), owners.data() + owners.shape(0)}, limits_of(in, out, allowed.data()), swaps);
+    const std::vector<int> owner_of(owners.data(), owners.data() + owners.shape(0));
+    copies = spread(guesses, owner_of, limits_of(in, out, allowed.data()), swaps);
   }
   return pairs_array(copies);
 }

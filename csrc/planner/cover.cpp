@@ -6,8 +6,6 @@ namespace hecate {
 
 namespace {
 
-using Tokens = std::vector<std::int64_t>;
-
 // Devices below the target that may still take a copy, by rising room.
 class Rooms {
  public:
@@ -29,7 +27,8 @@ class Rooms {
       while (i >= 0 && !usable(i)) --i;
       return i;
     };
-    const int wide = static_cast<int>(std::lower_bound(sorted_.begin(), sorted_.end(), Room{tokens, -1}) - sorted_.begin());
+    const auto at = std::lower_bound(sorted_.begin(), sorted_.end(), Room{tokens, -1});
+    const int wide = static_cast<int>(at - sorted_.begin());
     if (const int fit = above(wide); fit < count()) return sorted_[fit].second;
     int high = below(wide - 1), best = high;
     if (high < 0) return -1;

@@ -6,6 +6,8 @@
 
 namespace hecate {
 
+using Tokens = std::vector<std::int64_t>;
+
 // Experts and devices joined by holder pairs. A pair's amount is the number of the expert's tokens that the device
 // computes. Pairs of one expert, and pairs on one device, are chained through arrays: adding one never allocates much.
 class Network {
@@ -34,8 +36,8 @@ class Network {
   bool reached(int device) const { return level_[device] >= 0; }
 
   std::vector<int> expert_of, device_of;
-  std::vector<std::int64_t> amount;  // per pair
-  std::vector<std::int64_t> load;    // per device
+  Tokens amount;  // per pair
+  Tokens load;    // per device
 
  private:
   bool levels(std::int64_t target);

@@ -6,13 +6,6 @@
 
 namespace hecate {
 
-std::vector<int> hottest_first(const Tokens& loads) {
-  std::vector<int> order(loads.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return loads[a] > loads[b]; });
-  return order;
-}
-
 namespace {
 
 // The free device without the expert, on the node that holds it least often, then on the one with the most free slots.
@@ -33,7 +26,8 @@ int least_loaded(const Tokens& load, const std::vector<int>& free, const Shape& 
   for (int first = 0; first < shape.devices; first += shape.devices_per_node) {
     const int end = first + shape.devices_per_node;
     const int room = std::accumulate(free.begin() + first, free.begin() + end, 0);
-    if (room > 0) best = std::min(best, {std::accumulate(load.begin() + first, load.begin() + end, std::int64_t{0}), room, first});
+    const std::int64_t busy = std::accumulate(load.begin() + first, load.begin() + end, std::int64_t{0});
+    if (room > 0) best = std::min(best, {busy, room, first});
   }
   const int first = std::get<2>(best);
   best = {INT64_MAX, 0, -1};

@@ -9,11 +9,7 @@
 
 namespace hecate {
 
-using Tokens = std::vector<std::int64_t>;
 using Owners = std::vector<std::int64_t>;
-
-// Experts by descending load, equal ones ascending.
-std::vector<int> hottest_first(const Tokens& loads);
 
 // Algorithm 1: copies of the `degree` hottest experts, at most `slots` a device.
 std::vector<Pair> sparse_materialization(const Tokens& loads, const Owners& owners, const Shape& shape, int degree,

@@ -4,8 +4,8 @@
 
 namespace hecate {
 
-std::vector<std::int64_t> device_loads(const PlanArrays& plan, const Shape& shape) {
-  std::vector<std::int64_t> loads(shape.devices, 0), of_pair(plan.pairs, 0);
+Tokens device_loads(const PlanArrays& plan, const Shape& shape) {
+  Tokens loads(shape.devices, 0), of_pair(plan.pairs, 0);
   for (int s = 0; s < shape.devices; ++s)
     for (std::int64_t p = 0; p < plan.pairs; ++p) of_pair[p] += plan.quota[s * plan.pairs + p];
   for (std::int64_t p = 0; p < plan.pairs; ++p) loads[plan.holders[2 * p + 1]] += of_pair[p];
@@ -33,7 +33,8 @@ std::string plan_fault(const PlanArrays& plan, const Shape& shape) {
   for (std::int64_t p = 0; p < plan.pairs; ++p) {
     const std::int64_t expert = plan.holders[2 * p], device = plan.holders[2 * p + 1];
     const auto name = [&] { return "holder (" + std::to_string(expert) + ", " + std::to_string(device) + ")"; };
-    if (expert < 0 || expert >= shape.experts || device < 0 || device >= shape.devices) return name() + " does not exist";
+    const bool exists = expert >= 0 && expert < shape.experts && device >= 0 && device < shape.devices;
+    if (!exists) return name() + " does not exist";
     if (!plan.placement[expert * shape.devices + device]) return name() + " is not in placement";
     if (expert * shape.devices + device <= last) return name() + " is out of order, holders must ascend";
     last = expert * shape.devices + device;
@@ -46,7 +47,7 @@ std::string plan_fault(const PlanArrays& plan, const Shape& shape) {
   const std::int64_t* end = plan.quota + shape.devices * plan.pairs;
   if (const auto* entry = std::find_if(plan.quota, end, [](std::int64_t q) { return q < 0; }); entry != end)
     return "quota has " + std::to_string(*entry) + ", must be >= 0";
-  const std::vector<std::int64_t> loads = device_loads(plan, shape);
+  const Tokens loads = device_loads(plan, shape);
   for (int d = 0; d < shape.devices; ++d)
     if (loads[d] != plan.device_loads[d])
       return "device_loads[" + std::to_string(d) + "] is " + std::to_string(plan.device_loads[d]) + ", quota gives " +

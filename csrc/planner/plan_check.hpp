@@ -16,7 +16,7 @@ struct PlanArrays {
 };
 
 // Tokens each device computes, int64 [devices].
-std::vector<std::int64_t> device_loads(const PlanArrays& plan, const Shape& shape);
+Tokens device_loads(const PlanArrays& plan, const Shape& shape);
 
 // Pairs of an expert and a node that holds it but not its owner.
 std::int64_t count_crossings(const PlanArrays& plan, const Shape& shape);

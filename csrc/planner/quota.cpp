@@ -4,13 +4,10 @@
 #include <numeric>
 
 #include "planner/min_cost.hpp"
-#include "planner/network.hpp"
 
 namespace hecate {
 
 namespace {
-
-using Tokens = std::vector<std::int64_t>;
 
 // What a token on its own device, or else on its own node, is worth.
 constexpr int kOwnDevice = 16, kOwnNode = 1;
@@ -89,6 +86,13 @@ Holders holders_of(const bool* placement, const Shape& shape) {
   return holders;
 }
 
+std::vector<int> hottest_first(const Tokens& loads) {
+  std::vector<int> order(loads.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return loads[a] > loads[b]; });
+  return order;
+}
+
 Tokens column_sums(const std::int64_t* counts, const Shape& shape) {
   Tokens sums(shape.experts, 0);
   for (int s = 0; s < shape.devices; ++s)
@@ -127,9 +131,7 @@ Tokens holder_loads(const Tokens& loads, const Holders& holders, const Shape& sh
 }
 
 std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, const Tokens& slots) {
-  std::vector<int> hottest(loads.size());
-  std::iota(hottest.begin(), hottest.end(), 0);
-  std::stable_sort(hottest.begin(), hottest.end(), [&](int a, int b) { return loads[a] > loads[b]; });
+  const std::vector<int> hottest = hottest_first(loads);
   Tokens most(slots.size(), 0);
   for (std::size_t e = 0; e < loads.size(); ++e) most[owners[e]] += loads[e];
   for (std::size_t d = 0; d < slots.size(); ++d) {

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "planner/network.hpp"
+
 namespace hecate {
 
 struct Shape {
@@ -32,27 +34,30 @@ struct Holders {
 
 Holders holders_of(const bool* placement, const Shape& shape);
 
+// Experts by descending load, equal ones ascending.
+std::vector<int> hottest_first(const Tokens& loads);
+
 // int64 [devices, experts] -> the sum over devices.
-std::vector<std::int64_t> column_sums(const std::int64_t* counts, const Shape& shape);
+Tokens column_sums(const std::int64_t* counts, const Shape& shape);
 
 // The smallest possible largest device load.
-std::int64_t min_max_load(const std::vector<std::int64_t>& loads, const Holders& holders, const Shape& shape);
+std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape);
 
 // The tokens of each pair under the smallest possible largest device load, whoever sends them.
-std::vector<std::int64_t> holder_loads(const std::vector<std::int64_t>& loads, const Holders& holders,
+Tokens holder_loads(const Tokens& loads, const Holders& holders,
                                        const Shape& shape);
 
 // The least largest load over locations when each computes its own experts' tokens and those of `slots` others at most.
-std::int64_t lower_bound_load(const std::vector<std::int64_t>& loads, const std::int64_t* owners,
-                              const std::vector<std::int64_t>& slots);
+std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners,
+                              const Tokens& slots);
 
 // Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
 // their own device, and then as many as possible on their own node.
-std::vector<std::int64_t> local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
+Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
                                         std::int64_t limit);
 
 // Splits `amounts` by source device into quota [devices, pairs]: own device, then own node, then the rest.
-void split_by_source(const std::int64_t* counts, const Holders& holders, const std::vector<std::int64_t>& amounts,
+void split_by_source(const std::int64_t* counts, const Holders& holders, const Tokens& amounts,
                      const Shape& shape, std::int64_t* quota);
 
 // The paper's dispatch (section 4.4): own device, else evenly over the own node's holders, else evenly over all.

@@ -20,7 +20,6 @@ struct Guess {
   bool done;
 
   void drain() { done = done || network.drain(target); }
-  std::int64_t mean() const { return ceil_div(network.total(), network.devices()); }
 };
 
 using Set = std::vector<Guess>;
@@ -40,9 +39,9 @@ Set make_set(const Guesses& guesses, int level, const std::vector<Pair>& held, i
 }
 
 // Per guess and expert, the tokens that a further copy outside of the crowded devices could take from them.
-std::vector<std::int64_t> relief(const Set& set) {
+Tokens relief(const Set& set) {
   const int experts = set[0].network.experts();
-  std::vector<std::int64_t> gain(set.size() * experts, 0);
+  Tokens gain(set.size() * experts, 0);
   for (std::size_t k = 0; k < set.size(); ++k) {
     const Network& network = set[k].network;
     if (set[k].done) continue;
@@ -57,7 +56,7 @@ std::vector<std::int64_t> relief(const Set& set) {
 }
 
 // What a copy of `expert` on `device` takes from the crowded devices, over all guesses.
-std::int64_t value_of(const Set& set, const std::vector<std::int64_t>& gain, int expert, int device) {
+std::int64_t value_of(const Set& set, const Tokens& gain, int expert, int device) {
   const int experts = set[0].network.experts();
   std::int64_t value = 0;
   for (std::size_t k = 0; k < set.size(); ++k)
@@ -72,8 +71,8 @@ std::int64_t value_of(const Set& set, const std::vector<std::int64_t>& gain, int
 template <typename Usable>
 Pair best_copy(const Set& set, Usable usable) {
   const int experts = set[0].network.experts();
-  const std::vector<std::int64_t> gain = relief(set);
-  std::vector<std::int64_t> sum(experts, 0), value(set[0].network.devices()), room(set[0].network.devices(), 0);
+  const Tokens gain = relief(set);
+  Tokens sum(experts, 0), value(set[0].network.devices()), room(set[0].network.devices(), 0);
   for (const Guess& guess : set)
     for (int d = 0; d < guess.network.devices(); ++d)
       room[d] += std::max<std::int64_t>(0, guess.target - guess.network.load[d]);
@@ -110,7 +109,7 @@ void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
   }
 }
 
-// The sum over the guesses of the largest load, with `out` (or no pair) replaced by `in`; `stop` or more: stopped early.
+// The sum over the guesses of the largest load; more than `stop` means no more than that.
 std::int64_t largest_with(const Guesses& guesses, const std::vector<Pair>& held, int devices, std::int64_t stop) {
   std::int64_t sum = 0;
   for (int k = 0; k < guesses.count; ++k) {
@@ -146,7 +145,7 @@ std::uint64_t next_random(std::uint64_t& state) {
 
 // Local search: gives random slots to other experts, hot ones rather, where that does not raise the largest loads.
 void refine(const Guesses& guesses, std::vector<Pair>& held, int devices, const Limits& limits, int swaps) {
-  std::vector<std::int64_t> below(guesses.experts);
+  Tokens below(guesses.experts);
   std::partial_sum(guesses.of(0, 0), guesses.of(0, 0) + guesses.experts, below.begin());
   if (held.size() == static_cast<std::size_t>(guesses.experts) || below.back() == 0) return;
   std::int64_t least = 0;
@@ -160,7 +159,8 @@ void refine(const Guesses& guesses, std::vector<Pair>& held, int devices, const 
     const int expert = static_cast<int>(std::upper_bound(below.begin(), below.end(), pick) - below.begin());
     const Pair before = slot;
     slot.first = expert;
-    const std::int64_t changed = fits(guesses, held, devices, limits) ? largest_with(guesses, held, devices, sum) : sum + 1;
+    std::int64_t changed = sum + 1;
+    if (fits(guesses, held, devices, limits)) changed = largest_with(guesses, held, devices, sum);
     if (changed <= sum) sum = changed;
     else slot = before;
   }
@@ -184,7 +184,7 @@ std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners,
   std::vector<Pair> held;
   for (int e = 0; e < experts; ++e) held.emplace_back(e, owners[e]);
   const std::int64_t* likeliest = guesses.of(0, 0);
-  const std::vector<std::int64_t> loads(likeliest, likeliest + experts);
+  const Tokens loads(likeliest, likeliest + experts);
   std::int64_t total = 0;
   for (std::int64_t load : loads) total += load;
   Limits left = limits;
