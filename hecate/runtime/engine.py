@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hecate.collectives.agreement import check_placements
 from hecate.placement import Placement
+from hecate.runtime.ahead import PlanAhead
 from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
 from hecate.runtime.copies import Comms, LayerCopies, SharedBuffers
 from hecate.runtime.exchange import count_tokens, dispatch_of
@@ -62,6 +63,7 @@ class Engine:
         self.peak_copies_bytes = 0
         self._totals: list[LayerTotals] = []  # of the last step
         self._exposed = ExposedTime()
+        self._ahead = PlanAhead(layers, comms.topology.devices_per_node)
         self._shared = shared
         self._before_step = before_step
         self._enter, self._leave, self._end_of_backward = enter, leave, end_of_backward
@@ -111,7 +113,7 @@ class Engine:
         self._before_step()
         if self._shared is not None:
             self._shared.reserve(max(layer.storage.buffer_bytes for layer in self.layers), self.anchor.device)
-        self._placements = [layer.materialize() for layer in self.layers]
+        self._placements = self._ahead.placements()
         if self.comms.tokens is not None:
             check_placements(f"step {self.step}", tuple(self._placements), self.comms.tokens)
 
@@ -191,6 +193,7 @@ class Engine:
         self._backward_of = micro_batch
         if not self._in_backward:
             self._enter()
+            self._ahead.start()
             at_end_of_backward(self._finish_backward)
         self._in_backward.add(micro_batch)
         self._launch_again(len(self.layers) - 1)

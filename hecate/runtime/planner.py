@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from hecate.runtime.chunk import ExpertsSpec
 from hecate.runtime.copies import PoolLayer
 from hecate.runtime.stats import LayerTotals
 
-__all__ = ["LayerPlanner", "layer_cost"]
+__all__ = ["LayerPlanner", "Outlook", "layer_cost"]
 
 
 def layer_cost(model: CostModel, spec: ExpertsSpec, storage: PoolLayer, dense_token_flops: int) -> LayerCost:
@@ -32,6 +32,27 @@ def layer_cost(model: CostModel, spec: ExpertsSpec, storage: PoolLayer, dense_to
         token_bytes=spec.width * storage.dtypes.param.itemsize,
         dense_token_flops=dense_token_flops,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """All that the copies of one layer and step are planned from; see `Policy.materialize`."""
+
+    policy: Policy
+    setting: LayerSetting
+    history: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+    def placement(self) -> Placement:
+        """The placement to gather before the layer runs; owners only where nothing is known yet."""
+        if not len(self.history):
+            return Placement.from_owners(self.owners, self.setting.topology.num_devices)
+        return self.policy.materialize(self.setting, self.history, self.owners)
+
+    def equals(self, other: Outlook) -> bool:
+        """Whether `other` leads to the same placement."""
+        same = np.array_equal(self.history, other.history) and np.array_equal(self.owners, other.owners)
+        return same and self.setting == other.setting
 
 
 class LayerPlanner:
@@ -64,8 +85,13 @@ class LayerPlanner:
         """int64 `[num_experts]`."""
         return self.storage.pool.owners[self.storage.row]
 
-    def setting(self, tokens_per_device: int | None = None) -> LayerSetting:
-        """What the policy may know; `tokens_per_device` defaults to the last step's."""
+    @property
+    def cost_model(self) -> CostModel:
+        """Of links and compute."""
+        return self._cost.model
+
+    def setting(self, tokens_per_device: int) -> LayerSetting:
+        """What the policy may know."""
         config = self._config
         return LayerSetting(
             topology=self.storage.comms.topology,
@@ -74,15 +100,16 @@ class LayerPlanner:
             max_imbalance=config.max_imbalance,
             overlap_degree=config.overlap_degree,
             calibrate=config.calibrate,
-            tokens_per_device=self._tokens_per_device if tokens_per_device is None else tokens_per_device,
+            tokens_per_device=tokens_per_device,
         )
 
-    def materialize(self) -> Placement:
-        """The placement to gather in the coming step, from the load history."""
-        history = self.history.array()
-        if not len(history):
-            return self.storage.owners
-        return self._policy.materialize(self.setting(), history, self.owners)
+    def outlook(self) -> Outlook:
+        """What the next step is planned from, the micro-batches booked so far included."""
+        history, tokens = self.history.array(), self._tokens_per_device
+        if self._totals.micro_batches:
+            history = np.concatenate([history, self._totals.counts[None]])[-self._config.load_window :]
+            tokens = self._totals.tokens_per_device
+        return Outlook(self._policy, self.setting(tokens), history, self.owners)
 
     def calibrate(self, counts: NDArray[np.int64], placement: Placement, top_k: int) -> Placement:
         """`placement`, or more, for the true counts `[D, E]` of one micro-batch."""
@@ -113,23 +140,33 @@ class LayerPlanner:
             "history": self.history.array(),
             "since_reshard": self.since_reshard.copy(),
             "tokens_per_device": np.array(self._tokens_per_device, dtype=np.int64),
+            "slots": np.array(self.storage.capacity, dtype=np.int64),
         }
 
     def restart(self, state: Mapping[str, NDArray[np.int64]] | None, cost: CostModel | None) -> None:
-        """Go on from `state`, of any number of devices (None: no history), with `cost` (None: the present one)."""
+        """Go on from another run.
+
+        Args:
+            state: of it, on any number of devices; None: no history.
+            cost: that it planned with, to plan exactly as it would have; None keeps the present cost model, and the
+                room for copies that is free now.
+        """
         devices = self.storage.comms.topology.num_devices
         self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
         self.since_reshard = np.zeros(self.num_experts, dtype=np.int64)
         self._tokens_per_device = 0
         self._totals = self._no_totals()
+        self.storage.bytes_sent = 0
         if state is not None:
             for counts in state["history"]:
                 self.history.add(_spread(counts, devices))
                 self.history.close_step()
             self.since_reshard += state["since_reshard"]
             self._tokens_per_device = int(state["tokens_per_device"])
-        if cost is not None:
+        if state is not None and cost is not None:
             self._cost = replace(self._cost, model=cost)
+            if self._config.memory_slots == "auto" and self.storage.capacity and state["slots"]:
+                self.storage.capacity = int(state["slots"])
 
     def _setting_for(self, counts: NDArray[np.int64], top_k: int) -> LayerSetting:
         return self.setting(int(counts.sum()) // (counts.shape[0] * top_k))

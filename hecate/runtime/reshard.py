@@ -85,7 +85,7 @@ class Resharder:
             loads = [self._summed(layer.since_reshard) for layer in layers]
             if not any(load.any() for load in loads):
                 continue  # done for this step already, before an evaluation or a checkpoint
-            owners = self._policy.reshard(tuple(layer.setting() for layer in layers), loads, pool.owners)
+            owners = self._policy.reshard(tuple(layer.outlook().setting for layer in layers), loads, pool.owners)
             for layer in layers:
                 layer.since_reshard[:] = 0
             move(pool, owners, self._tensors(pool), self._transport)
