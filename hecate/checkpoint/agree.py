@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["agree", "gather", "rank_and_world"]
+__all__ = ["agree", "gather", "on_rank_0", "rank_and_world"]
 
 T = TypeVar("T")
 
@@ -36,3 +36,8 @@ def agree(function: Callable[[], T]) -> T:
     if first is not None:
         raise first from error
     return value
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """`function()` there, None elsewhere."""
+    return function() if rank_and_world()[0] == 0 else None

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-__all__ = ["ChecksumWriter", "aside", "find", "prepare", "publish", "read_record", "verify"]
+__all__ = ["MANIFEST", "ChecksumWriter", "aside", "find", "prepare", "publish", "read_record", "verify"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"

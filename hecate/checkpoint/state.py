@@ -91,27 +91,25 @@ class TrainingState:
     @property
     def cost(self) -> CostModel:
         """That the planners use."""
-        return self.engine.layers[0].setting().cost.model
+        return self.engine.layers[0].cost_model
 
     def restart(
-        self,
-        step: int,
-        planners: Mapping[str, Mapping[str, NDArray[np.int64]]] | None,
-        owners: Mapping[str, NDArray[np.int64]] | None,
-        cost: CostModel | None,
+        self, step: int, planners: Mapping[str, Mapping[str, NDArray[np.int64]]] | None, cost: CostModel | None
     ) -> None:
-        """Go to `step` before other weights come: owners, load history and cost model change, gradients are dropped.
+        """Go to `step` of another run, before its weights come: owners and load history change, gradients are dropped.
 
         Args:
             step: optimizer steps made.
-            planners: layer -> `LayerPlanner.state()`; None: no history.
-            owners: layer -> int64 `[num_experts]`; where None, or more than a pool has room for, the initial ones.
-            cost: None leaves it.
+            planners: layer -> `LayerPlanner.state()` and "owners"; None: no history.
+            cost: of that run, if its mesh was equal: owners are then its own where the pools have room, else the
+                initial ones, and plans are made as it would have made them.
         """
         self.engine.restart(step)
         for pool in self.pools:
-            saved = None if owners is None else [owners[spec.name] for spec in pool.specs]
-            pool.owners = saved if saved is not None and pool.fits(saved) else pool.initial_owners()
+            pool.owners = pool.initial_owners()
+            if planners is not None and cost is not None:
+                owners = [planners[spec.name]["owners"] for spec in pool.specs]
+                pool.owners = owners if pool.fits(owners) else pool.owners
         for layer in self.engine.layers:
             layer.restart(None if planners is None else planners[layer.name], cost)
         for parameter in self.model.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from hecate.checkpoint.agree import agree, gather, rank_and_world
+from hecate.checkpoint.agree import agree, gather, on_rank_0, rank_and_world
 from hecate.checkpoint.folder import ChecksumWriter, aside, find, prepare, publish, read_record, verify
 from hecate.checkpoint.optimizer import OPTIMIZER, OptimizerTarget, optimizer_entries, optimizer_record
 from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner, ExpertsSavePlanner
@@ -43,15 +43,15 @@ def save(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
         entries |= optimizer_entries(state, optimizer)
         record["optimizer"] = optimizer_record(state, optimizer)
     temporary = aside(path)
-    agree(lambda: _on_rank_0(lambda: prepare(temporary)))
+    agree(lambda: on_rank_0(lambda: prepare(temporary)))
     try:
         writer = ChecksumWriter(temporary)
         with _dcp(where):
             dcp.save(entries, storage_writer=writer, planner=ExpertsSavePlanner(), no_dist=not dist.is_initialized())
         checksums = {name: value for files in gather(writer.checksums) for name, value in files.items()}
-        agree(lambda: _on_rank_0(lambda: publish(temporary, path, record, checksums)))
+        agree(lambda: on_rank_0(lambda: publish(temporary, path, record, checksums)))
     except OSError:
-        _on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
 
 
@@ -89,15 +89,12 @@ def _restart(
 ) -> None:
     """Owners and cost model as saved where the mesh is the same, so that the run goes on bit by bit."""
     if record is None or keys is None:
-        state.restart(0, None, None, None)
+        state.restart(0, None, None)
         return
     planners: dict[str, dict[str, NDArray[np.int64]]] = {
         layer: {key: small[entry].numpy() for key, entry in entries.items()} for layer, entries in keys.items()
     }
-    owners = {layer: values["owners"] for layer, values in planners.items()}
-    same = record["mesh"] == state.mesh
-    cost = CostModel(**record["cost"]) if same else None
-    state.restart(record["step"], planners, owners if same else None, cost)
+    state.restart(record["step"], planners, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
 
 
 # Checks before anything is overwritten.
@@ -182,7 +179,3 @@ def _dcp(where: str) -> Iterator[None]:
         except dcp.api.CheckpointException as failure:
             first = min(failure.failures)
             raise OSError(f"{where}: rank {first}: {failure.failures[first][0]!r}") from failure
-
-
-def _on_rank_0(function: Callable[[], Any]) -> Any:
-    return function() if rank_and_world()[0] == 0 else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Unbroken:
 
     Attributes:
         path: of the checkpoint.
-        losses: of steps 3, 4 and 5.
+        losses, plans: of steps 3, 4 and 5.
         at_save, at_end: all parameters and buffers.
         copies: in the last step.
         owners: by layer, when it was saved.
@@ -34,6 +34,7 @@ class Unbroken:
 
     path: str
     losses: list[float]
+    plans: list[object]
     at_save: Full
     at_end: Full
     copies: int
@@ -50,18 +51,28 @@ def unbroken(path: str, evaluate: bool = False, **settings: object) -> Unbroken:
     run.engine.save(path, run.optimizer)
     at_save, owners = run.engine.full_state_dict(), run.owners()
     losses = run.train(3, 6)
-    return Unbroken(path, losses, at_save, run.engine.full_state_dict(), run.copies(), owners)
+    return Unbroken(path, losses, run.plans[3:], at_save, run.engine.full_state_dict(), run.copies(), owners)
 
 
-def resumed(path: str, used: bool = False, **settings: object) -> tuple[list[float], Full, Full]:
-    """Losses after loading, the state loaded, the state at the end."""
+@dataclass(frozen=True)
+class Resumed:
+    """Steps 3, 4 and 5 after `Unbroken.path` was loaded."""
+
+    losses: list[float]
+    plans: list[object]
+    at_load: Full
+    at_end: Full
+
+
+def resumed(path: str, used: bool = False, **settings: object) -> Resumed:
     run = Run(seed=7, **settings)  # type: ignore[arg-type]
     if used:  # other owners, optimizer state and gradients are there already
         run.train(10, 12)
         run.loss(12).backward()
     run.engine.load(path, run.optimizer)
     loaded = run.engine.full_state_dict()
-    return run.train(3, 6), loaded, run.engine.full_state_dict()
+    run.plans.clear()
+    return Resumed(run.train(3, 6), run.plans, loaded, run.engine.full_state_dict())
 
 
 def assert_equal(left: Full, right: Full) -> None:
@@ -78,53 +89,79 @@ def assert_close(left: Full, right: Full) -> None:
         )
 
 
-def assert_goes_on(
-    run: Callable[..., list[tuple[list[float], Full, Full]]], saved: Unbroken, **settings: object
-) -> None:
-    """Bit by bit, on every rank."""
-    for losses, loaded, end in run(saved.path, **settings):
-        assert_equal(loaded, saved.at_save)
-        assert losses == saved.losses
-        assert_equal(end, saved.at_end)
+def assert_same_run(ranks: list[Resumed], ranks_saved: list[Unbroken]) -> None:
+    """Bit by bit, on every rank, and balanced as it would have been."""
+    for run, saved in zip(ranks, ranks_saved, strict=True):
+        assert_equal(run.at_load, saved.at_save)
+        assert run.losses == saved.losses
+        assert run.plans == saved.plans
+        assert_equal(run.at_end, saved.at_end)
+
+
+def assert_similar_run(ranks: list[Resumed], saved: Unbroken) -> None:
+    """All that was saved, and from there on within rounding."""
+    for run in ranks:
+        assert_equal(run.at_load, saved.at_save)
+        assert run.losses == pytest.approx(saved.losses, rel=1e-6)
+        assert_close(run.at_end, saved.at_end)
 
 
 @pytest.fixture(scope="module")
-def saved(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+def both_saved(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> list[Unbroken]:
+    """By rank."""
     path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    run: Unbroken = groups(2).run(unbroken, str(path))[0]
+    ranks: list[Unbroken] = groups(2).run(unbroken, str(path))
+    run = ranks[0]
     even = [initial_owners(TINY.num_experts, 2, layer).tolist() for layer in range(TINY.num_layers)]
     assert run.copies > 0, "a run without copies tests less"
     assert run.owners != even, "a run without moved experts tests less"
     assert not [p for p in path.parent.iterdir() if p != path]
-    return run
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def saved(both_saved: list[Unbroken]) -> Unbroken:
+    return both_saved[0]
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_equal_bits_at_the_same_world_size(groups: Groups, saved: Unbroken, used: bool) -> None:
-    assert_goes_on(lambda path: groups(2).run(resumed, path, used), saved)
+def test_equal_bits_at_the_same_world_size(groups: Groups, both_saved: list[Unbroken], used: bool) -> None:
+    assert_same_run(groups(2).run(resumed, both_saved[0].path, used), both_saved)
 
 
 def test_another_world_size(groups: Groups, saved: Unbroken) -> None:
-    for losses, loaded, end in groups(3).run(resumed, saved.path):
-        assert_equal(loaded, saved.at_save)
-        assert losses == pytest.approx(saved.losses, rel=1e-6)
-        assert_close(end, saved.at_end)
+    assert_similar_run(groups(3).run(resumed, saved.path), saved)
+
+
+def test_room_for_copies_is_the_saved_runs(groups: Groups, tmp_path: Path) -> None:
+    """Memory_slots="auto" depends on the memory that is free when a process starts; plans may not."""
+    auto = {"config": replace(BALANCED, memory_slots="auto")}
+    path = str(tmp_path / "checkpoint")
+    ranks = groups(2).run(unbroken_with, path, auto)
+    assert_same_run(groups(2).run(resumed_with_less_memory, path, auto), ranks)
+
+
+def resumed_with_less_memory(path: str, settings: dict[str, object]) -> Resumed:
+    with patch("hecate.api.free_slots", return_value=1) as free:
+        result = resumed_with(path, settings)
+    assert free.called
+    return result
+
+
+def test_adafactor_on_one_device(tmp_path: Path) -> None:
+    """Its state has a row per expert in other shapes than the parameter's. Torch's does not take DTensors."""
+    run = unbroken(str(tmp_path / "checkpoint"), optimizer="Adafactor")
+    assert_same_run([resumed(run.path, optimizer="Adafactor")], [run])
 
 
 @pytest.mark.parametrize("used", [False, True])
 def test_one_device_without_a_process_group(saved: Unbroken, used: bool) -> None:
-    losses, loaded, end = resumed(saved.path, used)
-    assert_equal(loaded, saved.at_save)
-    assert losses == pytest.approx(saved.losses, rel=1e-6)
-    assert_close(end, saved.at_end)
+    assert_similar_run([resumed(saved.path, used)], saved)
 
 
 def test_saved_by_one_device_loaded_by_three(groups: Groups, tmp_path: Path) -> None:
     one = unbroken(str(tmp_path / "one"))
-    for losses, loaded, end in groups(3).run(resumed, one.path):
-        assert_equal(loaded, one.at_save)
-        assert losses == pytest.approx(one.losses, rel=1e-6)
-        assert_close(end, one.at_end)
+    assert_similar_run(groups(3).run(resumed, one.path), one)
 
 
 @dataclass(frozen=True)
@@ -152,23 +189,20 @@ def unbroken_with(path: str, settings: dict[str, object]) -> Unbroken:
     return unbroken(path, **settings)
 
 
-def resumed_with(path: str, settings: dict[str, object]) -> tuple[list[float], Full, Full]:
+def resumed_with(path: str, settings: dict[str, object]) -> Resumed:
     return resumed(path, **{key: value for key, value in settings.items() if key != "evaluate"})
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equal_bits_under(groups: Groups, tmp_path: Path, name: str) -> None:
-    variant = VARIANTS[name]
-    run = groups(variant.world).run(unbroken_with, str(tmp_path / "checkpoint"), variant.settings)[0]
-    assert_goes_on(lambda path: groups(variant.world).run(resumed_with, path, variant.settings), run)
+    variant, path = VARIANTS[name], str(tmp_path / "checkpoint")
+    ranks = groups(variant.world).run(unbroken_with, path, variant.settings)
+    assert_same_run(groups(variant.world).run(resumed_with, path, variant.settings), ranks)
 
 
 def test_another_policy(groups: Groups, saved: Unbroken) -> None:
     ep = {"config": hecate.FSSDPConfig(policy="ep", dense="replicate")}
-    for losses, loaded, end in groups(2).run(resumed_with, saved.path, ep):
-        assert_equal(loaded, saved.at_save)
-        assert losses == pytest.approx(saved.losses, rel=1e-6)
-        assert_close(end, saved.at_end)
+    assert_similar_run(groups(2).run(resumed_with, saved.path, ep), saved)
 
 
 def test_dense_part_left_to_the_caller(groups: Groups, saved: Unbroken) -> None:
@@ -190,10 +224,7 @@ def test_replicas_write_each_expert_once(groups: Groups, tmp_path: Path) -> None
         assert isinstance(entry, TensorStorageMetadata)
         offsets = sorted(tuple(chunk.offsets) for chunk in entry.chunks)
         assert offsets == [(expert, 0, 0) for expert in range(TINY.num_experts)]
-    losses, loaded, end = resumed(run.path)
-    assert_equal(loaded, run.at_save)
-    assert losses == pytest.approx(run.losses, rel=1e-6)
-    assert_close(end, run.at_end)
+    assert_similar_run([resumed(run.path)], run)
 
 
 def test_stock_dcp_reads_stacked_tensors_in_one_process(saved: Unbroken) -> None:

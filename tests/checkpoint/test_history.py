@@ -1,0 +1,87 @@
+"""The newest whole checkpoint is found by content; old ones are deleted by count."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from hecate.checkpoint.history import latest, prune
+from tests.checkpoint.runs import Run
+from tests.workers import Groups
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 1, 2 and 3, with names that say nothing of it."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    run = Run()
+    for step, name in enumerate(("c", "a", "b/state"), start=1):
+        run.train(step, step + 1)
+        run.engine.save(folder / name, run.optimizer)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def test_latest_is_found_by_its_step(folder: Path) -> None:
+    assert latest(folder) == folder / "b/state"
+    (folder / "b").rename(folder / "0")
+    assert latest(folder) == folder / "0/state"
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    assert latest(tmp_path / "nowhere") is None
+
+
+def test_unfinished_is_not_found(folder: Path) -> None:
+    shutil.copytree(folder / "b/state", folder / "d.tmp")
+    (folder / "b/state/manifest.json").unlink()
+    assert latest(folder) == folder / "a"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "hecate.json", "manifest.json", ".metadata"])
+def test_damaged_is_passed_over_and_named(folder: Path, name: str) -> None:
+    damage(folder / "b/state" / name)
+    with pytest.warns(UserWarning, match=rf"b/state: file {name} is damaged.*passed over"):
+        assert latest(folder) == folder / "a"
+    damage(folder / "a" / name)
+    damage(folder / "c" / name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert latest(folder) is None
+    assert len(caught) == 3
+
+
+def test_ranks_agree_although_each_checks_other_files(groups: Groups, folder: Path) -> None:
+    damage(folder / "b/state/__0_0.distcp")
+    assert groups(2).run(latest, folder) == [folder / "a"] * 2
+
+
+def test_prune_keeps_those_with_most_steps(folder: Path) -> None:
+    prune(folder, keep=3)
+    assert {p.parent for p in folder.rglob("manifest.json")} == {folder / n for n in ("c", "a", "b/state")}
+    prune(folder, keep=1)
+    assert {p.parent for p in folder.rglob("manifest.json")} == {folder / "b/state"}
+    assert sorted(p.name for p in folder.iterdir()) == ["b"]
+
+
+def test_prune_does_not_count_what_cannot_be_read(folder: Path) -> None:
+    damage(folder / "b/state/hecate.json")
+    prune(folder, keep=1)
+    assert {p.parent for p in folder.rglob("manifest.json")} == {folder / "a", folder / "b/state"}
+
+
+def test_prune_keeps_at_least_one(folder: Path) -> None:
+    with pytest.raises(ValueError, match="keep=0 must be >= 1"):
+        prune(folder, keep=0)
