@@ -63,7 +63,8 @@ def main() -> None:
     predictors(report, "drift, strong noise, D=8 E=64", noisy_loads(loads, 8, 64, 0))
     for path in arguments.trace:
         for index, layer in enumerate(read_trace(path).layers):
-            predictors(report, f"trace {Path(path).stem}, layer {index}", layer)
+            predictors(report, f"{Path(path).stem}, layer {index}", layer)
+            policy_rows(report, f"{Path(path).stem}, layer {index}", read_trace(path).topology, [layer])
     for setting, subject, metric, value in PUBLISHED:
         report.add(setting, subject, metric, value)
     print_tables(report)
@@ -249,33 +250,32 @@ def add_left(report: Report, setting: str, left: dict[str, list[float]]) -> None
 
 
 def policies(report: Report, loads: Loads) -> None:
-    """Every policy on every kind of load, planned ahead and calibrated as the engine does it; GPT-MoE-S layers."""
-    devices, experts, tokens, width = 32, 64, 4096, 768
-    cost = LayerCost(CostModel(), 4 * width**2 * 2, 4 * width**2 * 2, 6 * 4 * width**2, 2 * width, 8 * width**2)
-    topology, owners = nodes(devices), initial_owners(experts, devices, layer=0)
-    layer = LayerSetting(topology, cost, 2, 1.02, "auto", "pays", tokens)
+    """Every policy on every kind of load."""
+    devices, experts = 32, 64
+    for name, settings in KINDS.items():
+        left = {k: v for k, v in settings.items() if k != "kind"}
+        histories = []
+        for seed in range(SEEDS):
+            drawn = loads(settings["kind"], devices, experts, 4096, top_k(experts), seed, **left)
+            histories.append(drawn if drawn.ndim == 3 else np.stack([drawn] * (WINDOW + 1)))
+        policy_rows(report, f"policies D={devices} E={experts} {name}", nodes(devices), histories)
+
+
+def policy_rows(report: Report, setting: str, topology: Topology, histories: list[Int64]) -> None:
+    """Each policy planned ahead and calibrated as the engine does it, for experts as large as those of GPT-MoE-S."""
+    weights, width = 4 * 768**2, 768
+    cost = LayerCost(CostModel(), 2 * weights, 2 * weights, 6 * weights, 2 * width, 8 * width**2)
+    layer = LayerSetting(topology, cost, 2, 1.02, "auto", "pays", 4096)
     for name in ("ep", "hecate", "balanced"):
-        policy = get_policy(name)
-        for kind in KINDS:
-            settings = dict(KINDS[kind])
-            figures = []
-            for seed in range(SEEDS):
-                drawn = loads(
-                    settings["kind"],
-                    devices,
-                    experts,
-                    tokens,
-                    4,
-                    seed,
-                    **{k: v for k, v in settings.items() if k != "kind"},
-                )
-                history = drawn if drawn.ndim == 3 else np.stack([drawn] * (WINDOW + 1))
-                placement = policy.materialize(layer, history[-WINDOW - 1 : -1], owners)
-                placement = policy.calibrate(layer, history[-1], owners, placement)
-                plan = policy.assign(layer, history[-1], owners, placement)
+        policy, figures = get_policy(name), []
+        for history in histories:
+            owners = initial_owners(history.shape[2], topology.num_devices, layer=0)
+            for past, counts in windows(history, every=max(1, len(history) // 20)):
+                placement = policy.calibrate(layer, counts, owners, policy.materialize(layer, past, owners))
+                plan = policy.assign(layer, counts, owners, placement)
                 figures.append((plan.imbalance, plan.copies, plan.crossings))
-            for metric, value in zip(("imbalance", "copies", "crossings"), np.mean(figures, axis=0), strict=True):
-                report.add(f"policies D={devices} E={experts} {kind}", f"policy {name}", metric, value)
+        for metric, value in zip(("imbalance", "copies", "crossings"), np.mean(figures, axis=0), strict=True):
+            report.add(setting, f"policy {name}", metric, value)
 
 
 def resharding(report: Report, loads: Loads) -> None:

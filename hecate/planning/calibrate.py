@@ -25,7 +25,7 @@ def parts_per_million(max_imbalance: float) -> int:
 
 def target_load(total: int, num_devices: int, dial_ppm: int) -> int:
     """The largest device load within the dial; never below the mean rounded up."""
-    return max(total * dial_ppm // (num_devices * 1_000_000), -(-total // num_devices))
+    return min(total, max(total * dial_ppm // (num_devices * 1_000_000), -(-total // num_devices)))
 
 
 def few_copies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from hecate.planning.limits import CopyLimits, LinkBudget
 from hecate.planning.materialize import robust_copies
 from hecate.planning.plan import Plan, check_counts
 
-__all__ = ["plan"]
+__all__ = ["lower_bound", "plan"]
 
 Int64 = NDArray[np.int64]
 
@@ -44,7 +45,8 @@ def plan(
             best that the search reaches; `imbalance` and `lower_bound` say how far it got.
         prefer: what to minimize, "copies" or "crossings" (pairs of an expert and a foreign node that holds it).
         history: int `[steps, num_devices, num_experts]`, earlier counts, oldest first. With it the copies are planned
-            ahead of time from it alone, robustly rather than few, and only the quota from `counts`.
+            ahead of time from it alone, robustly rather than few (then `prefer` and the dial have no say), and only
+            the quota from `counts`.
         foreign_slots: experts that may enter a node from outside; None: any number.
         byte_budget: bytes that copies may put on each link.
         expert_bytes: bytes of one expert, the unit of `byte_budget` and of the plan's `bytes`.
@@ -94,7 +96,7 @@ def _check_settings(
 ) -> None:
     if not _is_int(memory_slots) or memory_slots < 0:
         raise ValueError(f"memory_slots={memory_slots!r}: must be an integer >= 0")
-    if isinstance(max_imbalance, bool) or not isinstance(max_imbalance, int | float) or not 1 <= max_imbalance < 2**30:
+    if isinstance(max_imbalance, bool) or not isinstance(max_imbalance, Real) or not 1 <= max_imbalance < 2**30:
         raise ValueError(f"max_imbalance={max_imbalance!r}: must be a number >= 1")
     if prefer not in ("copies", "crossings"):
         raise ValueError(f"prefer={prefer!r}: must be one of 'copies', 'crossings'")

@@ -14,7 +14,7 @@ from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies
 from hecate.planning.plan import Plan
 from hecate.planning.reshard import few_moves
-from hecate.policies.base import LayerSetting, overlap_degree
+from hecate.policies.base import LayerSetting, finished, overlap_degree
 
 __all__ = ["Balanced"]
 
@@ -54,8 +54,7 @@ class Balanced:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """The exact min-max quota."""
-        quota = exact_quota(counts, placement, layer.topology)
-        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+        return finished(layer, owners, placement, exact_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """The balance of Algorithm 2 with fewer moved experts."""

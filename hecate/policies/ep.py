@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hecate.placement import Placement
 from hecate.planning.assign import even_quota
 from hecate.planning.plan import Plan
-from hecate.policies.base import LayerSetting
+from hecate.policies.base import LayerSetting, finished
 
 __all__ = ["ExpertParallel"]
 
@@ -30,8 +30,7 @@ class ExpertParallel:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """All tokens of an expert to its only holder."""
-        quota = even_quota(counts, placement, layer.topology)
-        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+        return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """`owners`."""

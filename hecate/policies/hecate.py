@@ -14,7 +14,7 @@ from hecate.planning.loads import predict
 from hecate.planning.materialize import sparse_materialization
 from hecate.planning.plan import Plan
 from hecate.planning.reshard import heterogeneous_sharding
-from hecate.policies.base import LayerSetting, overlap_degree
+from hecate.policies.base import LayerSetting, finished, overlap_degree
 
 __all__ = ["Hecate"]
 
@@ -44,8 +44,7 @@ class Hecate:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """Own device, else own node's holders evenly, else all holders evenly (section 4.4)."""
-        quota = even_quota(counts, placement, layer.topology)
-        return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+        return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """Algorithm 2."""

@@ -126,6 +126,12 @@ def test_no_tokens_one_device_one_expert(devices: int, experts: int, ahead: bool
     assert hecate.plan(0 * counts, owners, Topology(devices, devices), memory_slots=0, max_imbalance=1).imbalance == 1
 
 
+def test_a_dial_that_asks_for_nothing() -> None:
+    counts = np.array([[2**39, 1], [2**39 - 2, 1]])
+    plan = hecate.plan(counts, np.array([0, 1]), Topology(2, 2), memory_slots=1, max_imbalance=2.0**29)
+    assert plan.copies == 0
+
+
 def test_two_to_the_40_tokens() -> None:
     counts = np.zeros((8, 16), dtype=np.int64)
     counts[:, 3] = 2**37

@@ -43,6 +43,7 @@ def test_the_order_of_calls(name: str, devices: tuple[int, int], overlap: Any, c
     assert plan.placement == more
     assert (placed_counts(plan.quota, more) == loads[5]).all()
     assert plan.bytes == plan.copies * 2**21
+    assert 1 <= plan.lower_bound <= plan.imbalance
     second = initial_owners(12, topology.num_devices, layer=1)
     new = policy.reshard([layer, layer], [loads[5].sum(axis=0)] * 2, [owners, second])
     owned = sum(np.bincount(owner, minlength=topology.num_devices) for owner in new)
