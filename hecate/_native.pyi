@@ -33,7 +33,7 @@ def cover(
     limit_out: _Int64,
     node_in: _Int64,
     node_out: _Int64,
-    by_node: bool,
+    order: int,
 ) -> _Int64: ...
 def spread(
     levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, swaps: int

@@ -165,14 +165,14 @@ Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, c
 
 // Copies that bring every device to `target`, or else as close as the search gets.
 Out cover_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
-                const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, bool by_node) {
+                const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, int order) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
     const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), devices_per_node};
     const Limits limits = limits_of(in, out), node_limits = limits_of(node_in, node_out);
     copies = cover({loads.data(), loads.data() + shape.experts}, holders_of(placement.data(), shape), shape, target,
-                   limits, by_node ? &node_limits : nullptr);
+                   limits, &node_limits, static_cast<Order>(order));
   }
   return pairs_array(copies);
 }
@@ -192,7 +192,7 @@ void bind_planner(nb::module_& m) {
   m.def("spread", &spread_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
         nb::arg("allowed"), nb::arg("swaps"));
   m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
-        nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("by_node"));
+        nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("order"));
   m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
 }
 

@@ -191,13 +191,19 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
 }  // namespace
 
 std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
-                        const Limits& limits, const Limits* node_limits) {
+                        const Limits& limits, const Limits* node_limits, Order order) {
   Network start = network_of(loads, held, shape);
   if (start.drain(target)) return {};
+  const std::int64_t mean = ceil_div(start.total(), shape.devices);
   const auto attempt = [&](std::int64_t goal, std::vector<Pair>& copies) {
+    if (order != Order::kFlat)
+      for (std::int64_t quarters : {4, 2, 0}) {
+        const std::int64_t node_target = shape.devices_per_node * (mean + (goal - mean) * quarters / 4);
+        copies.clear();
+        if (cover_nodes(loads, held, shape, node_target, goal, limits, *node_limits, copies)) return true;
+      }
+    if (order == Order::kNodesOnly) return false;
     copies.clear();
-    if (node_limits)
-      return cover_nodes(loads, held, shape, goal * shape.devices_per_node, goal, limits, *node_limits, copies);
     Network network = start;
     return cover_flat(network, goal, limits, copies);
   };

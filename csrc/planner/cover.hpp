@@ -9,10 +9,14 @@
 
 namespace hecate {
 
+// Whether nodes are balanced before the devices in each, so that few experts cross: never; yes, but where that cannot
+// reach the target all devices at once; or always, because crossings are limited. The less slack the nodes are left
+// with, the more remains for their devices: first all of it is the nodes', then half, then none.
+enum class Order { kFlat, kNodesFirst, kNodesOnly };
+
 // Further copies that leave no device more than `target` tokens: as few as a greedy search finds, or if it cannot get
-// there, those that get closest. `loads` per expert, `held` the holders so far. With `node_limits` the nodes are
-// balanced first, and then the devices inside each, so that few experts cross.
-std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape,
-                        std::int64_t target, const Limits& limits, const Limits* node_limits);
+// there, those that get closest. `loads` per expert, `held` the holders so far.
+std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
+                        const Limits& limits, const Limits* node_limits, Order order);
 
 }  // namespace hecate

@@ -190,7 +190,7 @@ std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners,
   Limits left = limits;
   const Shape flat{devices, experts, devices};
   Network start = make_set({likeliest, 1, 1, experts}, 0, held, devices, kPermille)[0].network;
-  for (const Pair& copy : cover(loads, single_holders(owners), flat, ceil_div(total, devices), limits, nullptr)) {
+  for (const Pair& copy : cover(loads, single_holders(owners), flat, ceil_div(total, devices), limits, nullptr, Order::kFlat)) {
     left.take(start, copy.first, copy.second);
     start.add_pair(copy.first, copy.second);
     held.push_back(copy);

@@ -17,6 +17,8 @@ __all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load
 
 Int64 = NDArray[np.int64]
 
+FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planner/cover.hpp
+
 
 def parts_per_million(max_imbalance: float) -> int:
     """The dial as an integer, so that no float decides afterwards."""
@@ -46,11 +48,12 @@ def few_copies(
         limits: further copies that may enter and leave each device and node.
         target: tokens; where it cannot be reached, the least that can.
         prefer: "copies" for the fewest copies; "crossings" balances the nodes first and then the devices in each, so
-            that few experts cross nodes. Limits on nodes imply the latter.
+            that few experts cross nodes; where the slots do not reach the target that way, all devices at once.
+            Under limits on nodes they are always balanced first.
     """
-    by_node = limits.by_node or (prefer == "crossings" and topology.num_nodes > 1)
+    order = NODES_ONLY if limits.by_node else NODES_FIRST if prefer == "crossings" and topology.num_nodes > 1 else FLAT
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
-    copies = _native.cover(loads, placement.matrix, topology.devices_per_node, target, *sides, by_node)
+    copies = _native.cover(loads, placement.matrix, topology.devices_per_node, target, *sides, order)
     return with_copies(placement, copies)
 
 
