@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hecate.adapters.base import FoundExperts, find_experts
+from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.checkpoint.state import TrainingState
-from hecate.checkpoint.store import load, save
+from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
 from hecate.config import FSSDPConfig
 from hecate.policies import get_policy
@@ -91,6 +92,7 @@ class FSSDP:
         self._policy = get_policy(config.policy)
         self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
         self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
+        self._saves = Saves()
         self._sync = True
         self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
         self._move_dense(found)
@@ -166,7 +168,9 @@ class FSSDP:
                 full[name] = full_tensor(dense[name])
         return full
 
-    def save(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> None:
+    def save(
+        self, path: str | PathLike[str], optimizer: Optimizer | None = None, async_op: bool = False
+    ) -> SaveHandle | None:
         """Write a checkpoint folder with torch.distributed.checkpoint, by original names and shapes. Collective.
 
         Weights and buffers have their original names, optimizer state `optimizer.state.<name>.<key>`; experts are
@@ -176,12 +180,17 @@ class FSSDP:
         Args:
             path: the folder, on a file system that all ranks share.
             optimizer: of the model's parameters.
+            async_op: copy everything to the CPU, return, and write the copy while training goes on. The next `save` or
+                `load` waits for it.
+
+        Returns:
+            With `async_op`, a handle whose `wait()` returns when the checkpoint is in place, or raises.
 
         Raises:
             OSError: it could not be written; on all ranks, and the one before is intact.
             ValueError: an optimizer of other parameters, or with state that cannot be saved.
         """
-        save(Path(path), self._training_state(), optimizer)
+        return self._saves.save(Path(path), self._training_state(), optimizer, async_op)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> None:
         """Read what `save` wrote, on any number of devices, or a plain `dcp.save(model.state_dict())`. Collective.
@@ -198,6 +207,7 @@ class FSSDP:
                 on all ranks, before anything is overwritten.
             OSError: it could not be read.
         """
+        self._saves.finish()
         load(Path(path), self._training_state(), optimizer)
         if optimizer is not None:
             self._watch.optimizers.add(optimizer)  # its state moves with the experts before it makes a step

@@ -17,22 +17,22 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value: T) -> list[T]:
-    """What every rank passes, by rank. Collective."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank passes, by rank. Collective over `group` of all ranks (None: the default one)."""
     values = [value] * rank_and_world()[1]
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
-def agree(function: Callable[[], T]) -> T:
+def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """`function()`; where it raises on any rank, all raise what the lowest such rank did. Collective."""
     error: Exception | None = None
     try:
         value = function()
     except Exception as raised:
         error = raised
-    first = next((e for e in gather(error) if e is not None), None)
+    first = next((e for e in gather(error, group) if e is not None), None)
     if first is not None:
         raise first from error
     return value

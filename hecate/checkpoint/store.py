@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,23 @@ from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner, ExpertsSavePl
 from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names
 from hecate.cost import CostModel
 
-__all__ = ["load", "save"]
+__all__ = ["Contents", "collect", "load", "write"]
 
 Saved = dict[str, TensorStorageMetadata]
 
 
-def save(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
-    """See `FSSDP.save`."""
+@dataclass(frozen=True)
+class Contents:
+    """Of a checkpoint: tensors by original names, and what is no tensor."""
+
+    entries: dict[str, Entry]
+    record: dict[str, Any]
+
+
+def collect(path: Path, state: TrainingState, optimizer: Optimizer | None, copy: bool) -> Contents:
+    """What is to be written to `path`: sharing memory with the model, or a copy on the CPU. See `FSSDP.save`."""
     where = f"FSSDP.save({str(path)!r})"
-    entries: dict[str, Entry] = dict(state.weights())
+    entries = state.weights()
     _check_free(where, entries)
     entries |= state.planner()
     record: dict[str, Any] = {"mesh": state.mesh, "step": state.engine.step, "cost": asdict(state.cost)}
@@ -42,17 +50,36 @@ def save(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
     if optimizer is not None:
         entries |= optimizer_entries(state, optimizer)
         record["optimizer"] = optimizer_record(state, optimizer)
+    if copy:
+        entries = {name: _copy(value) for name, value in entries.items()}
+    return Contents(entries, record)
+
+
+def write(path: Path, contents: Contents, group: dist.ProcessGroup | None) -> None:
+    """Put a checkpoint in the place of `path`, over `group` (None: the default one). Collective."""
     temporary = aside(path)
-    agree(lambda: on_rank_0(lambda: prepare(temporary)))
+    agree(lambda: on_rank_0(lambda: prepare(temporary)), group)
     try:
         writer = ChecksumWriter(temporary)
-        with _dcp(where):
-            dcp.save(entries, storage_writer=writer, planner=ExpertsSavePlanner(), no_dist=not dist.is_initialized())
-        checksums = {name: value for files in gather(writer.checksums) for name, value in files.items()}
-        agree(lambda: on_rank_0(lambda: publish(temporary, path, record, checksums)))
+        with _dcp(f"FSSDP.save({str(path)!r})"):
+            dcp.save(
+                contents.entries,
+                storage_writer=writer,
+                planner=ExpertsSavePlanner(),
+                process_group=group,
+                no_dist=not dist.is_initialized(),
+            )
+        checksums = {name: value for files in gather(writer.checksums, group) for name, value in files.items()}
+        agree(lambda: on_rank_0(lambda: publish(temporary, path, contents.record, checksums)), group)
     except OSError:
         on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
+
+
+def _copy(value: Entry) -> Entry:
+    if isinstance(value, ExpertRows):
+        return replace(value, rows=value.rows.to("cpu", copy=True))
+    return value.detach().to("cpu", copy=True)
 
 
 def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
