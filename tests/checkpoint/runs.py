@@ -34,8 +34,11 @@ class Run:
         optimizer: str = "AdamW",
         seed: int = 1,
         frozen: str | None = None,
+        tied: bool = False,
     ) -> None:
         self.model = plain_model(model, seed)
+        if tied:
+            self.model.head.weight = self.model.tokens.weight
         if frozen is not None:
             self.model.get_submodule(frozen).requires_grad_(False)
         names = ("replicate", "shard")
@@ -55,6 +58,7 @@ class Run:
         self.engine.clip_grad_norm_(0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.get_buffer("numbers").add_(number)
         total = loss.detach().double()
         if self.world > 1:
             dist.all_reduce(total)
@@ -83,9 +87,10 @@ class Run:
 
 
 def plain_model(config: ModelConfig = TINY, seed: int = 1) -> GPTMoE:
-    """In float64, with a skewed router."""
+    """In float64, with a skewed router and a buffer."""
     model = GPTMoE(config).double()
     model.reset_parameters(seed=seed)
+    model.register_buffer("numbers", torch.full((3,), float(seed)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate.weight"):

@@ -19,6 +19,9 @@ from tests.workers import Groups
 
 Full = dict[str, Tensor]
 
+# Stock DCP says so of every call without a process group.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 @dataclass(frozen=True)
 class Unbroken:
@@ -180,6 +183,7 @@ VARIANTS = {
     "after an evaluation": Variant(2, {"evaluate": True}),
     "SGD": Variant(2, {"optimizer": "SGD"}),
     "parameter groups": Variant(2, {"optimizer": "groups"}),
+    "tied weights": Variant(2, {"tied": True}),
     "frozen experts": Variant(2, {"frozen": "blocks.1.moe.experts"}),
     "experts that devices do not divide": Variant(3, {"model": replace(TINY, num_experts=7)}),
 }
@@ -198,6 +202,15 @@ def test_equal_bits_under(groups: Groups, tmp_path: Path, name: str) -> None:
     variant, path = VARIANTS[name], str(tmp_path / "checkpoint")
     ranks = groups(variant.world).run(unbroken_with, path, variant.settings)
     assert_same_run(groups(variant.world).run(resumed_with, path, variant.settings), ranks)
+
+
+def test_tied_weights_have_both_names(tmp_path: Path) -> None:
+    run = unbroken(str(tmp_path / "checkpoint"), tied=True)
+    metadata = dcp.FileSystemReader(run.path).read_metadata().state_dict_metadata
+    assert {"head.weight", "tokens.weight", "numbers", "optimizer.state.tokens.weight.exp_avg"} <= metadata.keys()
+    assert "optimizer.state.head.weight.exp_avg" not in metadata
+    with pytest.raises(ValueError, match=r"trained parameters, the checkpoint lacks head\.weight$"):
+        resumed(run.path)
 
 
 def test_another_policy(groups: Groups, saved: Unbroken) -> None:
