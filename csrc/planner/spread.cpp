@@ -109,16 +109,40 @@ void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
   }
 }
 
-// The sum over the guesses of the largest load; more than `stop` means no more than that.
-std::int64_t largest_with(const Guesses& guesses, const std::vector<Pair>& held, int devices, std::int64_t stop) {
-  std::int64_t sum = 0;
-  for (int k = 0; k < guesses.count; ++k) {
-    Network network(guesses.experts, devices, static_cast<int>(held.size()));
-    for (const auto& [e, d] : held) network.add_pair(e, d, network.holders(e) ? 0 : guesses.of(0, k)[e]);
-    sum += network.min_max();
-    if (sum > stop) return sum;
+// One guess under local search: its tokens balanced, and their largest load.
+struct Balanced {
+  Network network;
+  std::int64_t largest, mean;
+};
+
+// `old` with another expert in the slot of copy `pair`; the tokens of that copy go back to the expert's owner, which is
+// the pair of the expert's own number.
+Network with_expert(const Network& old, int pair, int expert) {
+  Network network(old.experts(), old.devices(), old.pairs());
+  for (int p = 0; p < old.pairs(); ++p)
+    if (p == pair) network.add_pair(expert, old.device_of[p]);
+    else network.add_pair(old.expert_of[p], old.device_of[p], old.amount[p]);
+  network.add_amount(old.expert_of[pair], old.amount[pair]);
+  return network;
+}
+
+// Balances all guesses with another expert in the slot of copy `pair`, and keeps that unless the sum of the largest
+// loads rises.
+void try_expert(std::vector<Balanced>& set, int pair, int expert) {
+  std::int64_t slack = 0;  // how far the sum could still fall in the guesses to come
+  for (const Balanced& guess : set) slack += guess.largest - guess.mean;
+  std::vector<Balanced> trial;
+  trial.reserve(set.size());
+  std::int64_t change = 0;
+  for (const Balanced& guess : set) {
+    Balanced now{with_expert(guess.network, pair, expert), 0, guess.mean};
+    now.largest = now.network.min_max();
+    slack -= guess.largest - guess.mean;
+    change += now.largest - guess.largest;
+    if (change > slack) return;
+    trial.push_back(std::move(now));
   }
-  return sum;
+  set.swap(trial);
 }
 
 // Whether the limits allow the copies of `held`, made in this order.
@@ -145,24 +169,24 @@ std::uint64_t next_random(std::uint64_t& state) {
 
 // Local search: gives random slots to other experts, hot ones rather, where that does not raise the largest loads.
 void refine(const Guesses& guesses, std::vector<Pair>& held, int devices, const Limits& limits, int swaps) {
-  Tokens below(guesses.experts);
+  std::vector<std::int64_t> below(guesses.experts);
   std::partial_sum(guesses.of(0, 0), guesses.of(0, 0) + guesses.experts, below.begin());
-  if (held.size() == static_cast<std::size_t>(guesses.experts) || below.back() == 0) return;
-  std::int64_t least = 0;
-  for (int k = 0; k < guesses.count; ++k)
-    least += ceil_div(std::accumulate(guesses.of(0, k), guesses.of(0, k) + guesses.experts, std::int64_t{0}), devices);
-  std::int64_t sum = largest_with(guesses, held, devices, INT64_MAX);
+  const std::size_t copies = held.size() - guesses.experts;
+  if (copies == 0 || below.back() == 0) return;
+  std::vector<Balanced> set;
+  for (Guess& guess : make_set(guesses, 0, held, devices, kPermille)) {
+    const std::int64_t largest = guess.network.min_max();
+    set.push_back({std::move(guess.network), largest, guess.target});
+  }
+  const auto balanced = [](const Balanced& guess) { return guess.largest == guess.mean; };
   std::uint64_t state = 0;
-  while (swaps-- > 0 && sum > least) {
-    Pair& slot = held[guesses.experts + next_random(state) % (held.size() - guesses.experts)];
+  while (swaps-- > 0 && !std::all_of(set.begin(), set.end(), balanced)) {
+    const std::size_t pair = guesses.experts + next_random(state) % copies;
     const auto pick = static_cast<std::int64_t>(next_random(state) % static_cast<std::uint64_t>(below.back()));
-    const int expert = static_cast<int>(std::upper_bound(below.begin(), below.end(), pick) - below.begin());
-    const Pair before = slot;
-    slot.first = expert;
-    std::int64_t changed = sum + 1;
-    if (fits(guesses, held, devices, limits)) changed = largest_with(guesses, held, devices, sum);
-    if (changed <= sum) sum = changed;
-    else slot = before;
+    const int before = held[pair].first;
+    held[pair].first = static_cast<int>(std::upper_bound(below.begin(), below.end(), pick) - below.begin());
+    if (fits(guesses, held, devices, limits)) try_expert(set, static_cast<int>(pair), held[pair].first);
+    if (set[0].network.expert_of[pair] != held[pair].first) held[pair].first = before;
   }
 }
 
@@ -190,7 +214,8 @@ std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners,
   Limits left = limits;
   const Shape flat{devices, experts, devices};
   Network start = make_set({likeliest, 1, 1, experts}, 0, held, devices, kPermille)[0].network;
-  for (const Pair& copy : cover(loads, single_holders(owners), flat, ceil_div(total, devices), limits, nullptr, Order::kFlat)) {
+  const std::int64_t mean = ceil_div(total, devices);
+  for (const Pair& copy : cover(loads, single_holders(owners), flat, mean, limits, nullptr, Order::kFlat)) {
     left.take(start, copy.first, copy.second);
     start.add_pair(copy.first, copy.second);
     held.push_back(copy);

@@ -15,7 +15,7 @@ Predictor = Literal["window", "recent"]
 
 GUESSES = 24
 NOISE_PERMILLE = (1500, 3000, 6000, 12000)
-LEAST_NOISE_PERMILLE = 100
+LEAST_NOISE_PERMILLE = 150
 
 
 class LoadHistory:
@@ -63,11 +63,11 @@ def predict(history: Int64, predictor: Predictor = "window") -> Int64:
     return (weights[:, None] * loads).sum(axis=0) // weights.sum()
 
 
-def guesses(history: Int64, predictor: Predictor = "window") -> Int64:
+def guesses(history: Int64, predictor: Predictor = "recent") -> Int64:
     """Possible loads of the next step, int64 `[levels, guesses, num_experts]`, each level more pessimistic.
 
     A bootstrap: each guess gives every expert the prediction plus its deviation in some past step, times a factor
-    that grows with the level; at least a tenth of the prediction, so that a still history is not trusted blindly.
+    that grows with the level; at least 15 % of the prediction, so that a still history is not trusted blindly.
     """
     mean, loads = predict(history, predictor), history.sum(axis=1)
     experts = np.arange(len(mean), dtype=np.uint64)

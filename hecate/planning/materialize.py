@@ -42,7 +42,7 @@ def robust_copies(
     topology: Topology,
     limits: CopyLimits,
     *,
-    predictor: Predictor = "window",
+    predictor: Predictor = "recent",
 ) -> Placement:
     """Copies that keep the imbalance small under exact quota for loads that drift and jump, not the fewest.
 
@@ -80,4 +80,4 @@ def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: Copy
 
 def _trials(num_devices: int) -> int:
     """Trials of the local search: each takes time in proportion to the devices."""
-    return max(20, min(300, 20_000 // num_devices))
+    return max(20, min(500, 32_000 // num_devices))

@@ -44,8 +44,8 @@ def test_guesses_surround_the_prediction_and_repeat() -> None:
     levels = guesses(history)
     assert (levels == guesses(history.copy())).all()
     assert (levels >= 0).all()
-    assert (levels[:, 0] == predict(history)).all()
-    spread = np.abs(levels - predict(history)).mean(axis=(1, 2))
+    assert (levels[:, 0] == predict(history, "recent")).all()
+    spread = np.abs(levels - predict(history, "recent")).mean(axis=(1, 2))
     assert (np.diff(spread) > 0).all()
 
 
