@@ -44,9 +44,13 @@ std::string plan_fault(const PlanArrays& plan, const Shape& shape) {
     if (owner < 0 || owner >= shape.devices || !plan.placement[e * shape.devices + owner])
       return "owner " + std::to_string(owner) + " of expert " + std::to_string(e) + " does not hold it";
   }
-  const std::int64_t* end = plan.quota + shape.devices * plan.pairs;
-  if (const auto* entry = std::find_if(plan.quota, end, [](std::int64_t q) { return q < 0; }); entry != end)
+  const std::int64_t entries = shape.devices * plan.pairs;
+  std::int64_t signs = 0;
+  for (std::int64_t i = 0; i < entries; ++i) signs |= plan.quota[i];
+  if (signs < 0) {
+    const auto* entry = std::find_if(plan.quota, plan.quota + entries, [](std::int64_t q) { return q < 0; });
     return "quota has " + std::to_string(*entry) + ", must be >= 0";
+  }
   const Tokens loads = device_loads(plan, shape);
   for (int d = 0; d < shape.devices; ++d)
     if (loads[d] != plan.device_loads[d])

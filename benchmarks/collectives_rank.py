@@ -1,0 +1,248 @@
+"""What one rank of `benchmarks.collectives` does: measure the links, then every way to move the same experts.
+
+Shapes: E experts, D ranks, chunks of equal size; all float32, so that sums travel as wide as contributions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import hecate
+from benchmarks.report import Report
+from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.route import Links, gather_route, reduce_route
+from hecate.collectives.routed import Routed
+from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.transport import Transport
+from hecate.placement import Placement, Topology
+from hecate.planning.synthetic import synthetic_loads
+
+__all__ = ["BOUND", "BROADCAST", "DENSE", "OURS", "PLAIN", "PREDICTED", "measure"]
+
+MIB = 1 << 20
+EXPERTS = 64
+OURS, PLAIN, BROADCAST, DENSE = "ours", "point-to-point", "broadcast per expert", "dense (FSDP)"
+BOUND, PREDICTED = "lower bound", "predicted"
+DENSE_MOST = 4.0  # MiB; a dense layer of larger chunks does not fit this many ranks of one machine
+
+
+def measure(report: Report, where: str, chunks: list[float], repeats: int) -> None:
+    """Every collective, placement kind and chunk size (MiB) on the running process group. Collective."""
+    topology = Topology.detect(dist.get_world_size())
+    links = measure_links(topology)
+    for name in ("device", "fabric", "crossing", "border"):
+        report.add(where, "measured", f"{name} goodput", getattr(links, name) / 1e6, "MB/s")
+    for name in ("message", "relay"):
+        report.add(where, "measured", name, getattr(links, f"{name}_ns") / 1e3, "us")
+    subgroups = Subgroups()
+    for chunk in chunks:
+        dense = dense_seconds(int(chunk * MIB), topology, repeats) if chunk <= DENSE_MOST else {}
+        for kind, src, dst in placements(topology):
+            case = Case(src, dst, int(chunk * MIB) // 4, topology, links, subgroups)
+            for collective in ("spAG", "spRS"):
+                setting = f"{where}, {collective}, {kind}, {chunk:g} MiB"
+                for subject, seconds in (case.seconds(collective, repeats) | dense.get(collective, {})).items():
+                    report.add(setting, subject, "time", seconds, "s")
+
+
+# The links.
+
+
+def measure_links(topology: Topology) -> Links:
+    """Goodput of one device, of a node, and across its border, the best of some; the cost of a small message."""
+    per_node, world = topology.devices_per_node, topology.num_devices
+    near = {0: 1 % world}
+    ring = {d: d - d % per_node + (d + 1) % per_node for d in range(world)}
+    device, fabric = goodput(near), goodput(ring) // topology.num_nodes
+    fixed = message_ns(near), relay_ns(ring)
+    if topology.num_nodes == 1:
+        return Links(device, max(device, fabric), device, device * per_node, *fixed)
+    one = goodput({0: per_node})
+    border = goodput({d: d + per_node for d in range(per_node)})
+    return Links(device, max(device, fabric), one, max(one, border), *fixed)
+
+
+def goodput(sends: dict[int, int], num_bytes: int = 8 * MIB, tries: int = 4) -> int:
+    """Bytes per second that all `sends` (from -> to) carry together."""
+    rank = dist.get_rank()
+    out, into = torch.zeros(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+
+    def exchange() -> None:
+        works = [dist.isend(out, sends[rank])] if rank in sends else []
+        works += [dist.irecv(into, src) for src, dst in sends.items() if dst == rank]
+        for work in works:
+            work.wait()
+
+    return int(len(sends) * num_bytes / min(timed(exchange) for _ in range(tries)))
+
+
+def message_ns(sends: dict[int, int], messages: int = 100) -> int:
+    """What one small message costs who sends many."""
+    rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
+
+    def exchange() -> None:
+        works = [dist.isend(payload, sends[rank]) for _ in range(messages)] if rank in sends else []
+        works += [dist.irecv(payload, src) for src, dst in sends.items() if dst == rank for _ in range(messages)]
+        for work in works:
+            work.wait()
+
+    return int(min(timed(exchange) for _ in range(3)) * 1e9 / messages)
+
+
+def relay_ns(ring: dict[int, int], times: int = 50) -> int:
+    """How long a small message takes from rank to rank, each handing it on, while all ranks are at it."""
+    rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
+    before = next(src for src, dst in ring.items() if dst == rank)
+
+    def exchange() -> None:
+        for _ in range(times):
+            work = dist.isend(payload, ring[rank])
+            dist.recv(payload, before)
+            work.wait()
+
+    return int(min(timed(exchange) for _ in range(3)) * 1e9 / times)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds from a common start until the last rank is done. Collective."""
+    dist.barrier()
+    start = time.perf_counter()
+    run()
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+# What is moved.
+
+
+def placements(topology: Topology) -> Iterator[tuple[str, Placement, Placement]]:
+    """Placement kinds: name, who owns, who is to hold."""
+    devices = topology.num_devices
+    src = Placement.even(EXPERTS, devices)
+    counts = synthetic_loads("zipf", devices, EXPERTS, 1024, 2, seed=0)[0]
+    hottest = np.argsort(-counts.sum(axis=0), kind="stable")
+    for name, hot in (("one expert to all", hottest[:1]), ("4 hottest to all", hottest[:4])):
+        matrix = src.matrix.copy()
+        matrix[hot] = True
+        yield name, src, Placement(matrix)
+    plan = hecate.plan(counts, src.owners, topology, memory_slots=2, max_imbalance=1.02, history=counts[None])
+    yield "2 slots spread", src, plan.placement
+    rng = np.random.default_rng(0)
+    yield "random", src, Placement(src.matrix | (rng.random(src.matrix.shape) < 1 / devices))
+    yield "re-shard permutation", src, Placement.from_owners(rng.permutation(src.owners), devices)
+
+
+class Subgroups:
+    """A process group per set of ranks, made once. Collective."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group of `ranks`, ascending."""
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(list(ranks))
+        return self._groups[ranks]
+
+
+@dataclass
+class Case:
+    """One placement pair and chunk size, moved by every subject."""
+
+    src: Placement
+    dst: Placement
+    numel: int
+    topology: Topology
+    links: Links
+    subgroups: Subgroups
+
+    def __post_init__(self) -> None:
+        rank, group = dist.get_rank(), dist.group.WORLD
+        self.ours, self.plain = Routed(group, self.topology, self.links), PointToPoint(group, self.topology)
+        generator = torch.Generator().manual_seed(rank)
+        self.shard = {e: torch.randn(self.numel, generator=generator) for e in self.src.held_by(rank).tolist()}
+        self.copies = {e: torch.zeros(self.numel) for e in (self.dst - self.src).held_by(rank).tolist()}
+        self.grads = {e: torch.randn(self.numel, generator=generator) for e in self.dst.held_by(rank).tolist()}
+        self.sums = {e: torch.zeros(self.numel) for e in self.src.held_by(rank).tolist()}
+        owners, new = self.src.owners, (self.dst - self.src).matrix
+        self.teams = {
+            e: (int(owners[e]), tuple(sorted({int(owners[e]), *np.flatnonzero(new[e]).tolist()})))
+            for e in np.flatnonzero(new.any(axis=1)).tolist()
+        }
+        for _, ranks in self.teams.values():
+            self.subgroups.of(ranks)
+
+    def seconds(self, collective: str, repeats: int) -> dict[str, float]:
+        """Median of each subject, measured in turn; and what the route says."""
+        gather = collective == "spAG"
+        move, results = (self.gather, self.copies) if gather else (self.reduce, self.sums)
+        broadcast = self.broadcasts if gather else self.reductions
+        self.check_same_bits(move, results)
+        ways = {OURS: lambda: move(self.ours), PLAIN: lambda: move(self.plain), BROADCAST: broadcast}
+        broadcast()
+        times: dict[str, list[float]] = {subject: [] for subject in ways}
+        for _ in range(repeats):
+            for subject, way in ways.items():
+                times[subject].append(timed(way))
+        size = 4 * self.numel
+        if gather:
+            route = gather_route(self.src, self.dst, self.topology, self.links, size)
+        else:
+            route = reduce_route(self.dst, self.src, self.topology, self.links, size, size)
+        stated = {PREDICTED: route.predicted_ns / 1e9, BOUND: route.bound_ns / 1e9}
+        return {subject: statistics.median(values) for subject, values in times.items()} | stated
+
+    def check_same_bits(self, move: Callable[[Transport], None], results: dict[int, Tensor]) -> None:
+        move(self.plain)
+        plain = {e: row.clone() for e, row in results.items()}
+        for row in results.values():
+            row.fill_(float("nan"))
+        move(self.ours)
+        if not all(torch.equal(row, plain[e]) for e, row in results.items()):
+            raise RuntimeError(f"rank {dist.get_rank()}: the routed transport gave other bits than the plain one")
+
+    def gather(self, transport: Transport) -> None:
+        transport.gather(gather_schedule(self.src, self.dst), self.shard, self.copies).wait()
+
+    def reduce(self, transport: Transport) -> None:
+        schedule = gather_schedule(self.src, self.dst).reversed
+        transport.reduce(schedule, self.grads, self.sums, torch.float32).wait()
+
+    def broadcasts(self) -> None:
+        """The paper's: one broadcast an expert among its holders, all at once."""
+        rank, works = dist.get_rank(), []
+        for e, (owner, ranks) in self.teams.items():
+            if rank in ranks:
+                row = self.shard[e] if rank == owner else self.copies[e]
+                works.append(dist.broadcast(row, owner, group=self.subgroups.of(ranks), async_op=True))
+        for work in works:
+            work.wait()
+
+    def reductions(self) -> None:
+        """The paper's: one reduction an expert among its holders, all at once."""
+        rank, works = dist.get_rank(), []
+        for e, (owner, ranks) in self.teams.items():
+            if rank in ranks:
+                row = self.sums[e] if rank == owner else self.grads[e]
+                works.append(dist.reduce(row, owner, group=self.subgroups.of(ranks), async_op=True))
+        for work in works:
+            work.wait()
+
+
+def dense_seconds(chunk_bytes: int, topology: Topology, repeats: int) -> dict[str, dict[str, float]]:
+    """All-gather and reduce-scatter of the whole layer, as FSDP does it."""
+    layer = torch.zeros(EXPERTS, chunk_bytes // 4)
+    shard = torch.zeros(EXPERTS // topology.num_devices, chunk_bytes // 4)
+    repeats = min(repeats, 2)
+    gather = [timed(lambda: dist.all_gather_into_tensor(layer, shard)) for _ in range(repeats)]
+    reduce = [timed(lambda: dist.reduce_scatter_tensor(shard, layer)) for _ in range(repeats)]
+    return {"spAG": {DENSE: min(gather)}, "spRS": {DENSE: min(reduce)}}
