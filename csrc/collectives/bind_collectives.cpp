@@ -18,15 +18,15 @@ using Holding = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::c
 using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<nb::numpy, std::int64_t>;
 
-constexpr std::size_t kColumns = 9;
+constexpr std::size_t kColumns = 10;
 
-// int64 [hops, 9]: round, expert, piece, pieces, src, dst, first, partial, final.
+// int64 [hops, 10]: round, expert, piece, pieces, src, dst, first, partial, final, alone.
 Out hops_array(const Route& route) {
   std::unique_ptr<std::int64_t[]> memory(new std::int64_t[kColumns * route.hops.size()]);
   for (std::size_t i = 0; i < route.hops.size(); ++i) {
     const Hop& h = route.hops[i];
     const std::int64_t row[kColumns] = {route.round[i], h.expert, h.piece, h.pieces, h.src,
-                                        h.dst,          h.first,  h.partial, h.final};
+                                        h.dst,          h.first,  h.partial, h.final,  h.alone};
     std::copy(row, row + kColumns, memory.get() + kColumns * i);
   }
   const nb::capsule owner(memory.get(), [](void* p) noexcept { delete[] static_cast<std::int64_t*>(p); });
@@ -52,7 +52,7 @@ nb::tuple route(const std::string& kind, const Holding& holds, const Vector& own
                         owners.data(),
                         chunk_bytes,
                         partial_bytes,
-                        {l[0], l[1], l[2], l[3], l[4]}};
+                        {l[0], l[1], l[2], l[3], l[4], l[5]}};
   Route found;
   {
     nb::gil_scoped_release release;

@@ -29,6 +29,8 @@ class PieceSum {
       }
     }
     if (shape_.across == 1) to_owner(total);
+    const std::vector<int>& last = came_[{owner_, true}];
+    if (last.size() == 1 && !request_.held(expert_, owner_)) hops_[last[0]].alone = true;
   }
 
  private:
@@ -74,7 +76,7 @@ class PieceSum {
   }
 
   void hop(Sum sum, int to, bool final) {
-    Hop h{expert_, piece_, shape_.pieces, sum.device, to, sum.first, sum.partial, final};
+    Hop h{expert_, piece_, shape_.pieces, sum.device, to, sum.first, sum.partial, final, false, {}, -1};
     h.after = came_[{sum.device, false}];
     std::vector<int>& there = came_[{to, final}];
     if (!there.empty()) h.behind = there.back();

@@ -69,7 +69,7 @@ std::vector<int> Choice::rounds(const std::vector<int>& order, bool staged) cons
     int at = waits ? static_cast<int>(timing_.start[i] / timing_.slot) : 0;
     for (int before : hop.after) at = std::max(at, round[before] + 1);
     if (hop.behind >= 0) at = std::max(at, round[hop.behind]);
-    while (staged && !taken.emplace(hop.src, hop.dst, at).second) ++at;
+    while (staged && !hop.alone && !taken.emplace(hop.src, hop.dst, at).second) ++at;
     round[i] = at;
   }
   return round;

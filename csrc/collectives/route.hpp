@@ -14,6 +14,7 @@ struct Links {
   std::int64_t crossing;    // one device, out of its node
   std::int64_t border;      // all devices of a node together, out of it
   std::int64_t message_ns;  // fixed cost of a message to who sends and who receives it
+  std::int64_t relay_ns;    // from the arrival of a piece until it is on its way again
 };
 
 inline std::int64_t wire_ns(std::int64_t bytes, std::int64_t bandwidth) {
@@ -53,6 +54,7 @@ struct Hop {
   int first = -1;         // reduce: lowest device whose contribution is in it
   bool partial = false;   // reduce: a sum of several
   bool final = false;     // reduce: part of the owner's result, not of a sum that the owner hands on
+  bool alone = false;     // reduce: all of the owner's result
   std::vector<int> after{};  // hops that bring what this one carries
   int behind = -1;        // reduce: hop that the receiver adds before this one
 };

@@ -4,6 +4,7 @@
 #include <functional>
 #include <queue>
 #include <tuple>
+#include <utility>
 
 #include "collectives/route.hpp"
 
@@ -70,8 +71,8 @@ class Simulation {
     timing_.start.resize(hops.size());
     for (std::size_t i = 0; i < hops.size(); ++i) {
       demands_.push_back(network_.demand(hops[i]));
-      for (int before : hops[i].after) wait_for(before, i);
-      if (hops[i].behind >= 0) wait_for(hops[i].behind, i);
+      for (int before : hops[i].after) wait_for(before, i, request.links.relay_ns);
+      if (hops[i].behind >= 0) wait_for(hops[i].behind, i, 0);
     }
   }
 
@@ -96,8 +97,8 @@ class Simulation {
   template <typename T>
   using Queue = std::priority_queue<T, std::vector<T>, std::greater<>>;
 
-  void wait_for(int before, std::size_t hop) {
-    next_[before].push_back(static_cast<int>(hop));
+  void wait_for(int before, std::size_t hop, std::int64_t delay) {
+    next_[before].emplace_back(static_cast<int>(hop), delay);
     ++waits_[hop];
   }
 
@@ -113,8 +114,8 @@ class Simulation {
     timing_.start[i] = now;
     timing_.slot = std::max(timing_.slot, demands_[i].duration);
     timing_.total = std::max(timing_.total, end);
-    for (int j : next_[i]) {
-      ready_[j] = std::max(ready_[j], end);
+    for (const auto& [j, delay] : next_[i]) {
+      ready_[j] = std::max(ready_[j], end + delay);
       if (--waits_[j] == 0) events_.emplace(ready_[j], kHop, hops_[j].piece, j);
     }
   }
@@ -136,7 +137,7 @@ class Simulation {
   std::vector<Queue<Waiting>> parked_;  // per resource; one event wakes each that is not empty
   std::vector<int> waits_;
   std::vector<std::int64_t> ready_;
-  std::vector<std::vector<int>> next_;
+  std::vector<std::vector<std::pair<int, std::int64_t>>> next_;  // hop, how long after this one
   Queue<Event> events_;
   Timing timing_;
 };

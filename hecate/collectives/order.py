@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hecate.placement import Topology
 
-__all__ = ["OrderedSum", "accumulation_dtype", "ordered_sum"]
+__all__ = ["OrderedSum", "Staging", "accumulation_dtype", "ordered_sum"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,17 +28,46 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+class Staging:
+    """Memory of pieces on their way, used again: fresh memory costs a page fault every few KiB on CPU."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.device], list[Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialized `[numel]`."""
+        size = numel * dtype.itemsize
+        free = self._free.get((size, device))
+        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8, device=device)
+        return memory.view(dtype)
+
+    def give(self, piece: Tensor) -> None:
+        """`piece` from `take` is not used any more."""
+        memory = piece.view(torch.uint8)
+        self._free.setdefault((memory.numel(), memory.device), []).append(memory)
+
+
 class OrderedSum:
-    """A sum under way: what is added must come in the one order; own rows find their place by themselves.
+    """A sum under way: what is added must come in the one order; the own row finds its place by itself.
 
     Args:
         topology: says which ranks share a node.
+        staging: where memory comes from, and added scratch goes to.
         own: (rank, row) to add when its turn comes.
+        out: in accumulation dtype, where the sum goes; else it comes from `staging`.
     """
 
-    def __init__(self, topology: Topology, own: tuple[int, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        staging: Staging,
+        own: tuple[int, Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> None:
         self._topology = topology
+        self._staging = staging
         self._own = own
+        self._out = out
         self._node = -1
         self._partial: Tensor | None = None  # of the present node
         self._total: Tensor | None = None  # of the nodes before it
@@ -49,17 +78,18 @@ class OrderedSum:
         Args:
             first: the lowest rank whose contribution is in `row`.
             row: in wire or accumulation dtype.
-            scratch: whether the sum may be made in `row` itself.
+            scratch: whether `row` is staging memory that the sum takes over.
         """
         if self._own is not None and self._own[0] < first:
             self._add_own()
         node = self._topology.node_of(first)
         if node == self._node and self._partial is not None:
             self._partial.add_(row)
+            if scratch:
+                self._staging.give(row)
             return
         self._close_node()
-        wide = accumulation_dtype(row.dtype)
-        self._node, self._partial = node, row if scratch and row.dtype == wide else row.to(wide, copy=True)
+        self._node, self._partial = node, self._begin(row, scratch)
 
     def result(self) -> Tensor | None:
         """The sum in `accumulation_dtype`; None where nothing was added. Ends it."""
@@ -73,15 +103,33 @@ class OrderedSum:
         own, self._own = self._own, None
         self.add(*own)
 
+    def _begin(self, row: Tensor, scratch: bool) -> Tensor:
+        wide = accumulation_dtype(row.dtype)
+        if self._total is None and self._out is not None:
+            memory = self._out
+        elif scratch and row.dtype == wide:
+            return row
+        else:
+            memory = self._staging.take(row.numel(), wide, row.device)
+        memory.copy_(row)
+        if scratch:
+            self._staging.give(row)
+        return memory
+
     def _close_node(self) -> None:
         partial, self._partial = self._partial, None
-        if partial is not None:
-            self._total = partial if self._total is None else self._total.add_(partial)
+        if partial is None:
+            return
+        if self._total is None:
+            self._total = partial
+        else:
+            self._total.add_(partial)
+            self._staging.give(partial)
 
 
 def ordered_sum(rows: Mapping[int, Tensor], topology: Topology) -> Tensor:
-    """Sum of one chunk's contributions, at least one, device -> row, in `accumulation_dtype`."""
-    total = OrderedSum(topology)
+    """Sum of one chunk's contributions, at least one, device -> flat row, in `accumulation_dtype`."""
+    total = OrderedSum(topology, Staging())
     for device in sorted(rows):
         total.add(device, rows[device])
     result = total.result()

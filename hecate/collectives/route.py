@@ -30,6 +30,7 @@ class Links:
         crossing: bytes per second of one device out of or into its node.
         border: bytes per second out of or into a node, all its devices together.
         message_ns: fixed cost of a message to sender and receiver, nanoseconds.
+        relay_ns: from the arrival of a piece until it is on its way again, nanoseconds.
     """
 
     device: int
@@ -37,10 +38,11 @@ class Links:
     crossing: int
     border: int
     message_ns: int
+    relay_ns: int
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name == "message_ns" else 1
+            value, least = getattr(self, f.name), 0 if f.name.endswith("_ns") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Links.{f.name}={value!r}: must be an integer >= {least}")
 
@@ -54,6 +56,7 @@ class Links:
             crossing=cost.inter_node_bandwidth,
             border=cost.inter_node_bandwidth * (1 if device_type == "cpu" else per_node),
             message_ns=cost.message_ns,
+            relay_ns=cost.message_ns,
         )
 
 
@@ -68,6 +71,7 @@ class Hop:
         first: reductions: the lowest device whose contribution is in it.
         partial: reductions: a sum of several contributions, in accumulation dtype; else one, in wire dtype.
         final: reductions: added to the owner's result, not to a sum that the owner hands on.
+        alone: reductions: all of the owner's result.
     """
 
     expert: int
@@ -78,6 +82,7 @@ class Hop:
     first: int
     partial: bool
     final: bool
+    alone: bool
 
     def range_of(self, numel: int) -> slice:
         """Which elements of a chunk of `numel` it carries."""
@@ -97,7 +102,7 @@ class Route:
     """Hops in rounds: a hop carries what came in earlier rounds.
 
     Attributes:
-        hops: read-only int64 `[hops, 9]`: round, expert, piece, pieces, src, dst, first, partial, final; by round.
+        hops: read-only int64 `[hops, 10]`: the round, then the attributes of `Hop` in their order; by round.
         shape: the chosen shape, in words.
         predicted_ns: how long it takes by the model of the links.
         direct_ns: how long plain sends would take, likewise; at least `predicted_ns`.
@@ -123,10 +128,10 @@ class Route:
     def _part(self, rank: int) -> tuple[Part, ...]:
         mine = self.hops[(self.hops[:, 4] == rank) | (self.hops[:, 5] == rank)]
         rounds: dict[int, tuple[list[Hop], list[Hop]]] = {}
-        for number, expert, piece, pieces, src, dst, first, partial, final in mine.tolist():
-            hop = Hop(expert, piece, pieces, src, dst, first, bool(partial), bool(final))
+        for number, expert, piece, pieces, src, dst, first, *flags in mine.tolist():
+            hop = Hop(expert, piece, pieces, src, dst, first, *map(bool, flags))
             sends, receives = rounds.setdefault(number, ([], []))
-            (sends if src == rank else receives).append(hop)
+            (sends if hop.src == rank else receives).append(hop)
         return tuple(Part(tuple(sends), tuple(receives)) for sends, receives in rounds.values())
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.order import OrderedSum, accumulation_dtype
+from hecate.collectives.order import OrderedSum, Staging, accumulation_dtype
 from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
 from hecate.collectives.schedule import Schedule
 from hecate.collectives.transport import Rows, Transport, Work
@@ -33,6 +33,7 @@ class Routed(Transport):
         self.links = links
         self._rank = group.rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hecate-collectives")
+        self._staging = Staging()
         self._stream: torch.cuda.Stream | None = None
 
     def gather(self, schedule: Schedule, sent: Rows, received: Rows) -> Work:
@@ -53,7 +54,7 @@ class Routed(Transport):
         sizes = (numel * wire.itemsize, numel * wide.itemsize)
         route = reduce_route(schedule.src, schedule.dst, self.topology, self.links, *sizes)
         parts = route.part(self._rank)
-        state = _Reduction(self._rank, self.topology, parts, contributed, sums, wire)
+        state = _Reduction(self._rank, self.topology, parts, contributed, sums, wire, self._staging)
         # On NCCL a receive before the sends of its round would keep the stream from them.
         ahead = 0 if rows[0].is_cuda else 1
         return self._start(lambda: self._reduce(parts, state, ahead), rows[0].device)
@@ -89,29 +90,40 @@ class Routed(Transport):
                 wait()
 
     def _reduce(self, parts: Sequence[Part], state: _Reduction, ahead: int) -> None:
-        """Receives of a round are open `ahead` rounds before: two pieces of a peer are staged at most."""
+        """Receives of a round are open `ahead` rounds before: two pieces of a peer are staged at most.
+
+        What nothing is added to goes to its final place, and is open from the start where that is possible.
+        """
+        in_place = {h for part in parts for h in part.receives if ahead and state.in_place(h)}
+        placed = self._post([], [(h, state.place(h)) for part in parts for h in part.receives if h in in_place])
         staged: dict[int, list[tuple[Hop, Tensor]]] = {}
         arriving: dict[int, Waits] = {}
         sending: Waits = []
+        payloads: list[tuple[Hop, Tensor]] = []
         for i in range(len(parts) + ahead):
             now = i - ahead
-            staged[i] = [(h, state.staging(h)) for h in parts[i].receives] if i < len(parts) else []
-            payloads = [(h, state.payload(h)) for h in parts[now].sends] if now >= 0 else []
+            receives = [h for h in parts[i].receives if h not in in_place] if i < len(parts) else []
+            staged[i] = [(h, state.stage(h)) for h in receives]
+            before, payloads = payloads, [(h, state.payload(h)) for h in parts[now].sends] if now >= 0 else []
             works = self._post(payloads, staged[i])
             arriving[i] = works[len(payloads) :]
             for wait in (*arriving.pop(now, ()), *sending):
                 wait()
             sending = works[: len(payloads)]
+            for hop, payload in before:
+                state.sent(hop, payload)
             for hop, piece in staged.pop(now, ()):
                 state.add(hop, piece)
-        for wait in sending:
+        for wait in (*sending, *placed):
             wait()
+        for hop, payload in payloads:
+            state.sent(hop, payload)
         state.finish()
 
     def _post(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> Waits:
         """Start all at once; one wait each, sends first. On CUDA one wait of the stream stands for all of them."""
-        operations = [self._operation(dist.isend, piece, hop.dst) for hop, piece in sends]
-        operations += [self._operation(dist.irecv, piece, hop.src) for hop, piece in receives]
+        operations = [self._operation(dist.isend, hop, piece, hop.dst) for hop, piece in sends]
+        operations += [self._operation(dist.irecv, hop, piece, hop.src) for hop, piece in receives]
         works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) == len(operations):
             return [work.wait for work in works]
@@ -119,9 +131,9 @@ class Routed(Transport):
             work.wait()
         return [_nothing] * len(operations)
 
-    def _operation(self, operation: Callable[..., object], piece: Tensor, peer: int) -> dist.P2POp:
-        # Bytes, so that every dtype travels on every backend.
-        return dist.P2POp(operation, piece.view(torch.uint8), group=self.group, group_peer=peer)
+    def _operation(self, operation: Callable[..., object], hop: Hop, piece: Tensor, peer: int) -> dist.P2POp:
+        # Bytes, so that every dtype travels on every backend. A tag apart for what is received before its turn.
+        return dist.P2POp(operation, piece.view(torch.uint8), group=self.group, tag=int(hop.alone), group_peer=peer)
 
 
 class _Reduction:
@@ -138,19 +150,28 @@ class _Reduction:
         contributed: Rows,
         sums: Rows,
         wire: torch.dtype,
+        staging: Staging,
     ) -> None:
-        self._rank, self._topology, self._contributed, self._sums, self._wire = rank, topology, contributed, sums, wire
+        self._rank, self._topology, self._staging = rank, topology, staging
+        self._contributed, self._sums, self._wire, self._wide = contributed, sums, wire, accumulation_dtype(wire)
         self._under_way: dict[tuple[int, int, bool], OrderedSum] = {}
         self._handed_on = {(h.expert, h.piece) for part in parts for h in part.sends}
         self._missing = Counter((h.expert, h.piece) for part in parts for h in part.receives if h.final)
         self._untouched = sums.keys() - {expert for expert, _ in self._missing}
 
-    def staging(self, hop: Hop) -> Tensor:
+    def in_place(self, hop: Hop) -> bool:
+        """Whether what `hop` brings is the result as it is."""
+        return hop.alone and not hop.partial and self._sums[hop.expert].dtype == self._wire
+
+    def place(self, hop: Hop) -> Tensor:
+        """Where it goes then."""
+        return _piece(self._sums[hop.expert], hop)
+
+    def stage(self, hop: Hop) -> Tensor:
         """Memory for what `hop` brings."""
-        numel = self._any_row.numel()
-        span = hop.range_of(numel)
-        dtype = accumulation_dtype(self._wire) if hop.partial else self._wire
-        return torch.empty(span.stop - span.start, dtype=dtype, device=self._any_row.device)
+        row = next(iter((self._contributed or self._sums).values()))
+        span = hop.range_of(row.numel())
+        return self._staging.take(span.stop - span.start, self._wide if hop.partial else self._wire, row.device)
 
     def payload(self, hop: Hop) -> Tensor:
         """What `hop` carries away: the own contribution, or the sum so far."""
@@ -160,18 +181,21 @@ class _Reduction:
         assert total is not None
         return total
 
+    def sent(self, hop: Hop, payload: Tensor) -> None:
+        """`payload` is not needed any more."""
+        if hop.partial:
+            self._staging.give(payload)
+
     def add(self, hop: Hop, piece: Tensor) -> None:
-        """Add what `hop` brought; write the result when nothing is missing."""
+        """Add what `hop` brought; end the result when nothing is missing."""
         key = (hop.expert, hop.piece, hop.final)
         if key not in self._under_way:
-            self._under_way[key] = OrderedSum(self._topology, self._own(hop))
+            self._under_way[key] = self._begin(hop)
         self._under_way[key].add(hop.first, piece, scratch=True)
         if hop.final:
             self._missing[key[:2]] -= 1
             if not self._missing[key[:2]]:
-                total = self._under_way.pop(key).result()
-                assert total is not None
-                _piece(self._sums[hop.expert], hop).copy_(total)
+                self._end(hop, self._under_way.pop(key).result())
 
     def finish(self) -> None:
         """Write the sums to which nobody else contributed."""
@@ -181,16 +205,21 @@ class _Reduction:
             else:
                 self._sums[expert].zero_()
 
-    def _own(self, hop: Hop) -> tuple[int, Tensor] | None:
-        """The own contribution, where it belongs to this sum: to the one handed on if there is one."""
+    def _begin(self, hop: Hop) -> OrderedSum:
+        """With the own contribution, where it belongs to this sum: to the one handed on if there is one."""
         passes = (hop.expert, hop.piece) in self._handed_on
-        if hop.expert not in self._contributed or (hop.final and passes):
-            return None
-        return self._rank, _piece(self._contributed[hop.expert], hop)
+        own = out = None
+        if hop.expert in self._contributed and not (hop.final and passes):
+            own = self._rank, _piece(self._contributed[hop.expert], hop)
+        if hop.final and self._sums[hop.expert].dtype == self._wide:
+            out = self.place(hop)
+        return OrderedSum(self._topology, self._staging, own, out)
 
-    @property
-    def _any_row(self) -> Tensor:
-        return next(iter((self._contributed or self._sums).values()))
+    def _end(self, hop: Hop, total: Tensor | None) -> None:
+        assert total is not None
+        if self._sums[hop.expert].dtype != self._wide:
+            self.place(hop).copy_(total)
+            self._staging.give(total)
 
 
 def _piece(row: Tensor, hop: Hop) -> Tensor:

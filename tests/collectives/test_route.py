@@ -14,9 +14,13 @@ from hecate.collectives.route import Hop, Links, Route, gather_route, reduce_rou
 from hecate.placement import Placement, Topology
 
 MIB = 1 << 20
-SLOW_BORDER = Links(device=300_000_000, fabric=10**12, crossing=50_000_000, border=50_000_000, message_ns=100_000)
-PORTS = Links(device=300 * 10**9, fabric=10**13, crossing=45 * 10**9, border=360 * 10**9, message_ns=5_000)
-HOST = Links(device=10**9, fabric=10**9, crossing=10**9, border=10**9, message_ns=100_000)
+SLOW_BORDER = Links(
+    device=300_000_000, fabric=10**12, crossing=50_000_000, border=50_000_000, message_ns=100_000, relay_ns=50_000
+)
+PORTS = Links(
+    device=300 * 10**9, fabric=10**13, crossing=45 * 10**9, border=360 * 10**9, message_ns=5_000, relay_ns=5_000
+)
+HOST = Links(device=10**9, fabric=10**9, crossing=10**9, border=10**9, message_ns=100_000, relay_ns=50_000)
 LINKS = (SLOW_BORDER, PORTS, HOST)
 
 
@@ -40,8 +44,8 @@ def rounds(route: Route) -> list[list[Hop]]:
     """Hops by round, ascending."""
     found: dict[int, list[Hop]] = defaultdict(list)
     for number, *values in route.hops.tolist():
-        *integers, partial, final = values
-        found[number].append(Hop(*integers, bool(partial), bool(final)))
+        *integers, partial, final, alone = values
+        found[number].append(Hop(*integers, bool(partial), bool(final), bool(alone)))
     assert list(found) == sorted(found)
     return list(found.values())
 
@@ -110,12 +114,13 @@ def summed(route: Route, holders: Placement, topology: Topology) -> dict[tuple[i
     devices = [Device(d, topology) for d in range(topology.num_devices)]
     sends = {(h.expert, h.piece, h.src) for hops in rounds(route) for h in hops}
     finals: set[tuple[int, int, int, int]] = set()
+    alone: dict[tuple[int, int], bool] = {}
     for hops in rounds(route):
         payloads = []
         seen = set()
         for h in hops:
-            assert (h.src, h.dst) not in seen, "more than one piece of a peer in a round"
-            seen.add((h.src, h.dst))
+            assert h.alone or (h.src, h.dst) not in seen, "more than one staged piece of a peer in a round"
+            seen.add((h.src, h.dst) if not h.alone else None)
             contributes = bool(holders.matrix[h.expert, h.src])
             value = devices[h.src].fold((h.expert, h.piece, False), contributes)
             assert h.first == value[0][0]
@@ -125,9 +130,12 @@ def summed(route: Route, holders: Placement, topology: Topology) -> dict[tuple[i
             devices[h.dst].sums[h.expert, h.piece, h.final].append((h.first, value))
             if h.final:
                 finals.add((h.dst, h.expert, h.piece, h.pieces))
+                alone[h.expert, h.piece] = h.alone
     result = {}
     for owner, expert, piece, pieces in finals:
         own = bool(holders.matrix[expert, owner]) and (expert, piece, owner) not in sends
+        inputs = devices[owner].sums[expert, piece, True]
+        assert alone[expert, piece] == (len(inputs) == 1 and not holders.matrix[expert, owner])
         result[owner, expert, piece, pieces] = devices[owner].fold((expert, piece, True), own)
     assert not any(device.sums for device in devices), "something was added and never used"
     return result
@@ -165,7 +173,7 @@ def bound(owners: Placement, holders: Placement, topology: Topology, links: Link
     device = [new[:, d].sum() for d in range(topology.num_devices)]
     device += [new[owners.owners == d].any(axis=1).sum() for d in range(topology.num_devices)]
     border = [*into_node.sum(axis=0), *(into_node[home == n].any(axis=1).sum() for n in range(topology.num_nodes))]
-    port = max(links.device, links.crossing) if topology.num_nodes > 1 else links.device
+    port = links.device + (links.crossing if topology.num_nodes > 1 else 0)
     return max(int(max(device)) * chunk * 10**9 // port, int(max(border)) * chunk * 10**9 // links.border)
 
 
@@ -215,7 +223,7 @@ def test_routes_are_cached_by_placement_pair() -> None:
 
 def test_bad_links_and_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"Links\.border=0: must be an integer >= 1"):
-        Links(1, 1, 1, 0, 0)
+        Links(1, 1, 1, 0, 0, 0)
     owners, holders = hot(Topology(8, 4), 1)
     with pytest.raises(
         ValueError, match=r"must both be \[num_experts, num_devices\] with the topology's num_devices=4"
