@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["MANIFEST", "ChecksumWriter", "aside", "find", "prepare", "publish", "read_record", "verify"]
 
@@ -29,23 +33,17 @@ Checksums = dict[str, tuple[int, int]]
 """File name -> (bytes, CRC-32)."""
 
 
-class _Stream:
+class _Stream(io.BufferedWriter):
     """A file being written, and the checksum of what was."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        super().__init__(io.FileIO(path, "w"))
         self.num_bytes = self.checksum = 0
-        self.tell, self.fileno, self.flush, self.close = (
-            self._file.tell,
-            self._file.fileno,
-            self._file.flush,
-            self._file.close,
-        )
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Buffer) -> int:
         self.checksum = zlib.crc32(data, self.checksum)
         self.num_bytes += memoryview(data).nbytes
-        return self._file.write(data)
+        return super().write(data)
 
 
 class _ChecksumFiles(FileSystem):
@@ -57,11 +55,8 @@ class _ChecksumFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         assert mode == "wb", mode
-        stream = _Stream(Path(path))
-        try:
+        with _Stream(Path(path)) as stream:
             yield stream
-        finally:
-            stream.close()
         self.checksums[Path(path).name] = (stream.num_bytes, stream.checksum)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

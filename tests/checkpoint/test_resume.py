@@ -186,6 +186,7 @@ VARIANTS = {
     "tied weights": Variant(2, {"tied": True}),
     "frozen experts": Variant(2, {"frozen": "blocks.1.moe.experts"}),
     "experts that devices do not divide": Variant(3, {"model": replace(TINY, num_experts=7)}),
+    "a device without experts": Variant(3, {"model": replace(TINY, num_experts=2, num_layers=1)}),
 }
 
 
