@@ -1,6 +1,7 @@
 #include "planner/quota.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "planner/min_cost.hpp"
@@ -9,8 +10,13 @@ namespace hecate {
 
 namespace {
 
-// What a token on its own device, or else on its own node, is worth.
-constexpr int kOwnDevice = 16, kOwnNode = 1;
+// What a token on its own device is worth, and what one on its own node, or on its own device, is worth on top.
+struct Worth {
+  int own, node;
+};
+// From own device above all to own node above all.
+constexpr Worth kWorths[] = {{3, 1}, {7, 4}, {5, 4}, {3, 4}, {1, 3}};
+constexpr std::int64_t kNodePercent = 98;
 
 // An expert's holders within one node, as a range of pairs, and the node's own tokens for it.
 struct Group {
@@ -149,10 +155,12 @@ std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, c
   return most.back();
 }
 
+namespace {
+
 // Vertices: devices, then groups, then experts. A group passes tokens of its node at a profit, others at none, and
 // so does a device with its own tokens; what is over the limit then moves along the paths that lose least.
-Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t limit) {
-  const std::vector<Group> groups = groups_of(counts, holders, shape);
+Tokens amounts_for(const std::int64_t* counts, const Holders& holders, const std::vector<Group>& groups,
+                   const Shape& shape, std::int64_t limit, Worth worth) {
   Tokens load(shape.devices, 0);
   Tokens amounts = preferred_amounts(counts, holders, groups, shape, limit, load);
   const int count = static_cast<int>(groups.size()), pairs = static_cast<int>(amounts.size());
@@ -167,11 +175,11 @@ Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const S
     for (int p = group.begin; p < group.end; ++p) {
       const int d = holders.device[p];
       const std::int64_t mine = counts[std::int64_t{d} * shape.experts + group.expert];
-      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -kOwnDevice);
+      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -worth.own);
       flow.add_arc(vertex, d, all, std::max<std::int64_t>(0, amounts[p] - mine), 0);
       sum += amounts[p];
     }
-    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -kOwnNode);
+    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -worth.node);
     flow.add_arc(expert, vertex, all, std::max<std::int64_t>(0, sum - group.tokens), 0);
   }
   Tokens excess(shape.devices + count + shape.experts, 0);
@@ -179,6 +187,32 @@ Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const S
   flow.settle(excess);
   for (int p = 0; p < pairs; ++p)
     if (first_arc[p] >= 0) amounts[p] = flow.flow(first_arc[p]) + flow.flow(first_arc[p] + 2);
+  return amounts;
+}
+
+// Tokens that stay in their node.
+std::int64_t node_tokens(const std::vector<Group>& groups, const Tokens& amounts) {
+  std::int64_t sum = 0;
+  for (const Group& group : groups)
+    sum += std::min(group.tokens,
+                    std::accumulate(amounts.begin() + group.begin, amounts.begin() + group.end, std::int64_t{0}));
+  return sum;
+}
+
+}  // namespace
+
+Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t limit) {
+  const std::vector<Group> groups = groups_of(counts, holders, shape);
+  const auto solve = [&](Worth worth) { return amounts_for(counts, holders, groups, shape, limit, worth); };
+  const auto enough = [&](const Tokens& amounts, std::int64_t most) {
+    return node_tokens(groups, amounts) * 100 >= most * kNodePercent;
+  };
+  Tokens amounts = solve(kWorths[0]);
+  std::int64_t most = 0;
+  for (const Group& group : groups) most += group.tokens;
+  if (enough(amounts, most)) return amounts;
+  most = node_tokens(groups, solve(*std::rbegin(kWorths)));
+  for (const Worth* worth = std::begin(kWorths) + 1; !enough(amounts, most); ++worth) amounts = solve(*worth);
   return amounts;
 }
 

@@ -52,7 +52,8 @@ std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners,
                               const Tokens& slots);
 
 // Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
-// their own device, and then as many as possible on their own node.
+// their own device, and then as many as possible on their own node. Where the two are at odds, own devices give way
+// until the tokens on their own node are 98 % of what is possible.
 Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
                                         std::int64_t limit);
 

@@ -25,7 +25,8 @@ def holder_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.i
 def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
     """Int64 `[num_devices, pairs]`: the quota with the smallest possible largest device load.
 
-    Among those it keeps as many tokens as possible on their own device and within their own node. Pairs are those
+    Among those it keeps as many tokens as possible on their own device, then within their own node. Where the two are
+    at odds, own devices give way until 98 % of the tokens that could stay in their node do. Pairs are those
     of `placement` in ascending (expert, device) order. ValueError where `counts` is no int `[num_devices,
     num_experts]` array of non-negative numbers, or an expert has no holder.
     """

@@ -44,15 +44,18 @@ def test_every_token_is_placed_once_and_never_worse_than_evenly(seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_own_device_first_then_own_node(seed: int) -> None:
+def test_own_device_first_but_98_percent_of_the_own_node(seed: int) -> None:
     counts, _, placement, topology = random_case(1000 + seed)
     limit = int(min_max_loads(counts.sum(axis=0)[None], placement)[0])
     own, node = locality(exact_quota(counts, placement, topology), placement, topology)
     most_own = lp_locality(counts, placement, topology, limit, 1, 0)
-    assert own >= most_own - 1e-4
-    # Own device first: of the quotas that are best there, none has more tokens in their own node.
+    most_node = lp_locality(counts, placement, topology, limit, 0, 1)
+    assert node >= 0.98 * most_node - 1
     weight = 1000.0
-    assert weight * own + node >= lp_locality(counts, placement, topology, limit, weight, 1) - 1e-3
+    node_under_most_own = lp_locality(counts, placement, topology, limit, weight, 1) - weight * most_own
+    if node_under_most_own >= 0.98 * most_node:  # the two are not at odds: own device above all
+        assert own >= most_own - 1e-4
+        assert node >= node_under_most_own - 1e-2
 
 
 @pytest.mark.parametrize("seed", range(20))
