@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hecate.api import fully_shard
 from hecate.models import Output, mask_tokens
+from hecate.placement import Topology
+from hecate.planning.trace import TraceWriter
 from hecate.report.run import plot_run
 from hecate.train.data import load_corpus
 from hecate.train.distributed import World
@@ -42,8 +44,9 @@ def run(config: Mapping[str, Any], world: World) -> None:
     if trouble := world.broadcast(trouble):
         raise ValueError(trouble)
     trainer = Trainer(settings, world, folder)
-    trainer.resume()
-    trainer.train()
+    with trainer.engine.naming_missing_ranks():
+        trainer.resume()
+        trainer.train()
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
@@ -82,9 +85,12 @@ class Trainer:
         """Steps up to `settings.steps`, then validation and summary."""
         settings = self.settings
         loggers = self._loggers()
-        with Progress(settings.steps, self.position.step, shown=self.world.rank == 0) as progress:
+        bar = Progress(settings.steps, self.position.step, shown=self.world.rank == 0)
+        with bar as progress, self._trace() as trace:
             while self.position.step < settings.steps:
                 metrics = self.step()
+                if trace is not None:
+                    trace.append(self.position.step, [layer["counts"] for layer in self.engine.stats()["layers"]])
                 if settings.validation.interval and self.position.step % settings.validation.interval == 0:
                     metrics["validation_loss"] = self.validate()
                 for logger in loggers:
@@ -195,6 +201,13 @@ class Trainer:
         if self.world.rank != 0:
             return []
         return make_loggers(self.settings.logger, self.folder.path, first_step=self.position.step + 1)
+
+    def _trace(self) -> AbstractContextManager[TraceWriter | None]:
+        if not self.settings.trace or self.world.rank != 0:
+            return nullcontext()
+        model = self.settings.model
+        experts = [model.num_experts] * model.num_layers
+        return TraceWriter(self.folder.path / "trace.npz", Topology.detect(self.world.size), experts)
 
     def _finish(self, validation_loss: float) -> None:
         memory = self.engine.stats()["memory_bytes"]
