@@ -26,16 +26,18 @@ from hecate.collectives.group_seam import default_store
 from hecate.config import FSSDPConfig
 from hecate.policies import get_policy
 from hecate.runtime.build import (
+    check_mesh,
     check_model,
     check_same,
+    default_mesh,
     device_of,
     free_slots,
     make_comms,
-    make_mesh,
+    on_all_ranks,
     resolve_dtypes,
 )
 from hecate.runtime.chunk import ChunkLayout
-from hecate.runtime.copies import PoolLayer, SharedBuffers
+from hecate.runtime.copies import CopiesMemory, PoolLayer, SharedBuffers
 from hecate.runtime.engine import Engine
 from hecate.runtime.heartbeat import Heartbeat
 from hecate.runtime.layer import FSSDPExperts
@@ -45,6 +47,9 @@ from hecate.runtime.replicate import ReplicatedDense
 from hecate.runtime.reshard import OptimizerWatch, Resharder
 
 __all__ = ["FSSDP", "fully_shard"]
+
+STEPS_TO_MEASURE = 3
+"""Parameters, gradients and optimizer state have their final size by then."""
 
 
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
@@ -80,15 +85,15 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
-        check_model(model, mesh)
-        found = find_experts(model)
-        check_same([f.spec for f in found], config)
+        found = on_all_ranks(lambda: self._inspect(model, mesh, config))
+        check_same([f.spec for f in found], config, mesh)
         self.model = model
         self.config = config
-        self.mesh = make_mesh(model, mesh)
+        self.mesh = default_mesh(model) if mesh is None else mesh
         self.device = device_of(model, self.mesh)
         self._names = list(model.state_dict(keep_vars=True))
-        self._comms = make_comms(self.mesh, self.device)
+        self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks)
+        self._copies_memory = CopiesMemory()
         self._policy = get_policy(config.policy)
         self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
         self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
@@ -101,7 +106,7 @@ class FSSDP:
         for index, f in enumerate(found):
             setattr(f.parent, f.attribute, FSSDPExperts(self._engine, index, f.spec))
         self._dense = self._shard_dense(found)
-        self._watch = OptimizerWatch(model, self._after_step)
+        self._watch = OptimizerWatch(model, self.pools, self._after_step)
         self._resharder = Resharder(
             self._engine.layers, self._policy, self._watch, self._comms.experts, self._replicas, config.reshard_interval
         )
@@ -142,7 +147,7 @@ class FSSDP:
             `copies`, `bytes` (over all links), `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`,
             `optimizer`, `gradients`, `copies`.
         """
-        copies = {"copies": self._engine.peak_copies_bytes}
+        copies = {"copies": self._copies_memory.peak}
         return {
             "step": self._engine.step,
             "policy": self.config.policy,
@@ -210,13 +215,24 @@ class FSSDP:
         self._saves.finish()
         load(Path(path), self._training_state(), optimizer)
         if optimizer is not None:
-            self._watch.optimizers.add(optimizer)  # its state moves with the experts before it makes a step
+            self._watch.add(optimizer)  # its state moves with the experts before it makes a step
 
     def _training_state(self) -> TrainingState:
         replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())
         return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
 
     # Building.
+
+    @staticmethod
+    def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> list[FoundExperts]:
+        """What one rank can check by itself."""
+        check_mesh(mesh)
+        check_model(model, mesh)
+        found = find_experts(model)
+        for f in found:
+            resolve_dtypes(f.spec, config)
+        config.cost_model(device_of(model, mesh).type)
+        return found
 
     def _move_dense(self, found: Sequence[FoundExperts]) -> None:
         """The dense part to the device and `master_dtype`; pools are made there. Meta tensors stay."""
@@ -251,7 +267,7 @@ class FSSDP:
 
     def _make_engine(self, found: Sequence[FoundExperts]) -> Engine:
         config, comms = self.config, self._comms
-        shared = SharedBuffers() if config.rematerialize and comms.topology.num_devices > 1 else None
+        shared = SharedBuffers(self._copies_memory) if config.rematerialize and comms.topology.num_devices > 1 else None
         cost_model = config.cost_model(self.device.type)
         trained = any(w.trainable for f in found for w in f.spec.weights)
         planners = []
@@ -261,7 +277,7 @@ class FSSDP:
             chunk_bytes = ChunkLayout(f.spec.weights).numel * dtypes.param.itemsize
             slots = self._slots(chunk_bytes, len(found))
             row = pool.specs.index(f.spec)
-            storage = PoolLayer(index, pool, row, dtypes, comms, slots, shared)
+            storage = PoolLayer(index, pool, row, dtypes, comms, slots, shared, self._copies_memory)
             cost = layer_cost(cost_model, f.spec, storage, self._dense_flops(found))
             planners.append(LayerPlanner(f.spec, storage, self._policy, config, cost))
         return Engine(
@@ -273,7 +289,7 @@ class FSSDP:
             enter=lambda: self._dense.enter() if self._dense is not None else None,
             leave=lambda: self._dense.leave() if self._dense is not None else None,
             end_of_backward=self._reduce_replicas,
-            guard=self.naming_missing_ranks,
+            abandon=lambda: self._dense.drop_gradients() if self._dense is not None else None,
         )
 
     def _slots(self, chunk_bytes: int, layers: int) -> int:
@@ -296,7 +312,7 @@ class FSSDP:
         if self.mesh is None or config.dense == "none":
             return None
         if config.dense == "replicate":
-            return ReplicatedDense(self.model, self.mesh, pools, config.param_dtype)
+            return ReplicatedDense(self.model, self.mesh, pools, config.param_dtype, config.reduce_dtype)
         precision = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
         for block in [*self._blocks(found), self.model]:
             fsdp2(block, mesh=self.mesh, mp_policy=precision, ignored_params=pools)
@@ -330,17 +346,15 @@ class FSSDP:
 
     def _after_step(self) -> None:
         self._engine.end_step()
+        if self._engine.step <= STEPS_TO_MEASURE:
+            self._measure_memory()
+
+    def _measure_memory(self) -> None:
         parameters = list(self.model.parameters())
-        states = [
-            value
-            for optimizer in self._watch.optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
+        states = [state for optimizer in self._watch.optimizers for state in optimizer.state.values()]
         now = {
             "owned": _num_bytes(parameters),
-            "optimizer": _num_bytes(states),
+            "optimizer": _num_bytes([v for state in states for v in state.values() if isinstance(v, Tensor)]),
             "gradients": _num_bytes([p.grad for p in parameters if p.grad is not None]),
         }
         self._peak_memory = {kind: max(now[kind], peak) for kind, peak in self._peak_memory.items()}

@@ -59,7 +59,8 @@ class FSSDPConfig:
         _one_of("policy", self.policy, get_args(PolicyName))
         _one_of("dense", self.dense, get_args(Dense))
         _one_of("calibrate", self.calibrate, get_args(Calibrate))
-        _at_least("max_imbalance", self.max_imbalance, 1)
+        if isinstance(self.max_imbalance, bool) or not self.max_imbalance >= 1:
+            raise ValueError(f"FSSDPConfig.max_imbalance={self.max_imbalance!r}: must be a number >= 1")
         _at_least("reshard_interval", self.reshard_interval, 0)
         _at_least("load_window", self.load_window, 1)
         if self.overlap_degree != "auto":
@@ -91,8 +92,8 @@ def _one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
 
 
 def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be a number >= {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be an integer >= {least}")
 
 
 def _float_dtype(name: str, dtype: torch.dtype | None) -> None:

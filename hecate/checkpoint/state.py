@@ -106,10 +106,10 @@ class TrainingState:
         """
         self.engine.restart(step)
         for pool in self.pools:
-            pool.owners = pool.initial_owners()
+            pool.set_owners(pool.initial_owners())
             if planners is not None and cost is not None:
                 owners = [planners[spec.name]["owners"] for spec in pool.specs]
-                pool.owners = owners if pool.fits(owners) else pool.owners
+                pool.set_owners(owners if pool.fits(owners) else pool.owners)
         for layer in self.engine.layers:
             layer.restart(None if planners is None else planners[layer.name], cost)
         for parameter in self.model.parameters():
@@ -121,6 +121,7 @@ def _names(pool: ExpertPool, kind: str) -> list[str]:
 
 
 def expert_rows(pool: ExpertPool, row: int, slots: Tensor) -> ExpertRows:
+    """Of rows `[slots, *shape]` of this device, those of the experts it owns of the pool's `row`-th layer."""
     return ExpertRows(slots[pool.rows(row)], pool.owned(row), pool.specs[row].num_experts)
 
 

@@ -58,15 +58,16 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     return torch.ops.hecate.grouped_linear(x, weight, groups.ends, groups.sizes)
 
 
-def _on_tensor_cores(x: Tensor) -> bool:
-    # One kernel for all groups exists for bf16 on CUDA; elsewhere a product per expert is faster (measured on CPU:
-    # 60 against 41 GFLOP/s) or the only way.
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0
+def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
+    # One kernel for all groups exists for bf16 on CUDA, for rows of a multiple of 16 bytes; elsewhere a product per
+    # expert is faster (measured on CPU: 60 against 41 GFLOP/s) or the only way.
+    aligned = x.shape[1] % 8 == 0 and other_width % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and aligned
 
 
 @torch.library.custom_op("hecate::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    if _on_tensor_cores(x):
+    if _on_tensor_cores(x, weight.shape[1]):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out = x.new_empty(x.shape[0], weight.shape[1])
     for rows, w, y in zip(x.split(list(sizes)), weight, out.split(list(sizes)), strict=True):
@@ -82,7 +83,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
 @torch.library.custom_op("hecate::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
     """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group."""
-    if _on_tensor_cores(x):
+    if _on_tensor_cores(x, grad.shape[1]):
         return torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
     out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
     for g, rows, w in zip(grad.split(list(sizes)), x.split(list(sizes)), out, strict=True):

@@ -30,7 +30,8 @@ def heterogeneous_sharding(loads: Sequence[Int64], topology: Topology, overlap_d
     _check_layers(loads, overlap_degree)
     layers = [load.tolist() for load in loads]
     shape = (topology.num_devices, topology.devices_per_node)
-    return [np.array(owner) for owner in _native.heterogeneous_sharding(layers, list(overlap_degree), *shape)]
+    owners = _native.heterogeneous_sharding(layers, _degrees(loads, overlap_degree), *shape)
+    return [np.array(owner) for owner in owners]
 
 
 def few_moves(
@@ -44,8 +45,13 @@ def few_moves(
     """
     goals = heterogeneous_sharding(loads, topology, overlap_degree)
     layers, start, wanted = ([array.tolist() for array in arrays] for arrays in (loads, owners, goals))
-    swapped = _native.few_moves(layers, start, wanted, list(overlap_degree), topology.num_devices)
+    swapped = _native.few_moves(layers, start, wanted, _degrees(loads, overlap_degree), topology.num_devices)
     return [np.array(owner) for owner in swapped]
+
+
+def _degrees(loads: Sequence[Int64], overlap_degree: Sequence[int]) -> list[int]:
+    """The paper's `t = min(t, |E|)`."""
+    return [min(degree, len(load)) for load, degree in zip(loads, overlap_degree, strict=True)]
 
 
 def _check_layers(loads: Sequence[Int64], overlap_degree: Sequence[int]) -> None:

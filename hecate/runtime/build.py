@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +23,45 @@ from hecate.runtime.copies import Comms
 from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.overlap import ExposedTime, Lane
 
-__all__ = ["check_model", "check_same", "device_of", "free_slots", "make_comms", "make_mesh", "resolve_dtypes"]
+__all__ = [
+    "check_mesh",
+    "check_model",
+    "check_same",
+    "default_mesh",
+    "device_of",
+    "free_slots",
+    "make_comms",
+    "on_all_ranks",
+    "resolve_dtypes",
+]
+
+T = TypeVar("T")
 
 
 def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
     """Where the experts go: the mesh's device type, else the model's."""
     kind = mesh.device_type if mesh is not None else next(model.parameters()).device.type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def on_all_ranks(check: Callable[[], T]) -> T:
+    """`check()`, or the ValueError or OSError that it raises on any rank, as ValueError on every rank. Collective."""
+    result: list[T] = []
+    problem, cause = "", None
+    try:
+        result.append(check())
+    except (ValueError, OSError) as error:
+        problem, cause = str(error), error
+    if not dist.is_initialized():
+        if cause is not None:
+            raise cause
+        return result[0]
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, text in enumerate(problems):
+        if text:
+            raise ValueError(text if all(problems) else f"rank {rank}: {text}") from cause
+    return result[0]
 
 
 def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -47,30 +82,39 @@ def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
             )
 
 
-def make_mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """`mesh`, checked against the process group; all ranks in one dimension by default; None without a group."""
-    if not dist.is_available() or not dist.is_initialized():
-        if mesh is not None:
-            raise ValueError("fully_shard: a mesh needs a process group; call torch.distributed.init_process_group")
-        return None
-    world = dist.get_world_size()
+def check_mesh(mesh: DeviceMesh | None) -> None:
+    """ValueError where `mesh` is not of the process group."""
     if mesh is None:
-        return init_device_mesh(next(model.parameters()).device.type, (world,))
+        return
+    if not dist.is_initialized():
+        raise ValueError("fully_shard: a mesh needs a process group; call torch.distributed.init_process_group")
     if mesh.ndim > 2:
         raise ValueError(f"fully_shard: mesh has {mesh.ndim} dimensions; must be (shard,) or (replicate, shard)")
-    if mesh.size() != world:
+    if mesh.size() != dist.get_world_size():
         raise ValueError(
-            f"fully_shard: the mesh has {mesh.size()} devices, the process group {world} ranks; they must be equal"
+            f"fully_shard: the mesh has {mesh.size()} devices, the process group {dist.get_world_size()} ranks; "
+            "they must be equal"
         )
-    return mesh
 
 
-def make_comms(mesh: DeviceMesh | None, device: torch.device) -> Comms:
+def default_mesh(model: nn.Module) -> DeviceMesh | None:
+    """All ranks in one dimension, on the model's device type; None without a process group."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    kind = next(model.parameters()).device.type
+    if kind == "meta":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return init_device_mesh(kind, (dist.get_world_size(),))
+
+
+def make_comms(
+    mesh: DeviceMesh | None, device: torch.device, guard: Callable[[], AbstractContextManager[None]]
+) -> Comms:
     """Process groups, transport and lanes for the devices that share experts: the last dimension of `mesh`."""
     exposed = ExposedTime()
     lanes = (Lane(device, exposed), Lane(device, exposed))
     if mesh is None:
-        return Comms(0, Topology(1, 1), None, None, *lanes, exposed, 1.0)
+        return Comms(0, Topology(1, 1), None, None, *lanes, exposed, 1.0, guard)
     shard = mesh.get_group(mesh.ndim - 1)
     topology = Topology.detect(shard.size())
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
@@ -84,6 +128,7 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device) -> Comms:
         gradients=lanes[1],
         exposed=exposed,
         gradient_scale=1.0 / shard.size(),
+        guard=guard,
     )
 
 
@@ -95,11 +140,14 @@ def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.de
     return group
 
 
-def check_same(specs: Sequence[ExpertsSpec], config: FSSDPConfig) -> None:
-    """ValueError on every rank where ranks pass different configs or models; names rank, setting and both values."""
+def check_same(specs: Sequence[ExpertsSpec], config: FSSDPConfig, mesh: DeviceMesh | None) -> None:
+    """ValueError on every rank where ranks disagree on what plans come from; names rank, setting and both values."""
     if not dist.is_initialized():
         return
     values = {f"config.{f.name}": repr(getattr(config, f.name)) for f in fields(config)}
+    values["cost model"] = repr([config.cost_model(kind) for kind in ("cpu", "cuda")])
+    values["LOCAL_WORLD_SIZE"] = repr(os.environ.get("LOCAL_WORLD_SIZE"))
+    values["mesh"] = repr(None if mesh is None else (mesh.device_type, mesh.mesh.tolist()))
     for spec in specs:
         weights = [(w.kind, w.shape, str(w.dtype), w.trainable) for w in spec.weights]
         values[f"model.{spec.name}"] = repr((spec.num_experts, weights))

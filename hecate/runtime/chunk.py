@@ -86,7 +86,11 @@ class ChunkLayout:
     def pack(self, weights: Mapping[str, Sequence[Tensor] | Tensor], rows: Tensor) -> None:
         """Copy (and cast) kind -> n times `[*shape]` into `rows [n, numel]`; padding is left alone."""
         for kind, view in self.views(rows).items():
-            for row, weight in zip(view, weights[kind], strict=True):
+            stack = weights[kind]
+            if isinstance(stack, Tensor):
+                view.copy_(stack)
+                continue
+            for row, weight in zip(view, stack, strict=True):
                 row.copy_(weight)
 
     def _part(self, rows: Tensor, weight: WeightSpec) -> Tensor:

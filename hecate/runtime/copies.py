@@ -6,7 +6,8 @@ buffer has a row per expert held (DESIGN, decision 3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,7 +23,7 @@ from hecate.runtime.chunk import ChunkLayout, Dtypes
 from hecate.runtime.overlap import ExposedTime, Lane, Pending
 from hecate.runtime.pool import ExpertPool
 
-__all__ = ["Comms", "CopyState", "LayerCopies", "PoolLayer", "SharedBuffers"]
+__all__ = ["Comms", "CopiesMemory", "CopyState", "LayerCopies", "PoolLayer", "Reduction", "SharedBuffers"]
 
 
 class CopyState(Enum):
@@ -51,6 +52,7 @@ class Comms:
         gradients: lane of spRS, so that a reduction does not queue behind the next layer's copies.
         exposed: what compute waited for.
         gradient_scale: 1 / number of these devices, as DDP and FSDP average; replicas are averaged on top.
+        guard: makes a context in which a failed collective names the ranks that are missing.
     """
 
     rank: int
@@ -61,12 +63,27 @@ class Comms:
     gradients: Lane
     exposed: ExposedTime
     gradient_scale: float
+    guard: Callable[[], AbstractContextManager[None]]
+
+
+class CopiesMemory:
+    """Bytes that buffers of copies take on this device, now and at most."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count an allocation, or with a negative number a release."""
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
 
 
 class SharedBuffers:
     """Two buffers that serve the copies of all layers in turn, for re-materialization (paper, section 4.2)."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: CopiesMemory) -> None:
+        self._memory = memory
         self._bytes = [torch.empty(0, dtype=torch.uint8)] * 2
         self._tenant: list[LayerCopies | None] = [None, None]
 
@@ -74,7 +91,9 @@ class SharedBuffers:
         """Make both at least that large. Between steps only: autograd may keep views while one runs."""
         if self._bytes[0].numel() < num_bytes:
             self.evict()
-            self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+            self._memory.add(2 * (num_bytes - self._bytes[0].numel()))
+            with torch.inference_mode(False):  # an evaluation may come first; training must be able to save views
+                self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def lend(self, tenant: LayerCopies, turn: int, num_bytes: int) -> Tensor:
         """Bytes of one of them; whoever had it holds nothing any more."""
@@ -90,11 +109,6 @@ class SharedBuffers:
                 tenant.release()
         self._tenant = [None, None]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of both."""
-        return sum(b.numel() for b in self._bytes)
-
 
 @dataclass
 class PoolLayer:
@@ -106,6 +120,7 @@ class PoolLayer:
         layout: of a copy; `gradients`: of its gradient (trainable kinds only).
         capacity: copies a device may hold.
         shared: the buffers to use instead of own ones; None without re-materialization.
+        memory: where own buffers are counted.
         bytes_sent: on all links together, since the last step.
     """
 
@@ -116,6 +131,7 @@ class PoolLayer:
     comms: Comms
     capacity: int
     shared: SharedBuffers | None
+    memory: CopiesMemory
     layout: ChunkLayout = field(init=False)
     gradients: ChunkLayout = field(init=False)
     bytes_sent: int = 0
@@ -129,10 +145,14 @@ class PoolLayer:
         return self.dtypes.param != self.dtypes.master
 
     @property
+    def buffer_rows(self) -> int:
+        """Rows of a buffer: `capacity` copies, and the owned experts where they are cast."""
+        return self.capacity + (len(self.owned) if self.casts else 0)
+
+    @property
     def buffer_bytes(self) -> int:
-        """Size of a buffer: `capacity` copies, and the owned experts where they are cast."""
-        rows = self.capacity + (len(self.owned) if self.casts else 0)
-        return rows * self.layout.numel * self.dtypes.param.itemsize
+        """Size of a buffer."""
+        return self.buffer_rows * self.layout.numel * self.dtypes.param.itemsize
 
     @property
     def owners(self) -> Placement:
@@ -143,11 +163,29 @@ class PoolLayer:
         return self.pool.owned(self.row).tolist()
 
 
+class Reduction:
+    """Gradients on their way to the owners."""
+
+    def __init__(self, home: Pending, add: Callable[[], None]) -> None:
+        self._home = home
+        self._add = add
+
+    def finish(self) -> None:
+        """Add the sums to the owners' gradients."""
+        self._home.wait()
+        self._add()
+
+    def discard(self) -> None:
+        """Only let the transfers end: the backward pass that they belong to failed."""
+        self._home.wait()
+
+
 class LayerCopies:
     """The experts that this device computes in one layer and micro-batch: owned rows first, then copies."""
 
-    def __init__(self, layer: PoolLayer, placement: Placement) -> None:
+    def __init__(self, layer: PoolLayer, placement: Placement, micro_batch: int) -> None:
         self.layer = layer
+        self.micro_batch = micro_batch
         self.placement = placement
         self.state = CopyState.SHARDED
         self._owned = layer.owned
@@ -159,11 +197,6 @@ class LayerCopies:
     def experts(self) -> list[int]:
         """Experts held here in the order of their rows: owned ascending, then copies as they came."""
         return self._owned + self._copies
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of an own buffer; a shared one is counted where it lives."""
-        return self.layer.buffer_bytes if self._buffer is not None and self.layer.shared is None else 0
 
     def launch(self) -> None:
         """SHARDED to GATHERING: start to bring the copies here. Collective."""
@@ -191,6 +224,8 @@ class LayerCopies:
         """Back to SHARDED."""
         for pending in self._pending:
             pending.wait()
+        if self._buffer is not None and self.layer.shared is None:
+            self.layer.memory.add(-self.layer.buffer_bytes)
         self._pending, self._buffer, self.state = [], None, CopyState.SHARDED
 
     def parts(self) -> list[tuple[list[int], dict[str, Tensor]]]:
@@ -210,7 +245,7 @@ class LayerCopies:
             parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
         return parts
 
-    def reduce(self, grads: Mapping[str, Sequence[Tensor]]) -> Pending:
+    def reduce(self, grads: Mapping[str, Sequence[Tensor]]) -> Reduction:
         """Start to add gradients kind -> one `[*shape]` an expert held here to the owners'. Collective.
 
         Experts that only their owner holds are added at once; the others travel in `reduce_dtype`.
@@ -226,11 +261,11 @@ class LayerCopies:
         layer.gradients.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
         return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)))
 
-    def _reduce(self, shared: list[int], contributed: dict[int, Tensor]) -> Pending:
+    def _reduce(self, shared: list[int], contributed: dict[int, Tensor]) -> Reduction:
         layer, wire = self.layer, self.layer.dtypes.reduce
         transport = layer.comms.experts
         if transport is None or not self._anything_shared:
-            return Pending(lambda: None)
+            return Reduction(Pending(lambda: None), lambda: None)
         schedule = gather_schedule(layer.owners, self.placement).reversed
         sums = self._gradient_rows(len(shared), accumulation_dtype(wire))
         sums_of = dict(zip([self._owned[i] for i in shared], sums, strict=True))
@@ -238,10 +273,9 @@ class LayerCopies:
         home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(schedule, contributed, sums_of, wire))
 
         def add() -> None:
-            home.wait()
             layer.pool.add_gradients(layer.row, shared, layer.gradients.views(sums), layer.comms.gradient_scale)
 
-        return Pending(add)
+        return Reduction(home, add)
 
     @property
     def _anything_shared(self) -> bool:
@@ -255,14 +289,14 @@ class LayerCopies:
 
     def _allocate(self) -> None:
         layer = self.layer
-        size = layer.buffer_bytes
-        if size == 0:
+        if layer.buffer_rows == 0 and not layer.casts:
             return
         if layer.shared is not None:
-            memory = layer.shared.lend(self, layer.index, size)
+            memory = layer.shared.lend(self, layer.index, layer.buffer_bytes)
         else:
-            memory = torch.empty(size, dtype=torch.uint8, device=layer.pool.device)
-        self._buffer = memory.view(layer.dtypes.param).view(-1, layer.layout.numel)
+            memory = torch.empty(layer.buffer_bytes, dtype=torch.uint8, device=layer.pool.device)
+            layer.memory.add(layer.buffer_bytes)
+        self._buffer = memory.view(layer.dtypes.param).view(layer.buffer_rows, layer.layout.numel)
         if layer.casts:
             layer.layout.pack(layer.pool.weights_of(layer.row), self._buffer[: len(self._owned)])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from hecate.collectives.agreement import check_placements
 from hecate.placement import Placement
 from hecate.runtime.ahead import PlanAhead
 from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
-from hecate.runtime.copies import Comms, LayerCopies, SharedBuffers
+from hecate.runtime.copies import Comms, LayerCopies, Reduction, SharedBuffers
 from hecate.runtime.exchange import count_tokens, dispatch_of
 from hecate.runtime.layer import LayerRecord
-from hecate.runtime.overlap import ExposedTime, Pending
+from hecate.runtime.overlap import ExposedTime
 from hecate.runtime.planner import LayerPlanner
 from hecate.runtime.stats import LayerTotals
 
@@ -40,7 +39,7 @@ class Engine:
         before_step: called at the first forward of a step, before planning (re-sharding).
         enter, leave: called around each forward and backward pass (dense replicas).
         end_of_backward: called when all expert gradients of a backward pass are home (dense reduction).
-        guard: makes a context in which a failed collective names the ranks that are missing.
+        abandon: called when a backward pass has raised, before the next forward pass (drop dense gradients).
     """
 
     def __init__(
@@ -53,25 +52,25 @@ class Engine:
         enter: Callable[[], None],
         leave: Callable[[], None],
         end_of_backward: Callable[[], None],
-        guard: Callable[[], AbstractContextManager[None]],
+        abandon: Callable[[], None],
     ) -> None:
         self.layers = tuple(layers)
         self.comms = comms
         self.anchor = anchor
-        self.guard = guard
         self.step = 0
-        self.peak_copies_bytes = 0
         self._totals: list[LayerTotals] = []  # of the last step
         self._exposed = ExposedTime()
         self._ahead = PlanAhead(layers, comms.topology.devices_per_node)
         self._shared = shared
         self._before_step = before_step
-        self._enter, self._leave, self._end_of_backward = enter, leave, end_of_backward
+        self._enter, self._leave = enter, leave
+        self._end_of_backward, self._abandon = end_of_backward, abandon
         self._records: dict[tuple[int, int], LayerRecord] = {}
         self._launched: dict[int, LayerCopies] = {}
-        self._pending: list[Pending] = []
+        self._reductions: list[Reduction] = []
         self._placements: list[Placement] | None = None
         self._micro_batch = 0  # of the latest forward pass
+        self._recording = False  # that pass may be followed by its backward
         self._backward_of = 0  # micro-batch whose backward runs now
         self._in_backward: set[int] = set()  # micro-batches of the running backward pass
 
@@ -84,13 +83,16 @@ class Engine:
 
     def before_forward(self) -> None:
         """Begin a micro-batch; the first one of a step plans all layers."""
-        self._enter()
         if in_backward():
+            self._enter()
             return
-        self._in_backward.clear()  # left over where a backward pass raised
+        if self._in_backward:
+            self._abandon_backward()
+        self._enter()
         if self._placements is None:
             self._begin_step()
         self._micro_batch += 1
+        self._recording = torch.is_grad_enabled()
         for copies in self._launched.values():  # of layers that the last pass did not reach
             copies.release()
         self._launched.clear()
@@ -100,13 +102,13 @@ class Engine:
         """End a forward pass; its backward, if there will be one, begins at any tensor of `output`."""
         if in_backward():
             return
-        self._leave()
         micro_batch = self._micro_batch
         tensors = [t for t in _tensors(output) if t.requires_grad]
-        if not torch.is_grad_enabled() or not tensors:
-            self._drop(micro_batch)
         for tensor in tensors:
             tensor.register_hook(lambda grad: self._begin_backward(micro_batch))
+        if tensors or not self._recording:
+            self._leave()
+        # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
 
     def _begin_step(self) -> None:
         self._records.clear()
@@ -131,7 +133,7 @@ class Engine:
             index: `[T, k]` experts of this device's tokens.
             weights: `[T, k]`.
         """
-        key = (layer, self._backward_of if in_backward() else self._micro_batch)
+        key = (layer, self._backward_of if self._in_backward and in_backward() else self._micro_batch)
         if key in self._records:
             if in_backward():
                 return self._records[key]
@@ -142,7 +144,7 @@ class Engine:
                 "with; call that model instead"
             )
         record = self._plan(layer, index, weights)
-        if torch.is_grad_enabled():
+        if self._recording:
             self._records[key] = record
             self.layers[layer].book(record.counts, record.plan, index.shape[1])
         return record
@@ -162,24 +164,32 @@ class Engine:
         """Start to gather the copies of `layer` for the running forward pass, if there is such a layer."""
         if layer >= len(self.layers) or layer in self._launched or self._placements is None:
             return
-        copies = self._launched[layer] = LayerCopies(self.layers[layer].storage, self._placements[layer])
+        copies = self._launched[layer] = LayerCopies(
+            self.layers[layer].storage, self._placements[layer], self._micro_batch
+        )
         copies.launch()
 
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """`layer` has run forward: prefetch the next layer's copies, free what nothing reads."""
-        self._measure()
-        if not torch.is_grad_enabled():
+        if not self._recording:
             record.copies.release()
         if not in_backward():
             self._launch(layer + 1)
 
     # Backward.
 
+    def before_expert_gradients(self, copies: LayerCopies) -> None:
+        """The experts of a layer are about to run backward: their weights must be here."""
+        # An output that `_tensors` cannot look into has not begun the backward pass.
+        self._begin_backward(copies.micro_batch)
+        with self.comms.guard():
+            copies.ensure_held()
+
     def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
         """The experts of a layer have run backward: send gradients home, prefetch the layer that comes next."""
-        with self.guard():
+        with self.comms.guard():
             self._finish_reductions()
-            self._pending.append(copies.reduce(grads))
+            self._reductions.append(copies.reduce(grads))
         if self._shared is None:
             copies.release()
         self._launch_again(copies.layer.index - 1)
@@ -191,6 +201,8 @@ class Engine:
 
     def _begin_backward(self, micro_batch: int) -> None:
         self._backward_of = micro_batch
+        if micro_batch in self._in_backward:
+            return
         if not self._in_backward:
             self._enter()
             self._ahead.start()
@@ -199,7 +211,7 @@ class Engine:
         self._launch_again(len(self.layers) - 1)
 
     def _finish_backward(self) -> None:
-        with self.guard():
+        with self.comms.guard():
             self._finish_reductions()
         for micro_batch in self._in_backward:
             self._drop(micro_batch)
@@ -208,10 +220,20 @@ class Engine:
         self._end_of_backward()
 
     def _finish_reductions(self) -> None:
-        self._measure()
-        for pending in self._pending:
-            pending.wait()
-        self._pending.clear()
+        for reduction in self._reductions:
+            reduction.finish()
+        self._reductions.clear()
+
+    def _abandon_backward(self) -> None:
+        """A backward pass raised before its end: nothing of it may reach the next one's gradients."""
+        for reduction in self._reductions:
+            reduction.discard()
+        self._reductions.clear()
+        for micro_batch in self._in_backward:
+            self._drop(micro_batch)
+        self._in_backward.clear()
+        self._leave()
+        self._abandon()
 
     def _drop(self, micro_batch: int) -> None:
         for key in [k for k in self._records if k[1] == micro_batch]:
@@ -248,12 +270,6 @@ class Engine:
             self._shared.evict()
         self._placements = None
         self.step = step
-
-    def _measure(self) -> None:
-        own = sum(r.copies.num_bytes for r in self._records.values())
-        launched = sum(c.num_bytes for c in self._launched.values())
-        shared = 0 if self._shared is None else self._shared.num_bytes
-        self.peak_copies_bytes = max(self.peak_copies_bytes, own + launched + shared)
 
 
 def _tensors(output: object) -> Iterator[Tensor]:

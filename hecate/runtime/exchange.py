@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hecate.ops.permute import block_order, combine, invert, permute
 from hecate.planning.plan import Plan
+from hecate.runtime.copies import Comms
 
 __all__ = ["Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
 
@@ -126,17 +127,17 @@ def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int])
     )
 
 
-def send_out(hidden: Tensor, record: Dispatch, group: dist.ProcessGroup | None) -> Tensor:
+def send_out(hidden: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Tokens `[T, d]` to the rows `[M, d]` that this device computes, sorted by its experts' rows."""
     rows = permute(hidden, record.order, record.inverse, record.top_k)
-    rows = _AllToAll.apply(rows, record.sent, record.received, group)
+    rows = _AllToAll.apply(rows, record.sent, record.received, comms)
     return permute(rows, record.local_order, record.local_inverse, 1)
 
 
-def bring_back(rows: Tensor, weights: Tensor, record: Dispatch, group: dist.ProcessGroup | None) -> Tensor:
+def bring_back(rows: Tensor, weights: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
     rows = permute(rows, record.local_inverse, record.local_order, 1)
-    rows = _AllToAll.apply(rows, record.received, record.sent, group)
+    rows = _AllToAll.apply(rows, record.received, record.sent, comms)
     return combine(rows, weights, record.order, record.inverse)
 
 
@@ -145,14 +146,15 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup | None
+        ctx, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms
     ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(rows, sent, received, group)
+        ctx.sent, ctx.received, ctx.comms = sent, received, comms
+        return _all_to_all(rows, sent, received, comms.tokens)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        with ctx.comms.guard():
+            return _all_to_all(grad, ctx.received, ctx.sent, ctx.comms.tokens), None, None, None
 
 
 def _all_to_all(

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
+import torch
 import torch.distributed as dist
 
 __all__ = ["Heartbeat", "MissingRankError"]
@@ -42,7 +43,8 @@ class Heartbeat:
     def __init__(
         self, store: dist.Store, rank: int, world_size: int, interval: timedelta = timedelta(seconds=1)
     ) -> None:
-        self._store = dist.PrefixStore("hecate/heartbeat", store)
+        # A connection of its own: a call that blocks in the main thread would hold up the beat on a shared one.
+        self._store = dist.PrefixStore("hecate/heartbeat", store.clone())  # type: ignore[attr-defined]  # stubs lack it
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._stop = threading.Event()
         self._store.add(f"{rank}/alive", 1)
@@ -68,7 +70,7 @@ class Heartbeat:
         """Turn an error inside into `MissingRankError` where a rank is missing, and pass it on where none is."""
         try:
             yield
-        except MissingRankError:
+        except (MissingRankError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             ranks = self.missing()
@@ -91,6 +93,7 @@ def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) 
 
 def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
-    thread.join()
+    if thread is not threading.current_thread():  # the garbage collector may run this in any thread
+        thread.join()
     with suppress(RuntimeError, OSError):  # the store may have gone before
         store.add(f"{rank}/alive", -1)

@@ -57,20 +57,19 @@ class FSSDPExperts(nn.Module):
         Returns:
             `[T, d]` in the dtype of `hidden_states`.
         """
-        with self._engine[0].guard():
+        with self._engine[0].comms.guard():
             return self._run(self._engine[0], hidden_states, top_k_index, top_k_weights)
 
     def _run(self, engine: Engine, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         record = engine.record(self.index, top_k_index, top_k_weights)
-        group = engine.comms.tokens
-        rows = send_out(hidden_states.to(engine.compute_dtype(self.index)), record.dispatch, group)
+        rows = send_out(hidden_states.to(engine.compute_dtype(self.index)), record.dispatch, engine.comms)
         record.copies.ensure_held()
         weights = _Materialize.run(engine, record.copies)
         rows = _run_parts(self.spec, rows, record, weights)
         if rows.requires_grad:
             # Runs before the backward of the experts, which reads their weights.
-            rows.register_hook(lambda grad: record.copies.ensure_held())
-        output = bring_back(rows, top_k_weights, record.dispatch, group).to(hidden_states.dtype)
+            rows.register_hook(lambda grad: engine.before_expert_gradients(record.copies))
+        output = bring_back(rows, top_k_weights, record.dispatch, engine.comms).to(hidden_states.dtype)
         engine.after_layer(self.index, record)
         return output
 

@@ -103,6 +103,11 @@ class LayerPlanner:
             tokens_per_device=tokens_per_device,
         )
 
+    @property
+    def tokens_per_device(self) -> int:
+        """Mean tokens of a device in a micro-batch of the last step."""
+        return self._tokens_per_device
+
     def outlook(self) -> Outlook:
         """What the next step is planned from, the micro-batches booked so far included."""
         history, tokens = self.history.array(), self._tokens_per_device

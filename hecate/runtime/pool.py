@@ -7,6 +7,7 @@ permutation of slots: no shape changes. Rows beyond the owned experts are zero p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hecate.placement import Placement, initial_owners
+from hecate.placement import Placement, check_owners, initial_owners
 from hecate.runtime.chunk import ExpertsSpec, WeightSpec
 
 __all__ = ["ExpertPool", "local_tensor"]
@@ -23,8 +24,8 @@ __all__ = ["ExpertPool", "local_tensor"]
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a DTensor on this rank, sharing its storage and outside autograd; a plain tensor likewise."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 class ExpertPool:
@@ -32,7 +33,7 @@ class ExpertPool:
 
     Attributes:
         specs: the layers.
-        owners: per layer, int64 `[num_experts]`.
+        owners: per layer, int64 `[num_experts]`; see `set_owners`.
         slots: rows of this device, the same on every device.
         parameters: kind -> the registered parameter, `[slots * devices, *shape]` as DTensor, `[slots, *shape]` without
             a mesh.
@@ -52,7 +53,7 @@ class ExpertPool:
         self.num_devices = num_devices
         self.mesh = mesh
         self.device = device
-        self.owners = self.initial_owners()
+        self.set_owners(self.initial_owners())
         self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
         self.parameters = {
             w.kind: nn.Parameter(
@@ -74,18 +75,25 @@ class ExpertPool:
         """Whether no device would own more than its slots."""
         return int(np.bincount(np.concatenate(owners), minlength=self.num_devices).max()) <= self.slots
 
+    def set_owners(self, owners: Sequence[NDArray[np.integer]]) -> None:
+        """Who owns what from now on; the caller moves the rows. `owners`: per layer, `[num_experts]`."""
+        self.owners = tuple(check_owners(o, self.num_devices) for o in owners)
+        self._placements = [Placement.from_owners(o, self.num_devices) for o in self.owners]
+        self._owned = [p.held_by(self.rank) for p in self._placements]
+        ends = np.cumsum([0, *map(len, self._owned)]).tolist()
+        self._rows = [slice(*pair) for pair in pairwise(ends)]
+
     def placement(self, layer: int) -> Placement:
         """Who owns the experts of the pool's `layer`-th layer."""
-        return Placement.from_owners(self.owners[layer], self.num_devices)
+        return self._placements[layer]
 
     def owned(self, layer: int) -> NDArray[np.int64]:
         """Ascending expert ids of that layer on this device."""
-        return np.flatnonzero(self.owners[layer] == self.rank)
+        return self._owned[layer]
 
     def rows(self, layer: int) -> slice:
         """The slots of that layer's owned experts, in ascending expert id."""
-        start = sum(len(self.owned(i)) for i in range(layer))
-        return slice(start, start + len(self.owned(layer)))
+        return self._rows[layer]
 
     def weights_of(self, layer: int) -> dict[str, Tensor]:
         """Views kind -> `[owned, *shape]` of that layer's owned experts, outside autograd."""
@@ -123,7 +131,7 @@ class ExpertPool:
 
     def clear_padding(self, tensor: Tensor) -> None:
         """Zero the rows `[slots, ...]` of this device that hold no expert."""
-        local_tensor(tensor)[sum(len(self.owned(i)) for i in range(len(self.specs))) :] = 0
+        local_tensor(tensor)[self._rows[-1].stop :] = 0
 
     def distribute(self, local: Tensor) -> Tensor:
         """The DTensor of which `local` `[slots, ...]` is this device's part; itself without a mesh."""

@@ -34,13 +34,26 @@ class ReplicatedDense:
 
     Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce_gradients` averages the
     gradients of the leaves over all ranks into those of the DTensors.
+
+    Args:
+        model: changed in place.
+        mesh: all its dimensions replicate.
+        ignored: parameters left alone.
+        dtype: of the leaves; None keeps the parameters'.
+        reduce_dtype: gradients are averaged in; None keeps the leaves'.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, ignored: Iterable[nn.Parameter], dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        ignored: Iterable[nn.Parameter],
+        dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
     ) -> None:
         self._mesh = mesh
         self._dtype = dtype
+        self._reduce_dtype = reduce_dtype
         self._replicas = list(self._build(model, {id(p) for p in ignored}))
         self._inside = False
         self.enter()
@@ -59,15 +72,35 @@ class ReplicatedDense:
 
     def reduce_gradients(self) -> None:
         """Average what the leaves collected since the last call, add it to the parameters' gradients. Collective."""
+        if not any(r.parameter.requires_grad for r in self._replicas):
+            return
         trained = [r for r in self._replicas if r.parameter.requires_grad]
-        grads = [torch.zeros_like(r.leaf) if r.leaf.grad is None else r.leaf.grad for r in trained]
-        for dim in range(self._mesh.ndim):
-            group = self._mesh.get_group(dim)
-            for work in [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]:
-                work.wait()
-        for r, grad in zip(trained, grads, strict=True):
+        used = torch.tensor(
+            [r.leaf.grad is not None for r in trained], dtype=torch.int32, device=trained[0].leaf.device
+        )
+        self._sum([used])
+        # What no rank used keeps no gradient, so that optimizers leave it alone.
+        reduced = [r for r, by_any in zip(trained, used.tolist(), strict=True) if by_any]
+        grads = [self._wire(r.leaf) for r in reduced]
+        self._sum(grads)
+        for r, grad in zip(reduced, grads, strict=True):
             r.leaf.grad = None
             self._add(r.parameter, (grad / self._mesh.size()).to(r.parameter.dtype))
+
+    def drop_gradients(self) -> None:
+        """Forget what the leaves collected since the last reduction."""
+        for r in self._replicas:
+            r.leaf.grad = None
+
+    def _wire(self, leaf: Tensor) -> Tensor:
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return grad.to(self._reduce_dtype or grad.dtype)
+
+    def _sum(self, tensors: list[Tensor]) -> None:
+        for dim in range(self._mesh.ndim):
+            group = self._mesh.get_group(dim)
+            for work in [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
+                work.wait()
 
     def _add(self, parameter: nn.Parameter, grad: Tensor) -> None:
         if parameter.grad is None:

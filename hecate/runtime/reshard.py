@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hecate.collectives.agreement import check_placements
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport
-from hecate.placement import Placement
+from hecate.placement import Placement, Topology
 from hecate.policies.base import Policy
+from hecate.runtime.autograd_seam import in_backward
 from hecate.runtime.planner import LayerPlanner
 from hecate.runtime.pool import ExpertPool, local_tensor
 
@@ -27,25 +30,43 @@ __all__ = ["OptimizerWatch", "Resharder"]
 
 
 class OptimizerWatch:
-    """Knows the optimizers that train `model`, and calls `after_step` when one has made a step."""
+    """Knows the optimizers that train the experts, and calls `after_step` when one has made a step.
 
-    def __init__(self, model: nn.Module, after_step: Callable[[], None]) -> None:
-        self._trained = {id(p) for p in model.parameters()}
+    Where all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer
+    that steps as gradients come) is not the end of a step.
+    """
+
+    def __init__(self, model: nn.Module, pools: Sequence[ExpertPool], after_step: Callable[[], None]) -> None:
+        experts = [p for pool in pools for _, p in pool.trainable()]
+        self._trained = {id(p) for p in experts or model.parameters()}
         self._after_step = after_step
-        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
         watch = weakref.ref(self)  # the hook is global: it must not keep the model alive
 
         def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
             alive = watch()
-            if alive is not None:
-                alive._stepped(optimizer)
+            if alive is not None and not in_backward() and alive.add(optimizer):
+                alive._after_step()
 
         weakref.finalize(self, register_optimizer_step_post_hook(hook).remove)
 
-    def _stepped(self, optimizer: Optimizer) -> None:
-        if any(id(p) in self._trained for group in optimizer.param_groups for p in group["params"]):
-            self.optimizers.add(optimizer)
-            self._after_step()
+    def add(self, optimizer: Optimizer) -> bool:
+        """Take note of an optimizer; whether it trains what is watched."""
+        trained = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in self._trained]
+        self._latest.update(dict.fromkeys(trained, weakref.ref(optimizer)))
+        return bool(trained)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer state of a watched parameter: of the optimizer that stepped it last; empty before."""
+        reference = self._latest.get(id(parameter))
+        optimizer = None if reference is None else reference()
+        return {} if optimizer is None else optimizer.state.get(parameter, {})
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All that are alive."""
+        alive = {id(o): o for o in (reference() for reference in self._latest.values()) if o is not None}
+        return list(alive.values())
 
 
 class Resharder:
@@ -82,18 +103,33 @@ class Resharder:
             return
         for pool in dict.fromkeys(layer.storage.pool for layer in self._layers):
             layers = [layer for layer in self._layers if layer.storage.pool is pool]
-            loads = [self._summed(layer.since_reshard) for layer in layers]
-            if not any(load.any() for load in loads):
-                continue  # done for this step already, before an evaluation or a checkpoint
-            owners = self._policy.reshard(tuple(layer.outlook().setting for layer in layers), loads, pool.owners)
+            owners = self._new_owners(layers, pool, self._transport.topology)
             for layer in layers:
                 layer.since_reshard[:] = 0
             move(pool, owners, self._tensors(pool), self._transport)
 
-    def _summed(self, loads: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _new_owners(
+        self, layers: Sequence[LayerPlanner], pool: ExpertPool, topology: Topology
+    ) -> list[NDArray[np.int64]]:
+        replicas = 1 if self._replicas is None else self._replicas.size()
+        loads, settings = [], []
+        for layer in layers:
+            # Loads and settings must be the same in all replica groups, or they would choose different owners.
+            *load, tokens = self._summed(np.append(layer.since_reshard, layer.tokens_per_device)).tolist()
+            loads.append(np.array(load, dtype=np.int64))
+            settings.append(layer.setting(tokens // replicas))
+        if not any(load.any() for load in loads):
+            return list(pool.owners)  # done for this step already, before an evaluation or a checkpoint
+        owners = self._policy.reshard(tuple(settings), loads, pool.owners)
+        chosen = Placement.from_owners(np.concatenate(owners), topology.num_devices)
+        check_placements("re-sharding", (chosen,), dist.group.WORLD)  # type: ignore[arg-type]  # there is one here
+        return owners
+
+    def _summed(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Over replica groups."""
         if self._replicas is None:
-            return loads
-        total = torch.from_numpy(loads).to(self._layers[0].storage.pool.device)
+            return values
+        total = torch.from_numpy(values).to(self._layers[0].storage.pool.device)
         dist.all_reduce(total, group=self._replicas)
         return total.cpu().numpy()
 
@@ -103,10 +139,9 @@ class Resharder:
             yield local_tensor(parameter)
             if parameter.grad is not None:
                 yield local_tensor(parameter.grad)
-            for optimizer in self._watch.optimizers:
-                state = optimizer.state.get(parameter, {})
-                values = (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
-                yield from (v for v in map(local_tensor, values) if v.ndim and v.shape[0] == pool.slots)
+            state = self._watch.state_of(parameter)
+            values = (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
+            yield from (v for v in map(local_tensor, values) if v.ndim and v.shape[0] == pool.slots)
 
 
 def move(
@@ -125,12 +160,27 @@ def move(
         return
     schedule = gather_schedule(before, after)
     old, new = before.held_by(pool.rank).tolist(), after.held_by(pool.rank).tolist()
+    slot_before, slot_after = ({expert: slot for slot, expert in enumerate(held)} for held in (old, new))
+    arriving = [e for e in new if e not in slot_before]
+    kept = [(slot_before[e], slot_after[e]) for e in new if e in slot_before]
     for tensor in tensors:
-        rows = tensor.flatten(1)
-        moved = torch.zeros_like(rows)
-        sent, received = dict(zip(old, rows, strict=False)), dict(zip(new, moved, strict=False))
-        for expert in sent.keys() & received.keys():
-            received[expert].copy_(sent[expert])
-        transport.gather(schedule, sent, received).wait()
-        rows.copy_(moved)
-    pool.owners = [np.array(o, dtype=np.int64) for o in owners]
+        rows = tensor.view(pool.slots, -1)
+        received = dict(zip(arriving, rows.new_empty(len(arriving), rows.shape[1]), strict=True))
+        transport.gather(schedule, dict(zip(old, rows, strict=False)), received).wait()
+        _shift(rows, kept)
+        for expert, row in received.items():
+            rows[slot_after[expert]].copy_(row)
+        rows[len(new) :] = 0
+    pool.set_owners(owners)
+
+
+def _shift(rows: Tensor, kept: Sequence[tuple[int, int]]) -> None:
+    """Move rows from slot to slot in place. Slots are sorted by expert before and after, so rows keep their order:
+    none is overwritten before it moves if those that go down move in ascending order and those that go up descending.
+    """
+    for source, target in kept:
+        if target < source:
+            rows[target].copy_(rows[source])
+    for source, target in reversed(kept):
+        if target > source:
+            rows[target].copy_(rows[source])

@@ -75,6 +75,10 @@ CASES = {
             use_no_sync=True,
         ),
     ),
+    "4-mesh-2x2-uneven": (
+        4,
+        Case(config("balanced", reshard_interval=1, overlap_degree="auto"), mesh=(2, 2), batch=(4, 4, 1, 1)),
+    ),
     "4-mesh-2x2-replicate": (4, Case(config("balanced", dense="replicate"), mesh=(2, 2), accumulate=2)),
     "4-balanced-remat": (
         4,

@@ -44,9 +44,11 @@ def _backward_reference(reference: nn.Module, seeds: tuple[int, ...]) -> None:
             (reference(*_batch(seed, rank)).loss / world).backward()
 
 
-def _assert_gradients(engine: hecate.FSSDP, reference: nn.Module) -> None:
+def _assert_gradients(engine: hecate.FSSDP, reference: nn.Module, only: str = "") -> None:
     gradients = full_gradients(engine)
     for name, parameter in reference.named_parameters():
+        if only not in name:
+            continue
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(gradients[name], expected, rtol=1e-9, atol=1e-13, msg=name)
 
@@ -206,6 +208,76 @@ def test_one_device_without_process_group() -> None:
     assert list(state) == list(reference.state_dict())
     for key, value in reference.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def _backward_that_raises(dense: str) -> None:
+    """Nothing of a backward pass that failed half-way reaches the next step."""
+    reference, model, engine = _pair(dense=dense)
+    _step(engine, torch.optim.SGD(model.parameters(), lr=0.0), seed=5)  # so that there are copies
+
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError
+
+    layer = model.blocks[1]
+    handle = layer.register_forward_hook(lambda module, args, output: output[0].register_hook(fail) and None)
+    with pytest.raises(ArithmeticError):
+        model(*_batch(0)).loss.backward()
+    handle.remove()
+    if dense == "fsdp":
+        model.reset_iter_state()
+    model.zero_grad()
+    model(*_batch(1)).loss.backward()
+    _backward_reference(reference, (1,))
+    _assert_gradients(engine, reference, only=".experts." if dense == "fsdp" else "")  # FSDP2's own are its business
+
+
+@pytest.mark.parametrize("dense", ["fsdp", "replicate"])
+def test_a_backward_pass_that_raises_leaves_nothing(groups: Groups, dense: str) -> None:
+    groups(2).run(_backward_that_raises, dense)
+
+
+class _Opaque:
+    """An output that nobody can look into."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *batch: Tensor) -> _Opaque:
+        return _Opaque(self.inner(*batch).loss)
+
+
+def _opaque_output(rematerialize: bool) -> None:
+    reference = _Wrapped(GPTMoE(CHECKPOINTED).double())
+    model = copy.deepcopy(reference)
+    engine = hecate.fully_shard(model, None, config("balanced", dense="replicate", rematerialize=rematerialize))
+    for seed in (5, 1):
+        model.zero_grad()
+        model(*_batch(seed)).loss.backward()
+    _backward_reference(reference, (1,))
+    _assert_gradients(engine, reference)
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_output_that_cannot_be_looked_into(groups: Groups, rematerialize: bool) -> None:
+    groups(2).run(_opaque_output, rematerialize)
+
+
+def _inference_mode() -> None:
+    for dense in ("replicate", "none"):  # FSDP2 itself refuses inference mode
+        reference, model, _ = _pair(dense=dense, rematerialize=True)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(*_batch(1)).logits, reference(*_batch(1)).logits, rtol=1e-9, atol=1e-12)
+        model(*_batch(1)).loss.backward()
+
+
+def test_inference_mode(groups: Groups) -> None:
+    groups(2).run(_inference_mode)
 
 
 def _memory_is_what_is_owned() -> tuple[int, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import hecate
 from hecate.models.gpt import GPTMoE
+from hecate.models.transformer import ModelConfig
 from hecate.runtime.pool import local_tensor
 from tests.runtime.reference import TINY
 from tests.runtime.test_exactness import config
@@ -16,9 +19,11 @@ from tests.workers import Groups
 BF16 = torch.bfloat16
 
 
-def _train(settings: hecate.FSSDPConfig) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
+def _train(
+    settings: hecate.FSSDPConfig, model_config: ModelConfig = TINY
+) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
     """Losses, dtypes of parameters and of what the experts compute in."""
-    model = GPTMoE(TINY)
+    model = GPTMoE(model_config)
     engine = hecate.fully_shard(model, None, settings)
     computed = set()
     mlp = model.blocks[0].moe.experts.spec.mlp
@@ -53,6 +58,14 @@ def test_bf16_compute_with_float32_master(groups: Groups, dense: str, rematerial
     assert computed == {BF16}
     assert losses == pytest.approx(exact, rel=2e-2)
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_a_rank_without_experts_or_copies(groups: Groups, rematerialize: bool) -> None:
+    two_experts = replace(TINY, num_experts=2, num_layers=1)
+    exact = groups(3).run(_train, config("ep"), two_experts)[0][0]
+    settings = config("ep", param_dtype=BF16, rematerialize=rematerialize)
+    assert groups(3).run(_train, settings, two_experts)[0][0] == pytest.approx(exact, rel=2e-2)
 
 
 def test_gradients_travel_in_reduce_dtype(groups: Groups) -> None:
