@@ -23,6 +23,7 @@ from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
+from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
 from hecate.policies import get_policy
 from hecate.runtime.build import (
@@ -33,7 +34,6 @@ from hecate.runtime.build import (
     device_of,
     free_slots,
     make_comms,
-    on_all_ranks,
     resolve_dtypes,
 )
 from hecate.runtime.chunk import ChunkLayout
@@ -85,7 +85,7 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
-        found = on_all_ranks(lambda: self._inspect(model, mesh, config))
+        found = agree(lambda: self._inspect(model, mesh, config))
         check_same([f.spec for f in found], config, mesh)
         self.model = model
         self.config = config

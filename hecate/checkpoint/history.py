@@ -7,8 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from hecate.checkpoint.agree import agree, on_rank_0, rank_and_world
 from hecate.checkpoint.folder import MANIFEST, aside, read_record, verify
+from hecate.collectives.ranks import agree, on_rank_0, rank_and_world
 
 __all__ = ["latest", "prune"]
 

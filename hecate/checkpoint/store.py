@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from hecate.checkpoint.agree import agree, gather, on_rank_0, rank_and_world
 from hecate.checkpoint.folder import ChecksumWriter, aside, find, prepare, publish, read_record, verify
 from hecate.checkpoint.optimizer import OPTIMIZER, OptimizerTarget, optimizer_entries, optimizer_record
 from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner, ExpertsSavePlanner
 from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names
+from hecate.collectives.ranks import agree, gather, on_rank_0, rank_and_world
 from hecate.cost import CostModel
 
 __all__ = ["Contents", "collect", "load", "write"]

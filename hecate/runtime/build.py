@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hecate.collectives.group_seam import timeout_of
 from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.ranks import gather
 from hecate.config import FSSDPConfig
 from hecate.placement import Topology
 from hecate.runtime.chunk import Dtypes, ExpertsSpec
@@ -31,37 +31,14 @@ __all__ = [
     "device_of",
     "free_slots",
     "make_comms",
-    "on_all_ranks",
     "resolve_dtypes",
 ]
-
-T = TypeVar("T")
 
 
 def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
     """Where the experts go: the mesh's device type, else the model's."""
     kind = mesh.device_type if mesh is not None else next(model.parameters()).device.type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def on_all_ranks(check: Callable[[], T]) -> T:
-    """`check()`, or the ValueError or OSError that it raises on any rank, as ValueError on every rank. Collective."""
-    result: list[T] = []
-    problem, cause = "", None
-    try:
-        result.append(check())
-    except (ValueError, OSError) as error:
-        problem, cause = str(error), error
-    if not dist.is_initialized():
-        if cause is not None:
-            raise cause
-        return result[0]
-    problems = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for rank, text in enumerate(problems):
-        if text:
-            raise ValueError(text if all(problems) else f"rank {rank}: {text}") from cause
-    return result[0]
 
 
 def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -151,8 +128,7 @@ def check_same(specs: Sequence[ExpertsSpec], config: FSSDPConfig, mesh: DeviceMe
     for spec in specs:
         weights = [(w.kind, w.shape, str(w.dtype), w.trainable) for w in spec.weights]
         values[f"model.{spec.name}"] = repr((spec.num_experts, weights))
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, values)
+    everyone = gather(values)
     for rank, other in enumerate(everyone):
         for key in sorted(everyone[0].keys() | other.keys()):
             if other.get(key) != everyone[0].get(key):
