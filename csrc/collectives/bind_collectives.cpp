@@ -33,7 +33,9 @@ Out hops_array(const Route& route) {
   return Out(memory.release(), {route.hops.size(), kColumns}, owner);
 }
 
-std::string arity(int value) { return value == kAll ? "all" : std::to_string(value); }
+std::string arity(int value) {
+  return value == kAll ? "all" : value == kBinomial ? "binomial" : std::to_string(value);
+}
 
 std::string name_of(const Shape& shape) {
   if (shape.direct) return "direct";

@@ -24,9 +24,16 @@ class PieceTree {
   void build() {
     const int owner = static_cast<int>(request_.owner[expert_]), home = request_.node_of(owner);
     std::vector<Stop> exits{{owner, -1}};
-    const std::vector<int> near = rotated(request_.holders(expert_, home, owner));
+    std::vector<int> near = rotated(request_.holders(expert_, home, owner));
     if (!near.empty()) {
-      const std::vector<Stop> reached = down({near[0], hop(exits[0], near[0])}, near);
+      std::vector<Stop> reached;
+      if (shape_.inside == kBinomial) {
+        near.insert(near.begin(), owner);
+        reached = down(exits[0], near);
+        reached.erase(reached.begin());
+      } else {
+        reached = down({near[0], hop(exits[0], near[0])}, near);
+      }
       if (shape_.spread) exits.insert(exits.end(), reached.begin(), reached.end());
     }
     std::vector<Stop> entries;
@@ -61,8 +68,15 @@ class PieceTree {
   std::vector<Stop> down(Stop root, const std::vector<int>& devices) {
     std::vector<Stop> reached{root};
     for (int i = 1; i < static_cast<int>(devices.size()); ++i)
-      reached.push_back({devices[i], hop(reached[(i - 1) / shape_.inside], devices[i])});
+      reached.push_back({devices[i], hop(reached[parent(i)], devices[i])});
     return reached;
+  }
+
+  int parent(int i) const {
+    if (shape_.inside != kBinomial) return (i - 1) / shape_.inside;
+    int highest = 1;
+    while (2 * highest <= i) highest *= 2;
+    return i - highest;
   }
 
   const Request& request_;

@@ -38,8 +38,10 @@ struct Request {
 };
 
 constexpr int kAll = std::numeric_limits<int>::max();
+constexpr int kBinomial = 0;
 
-// How experts travel. Arity is that of a tree: 1 a chain, kAll one hop to everybody.
+// How experts travel. Arity is that of a tree: 1 a chain, kAll one hop to everybody, kBinomial as many hops from each
+// device as it has time for.
 struct Shape {
   bool direct = true;    // owner to holder or holder to owner, whole chunks; the rest does not count then
   int pieces = 1;        // of an expert that is handed on
