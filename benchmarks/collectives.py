@@ -18,8 +18,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from benchmarks.cluster import MissingError, Rank, emulated, loopback, run, tear_down_on_signals
-from benchmarks.collectives_rank import BOUND, BROADCAST, DENSE, OURS, PLAIN, PREDICTED, measure
+from benchmarks.collectives_rank import BOUND, BROADCAST, DENSE, OURS, PLAIN, PREDICTED, measure, measure_links
+from benchmarks.exchange_rank import CHOSEN, PLAIN_EXCHANGE, SHARED, measure_tokens
 from benchmarks.report import Report
+from hecate.placement import Topology
 
 NODES, PER_NODE, INTER_MBIT, CPU = 2, 4, 400, 0.22
 EMULATED, LOOPBACK = "emulated", "loopback"
@@ -47,7 +49,8 @@ def main() -> int:
         return code
     for collective in COLLECTIVES:
         show_claims(report, collective)
-    print(report.table("time"), report.table("figure"), sep="\n\n")
+    show_token_claims(report)
+    print(*map(report.table, ("time", "exchange time", "figure")), sep="\n\n")
     report.write(arguments.json)
     plot(report, Path(arguments.json).with_suffix(".png"))
     return 0
@@ -84,7 +87,10 @@ def as_rank(arguments: argparse.Namespace) -> int:
     """One rank's part; rank 0 writes the rows."""
     dist.init_process_group("gloo")
     report = Report()
-    measure(report, arguments.rank_of, arguments.chunks, arguments.repeats)
+    topology = Topology.detect(dist.get_world_size())
+    links = measure_links(topology)
+    measure(report, arguments.rank_of, topology, links, arguments.chunks, arguments.repeats)
+    measure_tokens(report, arguments.rank_of, topology, links, arguments.repeats)
     if dist.get_rank() == 0:
         report.write(arguments.json)
     dist.destroy_process_group()
@@ -116,6 +122,21 @@ def show_claims(report: Report, collective: str) -> None:
         others = [ratio(LOOPBACK, kind, OURS, other) for other in (PLAIN, BROADCAST, DENSE)]
         best = max((r for r in others if r is not None), default=None)
         show(f"{collective}, {kind}, loopback: ours / best other, at most", 1.1, best)
+
+
+def show_token_claims(report: Report) -> None:
+    """The same for the token exchange."""
+    time = {(row.setting, row.subject): row.value for row in report.rows if row.metric == "exchange time"}
+    for where, what, asked in (
+        (EMULATED, "plain / ours, at least", 1.5),
+        (LOOPBACK, "plain / ours, at least", 1 / 1.1),
+    ):
+        setting = f"{where}, tokens, {SHARED}"
+        if (setting, CHOSEN) in time:
+            report.add(f"{setting}: {what}", "to show", "figure", asked)
+            report.add(
+                f"{setting}: {what}", "measured", "figure", time[setting, PLAIN_EXCHANGE] / time[setting, CHOSEN]
+            )
 
 
 def plot(report: Report, path: Path) -> None:

@@ -25,7 +25,7 @@ from hecate.collectives.transport import Transport
 from hecate.placement import Placement, Topology
 from hecate.planning.synthetic import synthetic_loads
 
-__all__ = ["BOUND", "BROADCAST", "DENSE", "OURS", "PLAIN", "PREDICTED", "measure"]
+__all__ = ["BOUND", "BROADCAST", "DENSE", "OURS", "PLAIN", "PREDICTED", "measure", "measure_links", "timed"]
 
 MIB = 1 << 20
 EXPERTS = 64
@@ -34,10 +34,8 @@ BOUND, PREDICTED = "lower bound", "predicted"
 DENSE_MOST = 4.0  # MiB; a dense layer of larger chunks does not fit this many ranks of one machine
 
 
-def measure(report: Report, where: str, chunks: list[float], repeats: int) -> None:
+def measure(report: Report, where: str, topology: Topology, links: Links, chunks: list[float], repeats: int) -> None:
     """Every collective, placement kind and chunk size (MiB) on the running process group. Collective."""
-    topology = Topology.detect(dist.get_world_size())
-    links = measure_links(topology)
     for name in ("device", "fabric", "crossing", "border"):
         report.add(where, "measured", f"{name} goodput", getattr(links, name) / 1e6, "MB/s")
     for name in ("message", "relay"):
@@ -59,38 +57,40 @@ def measure(report: Report, where: str, chunks: list[float], repeats: int) -> No
 def measure_links(topology: Topology) -> Links:
     """Goodput of one device, of a node, and across its border, the best of some; the cost of a small message."""
     per_node, world = topology.devices_per_node, topology.num_devices
-    near = {0: 1 % world}
     ring = {d: d - d % per_node + (d + 1) % per_node for d in range(world)}
-    device, fabric = goodput(near), goodput(ring) // topology.num_nodes
-    fixed = message_ns(near), relay_ns(ring)
+    others = range(1, per_node)
+    device = max(goodput([(0, 1)]), goodput([(0, d) for d in others]), goodput([(d, 0) for d in others]))
+    fabric = goodput(list(ring.items())) // topology.num_nodes
+    fixed = message_ns(0, 1), relay_ns(ring)
     if topology.num_nodes == 1:
         return Links(device, max(device, fabric), device, device * per_node, *fixed)
-    one = goodput({0: per_node})
-    border = goodput({d: d + per_node for d in range(per_node)})
+    one = goodput([(0, per_node)])
+    border = goodput([(d, d + per_node) for d in range(per_node)])
     return Links(device, max(device, fabric), one, max(one, border), *fixed)
 
 
-def goodput(sends: dict[int, int], num_bytes: int = 8 * MIB, tries: int = 4) -> int:
-    """Bytes per second that all `sends` (from -> to) carry together."""
+def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 4) -> int:
+    """Bytes per second that all `sends` (from, to) carry together."""
     rank = dist.get_rank()
-    out, into = torch.zeros(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+    out = torch.zeros(num_bytes, dtype=torch.uint8)
+    into = {src: torch.zeros_like(out) for src, dst in sends if dst == rank}
 
     def exchange() -> None:
-        works = [dist.isend(out, sends[rank])] if rank in sends else []
-        works += [dist.irecv(into, src) for src, dst in sends.items() if dst == rank]
+        works = [dist.isend(out, dst) for src, dst in sends if src == rank]
+        works += [dist.irecv(memory, src) for src, memory in into.items()]
         for work in works:
             work.wait()
 
     return int(len(sends) * num_bytes / min(timed(exchange) for _ in range(tries)))
 
 
-def message_ns(sends: dict[int, int], messages: int = 100) -> int:
+def message_ns(src: int, dst: int, messages: int = 100) -> int:
     """What one small message costs who sends many."""
     rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
 
     def exchange() -> None:
-        works = [dist.isend(payload, sends[rank]) for _ in range(messages)] if rank in sends else []
-        works += [dist.irecv(payload, src) for src, dst in sends.items() if dst == rank for _ in range(messages)]
+        works = [dist.isend(payload, dst) for _ in range(messages) if rank == src]
+        works += [dist.irecv(payload, src) for _ in range(messages) if rank == dst]
         for work in works:
             work.wait()
 

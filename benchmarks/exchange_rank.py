@@ -1,0 +1,86 @@
+"""What one rank of `benchmarks.collectives` does for tokens: the exchange that knows nodes beside the plain one.
+
+A run is everything that a layer adds to the plan: the record, tokens out, results back and summed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.collectives_rank import EXPERTS, timed
+from benchmarks.report import Report
+from hecate.collectives.route import Links
+from hecate.cost import CostModel, LayerCost
+from hecate.placement import Placement, Topology
+from hecate.planning.assign import exact_quota
+from hecate.planning.plan import Plan
+from hecate.runtime import exchange, node_exchange
+
+__all__ = ["AWARE", "CHOSEN", "PLAIN_EXCHANGE", "SHARED", "measure_tokens"]
+
+TOKENS, WIDTH = 512, 1024
+AWARE, PLAIN_EXCHANGE, CHOSEN = "by node", "plain all-to-all", "chosen"
+SHARED = "top-8 in one node"
+SETTINGS = ((SHARED, 8, True), ("top-8 anywhere", 8, False), ("top-2 anywhere", 2, False))
+
+
+def measure_tokens(report: Report, where: str, topology: Topology, links: Links, repeats: int) -> None:
+    """Both exchanges for routers that keep to a node and that do not. Collective."""
+    model = CostModel(
+        intra_node_bandwidth=links.device,
+        inter_node_bandwidth=links.border // topology.devices_per_node,
+        message_ns=links.message_ns,
+    )
+    cost = LayerCost(model, 1, 1, 1, token_bytes=4 * WIDTH, dense_token_flops=1)
+    for name, top_k, one_node in SETTINGS:
+        picks = [torch.from_numpy(_router(d, top_k, one_node, topology)) for d in range(topology.num_devices)]
+        plan = _plan(picks, topology)
+        ways = {PLAIN_EXCHANGE: partial(_plain, plan), AWARE: partial(_aware, plan)}
+        times: dict[str, list[float]] = {subject: [] for subject in ways}
+        index = picks[dist.get_rank()]
+        comms = SimpleNamespace(rank=dist.get_rank(), topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
+        hidden, weights = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, top_k)
+        for way in ways.values():
+            way(index, hidden, weights, comms)
+        for _ in range(repeats):
+            for subject, way in ways.items():
+                times[subject].append(timed(partial(way, index, hidden, weights, comms)))
+        found = {subject: statistics.median(values) for subject, values in times.items()}
+        found[CHOSEN] = found[AWARE if node_exchange.node_exchange_pays(plan, cost, top_k) else PLAIN_EXCHANGE]
+        for subject, seconds in found.items():
+            report.add(f"{where}, tokens, {name}", subject, "exchange time", seconds, "s")
+
+
+def _plain(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: SimpleNamespace) -> Tensor:
+    held = plan.placement.held_by(comms.rank).tolist()
+    record = exchange.dispatch_of(plan, index, comms.rank, held)
+    return exchange.bring_back(exchange.send_out(hidden, record, comms), weights, record, comms)
+
+
+def _aware(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: SimpleNamespace) -> Tensor:
+    held = plan.placement.held_by(comms.rank).tolist()
+    record = node_exchange.node_dispatch_of(plan, index, comms, held)
+    return node_exchange.bring_back(node_exchange.send_out(hidden, record, comms), weights, record, comms)
+
+
+def _router(device: int, top_k: int, one_node: bool, topology: Topology) -> NDArray[np.int64]:
+    """`[TOKENS, top_k]` experts, of one node that each token picks, or of all."""
+    rng = np.random.default_rng(device)
+    per_node = EXPERTS // topology.num_nodes if one_node else EXPERTS
+    first = rng.integers(0, EXPERTS // per_node, TOKENS) * per_node
+    return first[:, None] + np.stack([rng.permutation(per_node)[:top_k] for _ in range(TOKENS)])
+
+
+def _plan(picks: list[Tensor], topology: Topology) -> Plan:
+    placement = Placement.even(EXPERTS, topology.num_devices)
+    counts = np.stack([np.bincount(p.flatten().numpy(), minlength=EXPERTS) for p in picks])
+    return Plan.build(placement, placement.owners, topology, exact_quota(counts, placement, topology))
