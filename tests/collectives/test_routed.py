@@ -23,8 +23,8 @@ from tests.collectives.reference import Case
 from tests.workers import Group, Groups, WorkerError
 
 # Free messages: as many pieces as there may be, everything that can be handed on is.
-FINE = Links(device=10**8, fabric=10**12, crossing=10**7, border=10**7, message_ns=0, relay_ns=0)
-PORTS = Links(device=10**9, fabric=10**12, crossing=10**7, border=10**8, message_ns=0, relay_ns=0)
+FINE = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**7, message_ns=0, relay_ns=0)
+PORTS = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**8, message_ns=0, relay_ns=0)
 CHUNK = (8, 12345)
 
 
