@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hecate.collectives.group_seam import timeout_of
-from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.ranks import gather
+from hecate.collectives.route import Links
+from hecate.collectives.routed import Routed
 from hecate.config import FSSDPConfig
+from hecate.cost import CostModel
 from hecate.placement import Topology
 from hecate.runtime.chunk import Dtypes, ExpertsSpec
 from hecate.runtime.copies import Comms
@@ -85,7 +87,10 @@ def default_mesh(model: nn.Module) -> DeviceMesh | None:
 
 
 def make_comms(
-    mesh: DeviceMesh | None, device: torch.device, guard: Callable[[], AbstractContextManager[None]]
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    guard: Callable[[], AbstractContextManager[None]],
+    cost: CostModel,
 ) -> Comms:
     """Process groups, transport and lanes for the devices that share experts: the last dimension of `mesh`."""
     exposed = ExposedTime()
@@ -100,7 +105,7 @@ def make_comms(
         rank=shard.rank(),
         topology=topology,
         tokens=tokens,
-        experts=PointToPoint(experts, topology),
+        experts=Routed(experts, topology, Links.of(cost, topology, device.type)),
         copies=lanes[0],
         gradients=lanes[1],
         exposed=exposed,

@@ -254,10 +254,12 @@ class Engine:
         self.step += 1
 
     def report(self) -> list[dict[str, Any]]:
-        """The last step, an entry a layer, as `FSSDP.stats()` gives it; empty before the first."""
+        """The last step, or the first one as far as it has come, an entry a layer, as `FSSDP.stats()` gives it."""
+        totals = self._totals or [layer.totals for layer in self.layers]
+        exposed = self._exposed if self._totals else self.comms.exposed
         return [
-            totals.report(layer.name) | {"exposed_seconds": self._exposed.seconds(i)}
-            for i, (layer, totals) in enumerate(zip(self.layers, self._totals, strict=False))
+            total.report(layer.name) | {"exposed_seconds": exposed.seconds(i)}
+            for i, (layer, total) in enumerate(zip(self.layers, totals, strict=True))
         ]
 
     def restart(self, step: int) -> None:

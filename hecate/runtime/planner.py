@@ -104,6 +104,11 @@ class LayerPlanner:
         )
 
     @property
+    def totals(self) -> LayerTotals:
+        """Of the step that is under way."""
+        return self._totals
+
+    @property
     def tokens_per_device(self) -> int:
         """Mean tokens of a device in a micro-batch of the last step."""
         return self._tokens_per_device

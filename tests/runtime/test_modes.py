@@ -71,6 +71,7 @@ def _evaluate_in_between(rematerialize: bool, checkpoint: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     loss = model(*_batch(1)).loss
+    before = engine.stats()
     with torch.no_grad():
         evaluated = model(*_batch(7)).logits
         expected = reference(*_batch(7)).logits
@@ -78,7 +79,9 @@ def _evaluate_in_between(rematerialize: bool, checkpoint: bool) -> None:
     loss.backward()
     _backward_reference(reference, (1,))
     _assert_gradients(engine, reference)
-    assert engine.stats()["layers"][0]["counts"].sum() == dist.get_world_size() * 2 * 16 * 2
+    assert before["step"] == 1
+    assert before["layers"][0]["counts"].sum() == dist.get_world_size() * 2 * 16 * 2
+    assert (engine.stats()["layers"][0]["counts"] == before["layers"][0]["counts"]).all()
 
 
 @pytest.mark.parametrize("rematerialize", [False, True])
@@ -292,3 +295,14 @@ def _memory_is_what_is_owned() -> tuple[int, int]:
 def test_each_device_owns_its_share(groups: Groups) -> None:
     for owned, everything in groups(3).run(_memory_is_what_is_owned):
         assert owned * 3 == everything
+
+
+def test_stats_of_the_first_step_under_way() -> None:
+    model = GPTMoE(TINY)
+    engine = hecate.fully_shard(model)
+    assert engine.stats()["layers"][0]["imbalance_before"] == 1.0
+    model(*_batch(0, rank=0)).loss.backward()
+    layer = engine.stats()["layers"][2]
+    assert layer["name"] == "blocks.2.moe.experts"
+    assert layer["loads"].sum() == layer["counts"].sum() == 2 * 16 * 2
+    assert (layer["copies"], layer["bytes"]) == (0, 0)
