@@ -92,7 +92,7 @@ class FSSDP:
         self.mesh = default_mesh(model) if mesh is None else mesh
         self.device = device_of(model, self.mesh)
         self._names = list(model.state_dict(keep_vars=True))
-        self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks)
+        self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks, config.cost_model(self.device.type))
         self._copies_memory = CopiesMemory()
         self._policy = get_policy(config.policy)
         self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
