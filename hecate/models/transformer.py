@@ -29,10 +29,10 @@ class ModelConfig:
         vocab_size: V; BERT-MoE's last id is its mask token.
         d_model: width of a token.
         num_layers: blocks, each with one MoE layer.
-        num_heads: attention heads; divides `d_model`.
+        num_heads: attention heads; `d_model` is an even multiple of it.
         num_experts: experts a layer.
         top_k: experts a token.
-        max_length: longest sequence (learned positions).
+        max_length: longest sequence.
         expert_ratio: hidden width of an expert over `d_model`; 2 in the paper.
         aux_weight: factor of the load-balance loss, which is a mean over layers.
         jitter: see `TopKGate`.
@@ -59,8 +59,10 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_experts", "max_length", "expert_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name}={getattr(self, name)}: must be >= 1")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"ModelConfig: d_model={self.d_model} must be a multiple of num_heads={self.num_heads}")
+        if self.d_model % (2 * self.num_heads):
+            raise ValueError(
+                f"ModelConfig: d_model={self.d_model} must be an even multiple of num_heads={self.num_heads}"
+            )
 
 
 class Output(NamedTuple):
@@ -80,8 +82,18 @@ class Output(NamedTuple):
     aux_loss: Tensor
 
 
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): `[B, heads, S, h]` of even h, each pair (i, i + h/2) turned by its angle."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], device=x.device).unsqueeze(1) * frequency  # [S, h/2], float32
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention by `scaled_dot_product_attention`, without bias and dropout."""
+    """Multi-head self-attention by `scaled_dot_product_attention`, rotary positions, without bias and dropout."""
 
     def __init__(self, d_model: int, num_heads: int, causal: bool) -> None:
         super().__init__()
@@ -92,7 +104,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, d]` to `[B, S, d]`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -118,7 +130,7 @@ class Block(nn.Module):
 
 
 class TransformerMoE(nn.Module):
-    """Token and position embedding, blocks, final norm, output head (not tied to the embedding).
+    """Token embedding, blocks, final norm, output head (not tied to the embedding).
 
     `_no_split_modules` names the units that `hecate.fully_shard` hands to FSDP2 one by one. A model built under
     `torch.device("meta")` has no values until `reset_parameters` (or the engine's `init_weights`) gives it some.
@@ -131,7 +143,6 @@ class TransformerMoE(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_length, config.d_model)
         self.blocks = nn.ModuleList([Block(config, self.causal) for _ in range(config.num_layers)])
         self.final_norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -150,7 +161,7 @@ class TransformerMoE(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: sequences of {length} tokens, must be <= max_length={self.config.max_length}"
             )
-        x = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        x = self.tokens(tokens)
         aux_losses = []
         for block in self.blocks:
             x, aux_loss = self._run(block, x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.models import BertMoE, GPTMoE, ModelConfig, TransformerMoE, mask_tokens
+from hecate.models.transformer import rotate
 
 CONFIG = ModelConfig(vocab_size=11, d_model=8, num_layers=2, num_heads=2, num_experts=4, max_length=6)
 MODELS = pytest.mark.parametrize("kind", [GPTMoE, BertMoE])
@@ -45,6 +46,18 @@ def test_gpt_sees_the_past_only_and_bert_both_sides() -> None:
     torch.testing.assert_close(gpt(tokens).logits[:, :3], gpt(changed).logits[:, :3])
     assert not torch.allclose(gpt(tokens).logits[:, 3:], gpt(changed).logits[:, 3:])
     assert not torch.allclose(bert(tokens).logits[:, :3], bert(changed).logits[:, :3])
+
+
+def test_positions_are_relative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, dtype=torch.float64, generator=generator)
+    queries, keys = (rotate(x.expand(1, 1, 9, 4)) for x in (q, k))
+    scores = (queries @ keys.transpose(-1, -2))[0, 0]
+    for distance in range(-8, 9):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scores[0, 0], q @ k)
+    assert not torch.allclose(scores[0, 1], scores[1, 0])
 
 
 @MODELS
@@ -121,7 +134,7 @@ def test_mask_tokens_hides_what_it_asks_for() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="d_model=9 must be a multiple of num_heads=2"):
+    with pytest.raises(ValueError, match="d_model=9 must be an even multiple of num_heads=2"):
         ModelConfig(d_model=9, num_heads=2)
     with pytest.raises(ValueError, match="num_layers=0: must be >= 1"):
         ModelConfig(num_layers=0)
