@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from hecate.runtime.heartbeat import MissingRankError
 from hecate.train.settings import Settings
 
 __all__ = ["World", "launch"]
@@ -86,8 +88,13 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
     for name, value in LOOPBACK.items():
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
-    with _group(settings, store, rank, rank) as world:
-        run(config, world)
+    try:
+        with _group(settings, store, rank, rank) as world:
+            run(config, world)
+    except MissingRankError as error:
+        # The parent reports the process that failed first, which is the one that can say the least.
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager
