@@ -19,7 +19,8 @@ from hecate.placement import Placement
 from hecate.runtime.ahead import PlanAhead
 from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
 from hecate.runtime.copies import Comms, LayerCopies, Reduction, SharedBuffers
-from hecate.runtime.exchange import count_tokens, dispatch_of
+from hecate.runtime.dispatch import dispatch_of
+from hecate.runtime.exchange import count_tokens
 from hecate.runtime.layer import LayerRecord
 from hecate.runtime.overlap import ExposedTime
 from hecate.runtime.planner import LayerPlanner
@@ -158,7 +159,8 @@ class Engine:
         if placement != copies.placement:
             copies.extend(placement)
         plan = planner.assign(counts, placement, index.shape[1])
-        return LayerRecord(counts, plan, dispatch_of(plan, index, self.comms.rank, copies.experts), copies)
+        dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.setting(len(index)).cost)
+        return LayerRecord(counts, plan, dispatch, copies)
 
     def _launch(self, layer: int) -> None:
         """Start to gather the copies of `layer` for the running forward pass, if there is such a layer."""

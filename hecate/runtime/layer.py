@@ -18,7 +18,7 @@ from hecate.ops.grouped import Groups
 from hecate.planning.plan import Plan
 from hecate.runtime.chunk import ExpertsSpec
 from hecate.runtime.copies import LayerCopies
-from hecate.runtime.exchange import Dispatch, bring_back, send_out
+from hecate.runtime.dispatch import Dispatch, NodeDispatch, bring_back, send_out
 
 if TYPE_CHECKING:
     from hecate.runtime.engine import Engine
@@ -32,7 +32,7 @@ class LayerRecord:
 
     counts: NDArray[np.int64]
     plan: Plan
-    dispatch: Dispatch
+    dispatch: Dispatch | NodeDispatch
     copies: LayerCopies
 
 

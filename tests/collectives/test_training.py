@@ -1,0 +1,32 @@
+"""Training over two nodes: routed copies and the exchange that knows nodes, against the dense model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from unittest import mock
+
+import hecate
+from hecate.cost import CostModel
+from hecate.runtime import node_exchange
+from tests.runtime.reference import TINY, Case, compare
+from tests.workers import Groups
+
+# Borders so slow that crossing once always pays.
+SLOW_BORDER = CostModel(intra_node_bandwidth=10**12, inter_node_bandwidth=1000, message_ns=0, hidden_permille=800)
+CASE = Case(hecate.FSSDPConfig(cost=SLOW_BORDER), model=replace(TINY, top_k=4), steps=3)
+
+
+def compare_on_two_nodes() -> int:
+    """How often a record of the exchange that knows nodes was made."""
+    with (
+        mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"),
+        mock.patch.object(node_exchange, "node_dispatch_of", wraps=node_exchange.node_dispatch_of) as made,
+    ):
+        compare(CASE)
+    return made.call_count
+
+
+def test_equals_the_dense_model_on_two_nodes(groups: Groups) -> None:
+    made = groups(4).run(compare_on_two_nodes)
+    assert min(made) > 0
