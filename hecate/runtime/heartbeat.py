@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 __all__ = ["Heartbeat", "MissingRankError"]
 
+PATIENCE = 5
+"""Intervals without a beat after which a rank is missing; a busy machine may well skip one or two."""
+
 
 class MissingRankError(RuntimeError):
     """A collective failed because ranks stopped; `ranks` are those whose heart beats no more."""
@@ -55,15 +58,17 @@ class Heartbeat:
         self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
 
     def missing(self) -> list[int]:
-        """Ranks that neither beat for three intervals nor left. Rank 0 where the store does not answer: it keeps it."""
+        """Ranks that neither beat for `PATIENCE` intervals nor left; rank 0, which keeps the store, if that is silent."""
         try:
             before = self._read("{}")
-            time.sleep(3 * self._interval.total_seconds())
-            after, alive = self._read("{}"), self._read("{}/alive")
+            suspects = [rank for rank in range(self._world_size) if rank != self._rank]
+            for _ in range(PATIENCE):
+                time.sleep(self._interval.total_seconds())
+                now, alive = self._read("{}"), self._read("{}/alive")
+                suspects = [rank for rank in suspects if now[rank] == before[rank] and alive[rank]]
         except (RuntimeError, OSError):  # torch's store errors
             return [0]
-        still = [rank for rank in range(self._world_size) if before[rank] == after[rank] and alive[rank]]
-        return [rank for rank in still if rank != self._rank]
+        return suspects
 
     @contextmanager
     def naming_missing_ranks(self) -> Iterator[None]:
@@ -75,7 +80,7 @@ class Heartbeat:
         except RuntimeError as error:
             ranks = self.missing()
             if ranks:
-                raise MissingRankError(ranks, 3 * self._interval) from error
+                raise MissingRankError(ranks, PATIENCE * self._interval) from error
             raise
 
     def _read(self, key: str) -> list[int]:
