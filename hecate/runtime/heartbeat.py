@@ -58,7 +58,7 @@ class Heartbeat:
         self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
 
     def missing(self) -> list[int]:
-        """Ranks that neither beat for `PATIENCE` intervals nor left; rank 0, the keeper of the store, if that is silent."""
+        """Ranks that neither beat for `PATIENCE` intervals nor left; rank 0, which keeps the store, if it is gone."""
         try:
             before = self._read("{}")
             suspects = [rank for rank in range(self._world_size) if rank != self._rank]
