@@ -64,13 +64,14 @@ class Choice {
 std::vector<int> Choice::rounds(const std::vector<int>& order, bool staged) const {
   std::vector<int> round(hops_.size());
   std::set<std::tuple<int, int, int>> taken;
+  const bool narrow = request_.partial_bytes == request_.chunk_bytes;  // results may be as received, not staged
   const bool waits = std::any_of(hops_.begin(), hops_.end(), [](const Hop& h) { return !h.after.empty(); });
   for (int i : order) {
     const Hop& hop = hops_[i];
     int at = waits ? static_cast<int>(timing_.start[i] / timing_.slot) : 0;
     for (int before : hop.after) at = std::max(at, round[before] + 1);
     if (hop.behind >= 0) at = std::max(at, round[hop.behind]);
-    while (staged && !hop.alone && !taken.emplace(hop.src, hop.dst, at).second) ++at;
+    while (staged && !(hop.alone && narrow) && !taken.emplace(hop.src, hop.dst, at).second) ++at;
     round[i] = at;
   }
   return round;
