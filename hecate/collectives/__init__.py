@@ -1,1 +1,1 @@
-"""Sparse collectives: `schedule` (pure) says who sends what to whom, a transport carries it."""
+"""Sparse collectives: `schedule` says who gets what, `route` how its pieces travel (both pure), a transport carries them."""
