@@ -1,1 +1,1 @@
-"""Sparse collectives: `schedule` says who gets what, `route` how its pieces travel (both pure), a transport carries them."""
+"""Sparse collectives: `schedule` says who gets what, `route` how pieces travel (both pure), a transport does it."""
