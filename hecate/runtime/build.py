@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hecate.collectives.group_seam import timeout_of
+from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.ranks import gather
 from hecate.collectives.route import Links
 from hecate.collectives.routed import Routed
+from hecate.collectives.transport import Transport
 from hecate.config import FSSDPConfig
 from hecate.cost import CostModel
 from hecate.placement import Topology
@@ -105,13 +107,20 @@ def make_comms(
         rank=shard.rank(),
         topology=topology,
         tokens=tokens,
-        experts=Routed(experts, topology, Links.of(cost, topology, device.type)),
+        experts=_transport(experts, topology, cost, device),
         copies=lanes[0],
         gradients=lanes[1],
         exposed=exposed,
         gradient_scale=1.0 / shard.size(),
         guard=guard,
     )
+
+
+def _transport(group: dist.ProcessGroup, topology: Topology, cost: CostModel, device: torch.device) -> Transport:
+    # Routes have not run over NCCL yet; plain sends give the same bits.
+    if device.type == "cuda":
+        return PointToPoint(group, topology)
+    return Routed(group, topology, Links.of(cost, topology, device.type))
 
 
 def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

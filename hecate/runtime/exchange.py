@@ -19,7 +19,7 @@ from hecate.ops.permute import block_order, combine, invert, permute
 from hecate.planning.plan import Plan
 from hecate.runtime.copies import Comms
 
-__all__ = ["Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
+__all__ = ["AllToAll", "Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,18 @@ def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int])
 def send_out(hidden: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Tokens `[T, d]` to the rows `[M, d]` that this device computes, sorted by its experts' rows."""
     rows = permute(hidden, record.order, record.inverse, record.top_k)
-    rows = _AllToAll.apply(rows, record.sent, record.received, comms)
+    rows = AllToAll.apply(rows, record.sent, record.received, comms)
     return permute(rows, record.local_order, record.local_inverse, 1)
 
 
 def bring_back(rows: Tensor, weights: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
     rows = permute(rows, record.local_inverse, record.local_order, 1)
-    rows = _AllToAll.apply(rows, record.received, record.sent, comms)
+    rows = AllToAll.apply(rows, record.received, record.sent, comms)
     return combine(rows, weights, record.order, record.inverse)
 
 
-class _AllToAll(torch.autograd.Function):
+class AllToAll(torch.autograd.Function):
     """Rows to the devices they belong to; backward sends gradients the way back."""
 
     @staticmethod

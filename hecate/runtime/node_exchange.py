@@ -23,7 +23,7 @@ from hecate.ops.permute import block_order, invert, permute
 from hecate.placement import Topology
 from hecate.planning.plan import Plan
 from hecate.runtime.copies import Comms
-from hecate.runtime.exchange import _AllToAll
+from hecate.runtime.exchange import AllToAll
 
 __all__ = ["NodeDispatch", "bring_back", "node_dispatch_of", "node_exchange_pays", "send_out"]
 
@@ -132,7 +132,7 @@ def send_out(hidden: Tensor, record: NodeDispatch, comms: Comms) -> Tensor:
     rows = _Take.apply(hidden, record.across.index, record.across.slots)
     rows = _across(rows, record, comms, back=False)
     rows = _Take.apply(rows, record.inside.index, record.inside.slots)
-    rows = _AllToAll.apply(rows, record.inside.sent, record.inside.received, comms)
+    rows = AllToAll.apply(rows, record.inside.sent, record.inside.received, comms)
     return permute(rows, record.local_order, record.local_inverse, 1)
 
 
@@ -140,9 +140,9 @@ def bring_back(rows: Tensor, weights: Tensor, record: NodeDispatch, comms: Comms
     """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
     across, inside = record.across, record.inside
     shares = _Take.apply(weights, across.index, across.slots) * record.here
-    shares = _AllToAll.apply(shares, across.sent, across.received, comms)
+    shares = AllToAll.apply(shares, across.sent, across.received, comms)
     copies = permute(rows, record.local_inverse, record.local_order, 1)
-    copies = _AllToAll.apply(copies, inside.received, inside.sent, comms)
+    copies = AllToAll.apply(copies, inside.received, inside.sent, comms)
     sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
     sums = _across(sums, record, comms, back=True)
     return _SumOf.apply(sums, across.index, across.slots).to(rows.dtype)
@@ -151,7 +151,7 @@ def bring_back(rows: Tensor, weights: Tensor, record: NodeDispatch, comms: Comms
 def _across(rows: Tensor, record: NodeDispatch, comms: Comms, back: bool) -> Tensor:
     leg, dtype = record.across, rows.dtype
     sent, received = (leg.received, leg.sent) if back else (leg.sent, leg.received)
-    return _AllToAll.apply(rows.to(record.wire or dtype), sent, received, comms).to(dtype)
+    return AllToAll.apply(rows.to(record.wire or dtype), sent, received, comms).to(dtype)
 
 
 def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
