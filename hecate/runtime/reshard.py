@@ -41,14 +41,16 @@ class OptimizerWatch:
         self._trained = {id(p) for p in experts or model.parameters()}
         self._after_step = after_step
         self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
-        watch = weakref.ref(self)  # the hook is global: it must not keep the model alive
+        # The hook is global: it must not keep the model alive. It stays when this object goes, doing nothing: taking it
+        # away then could fall into a step of another optimizer, while torch iterates over the hooks.
+        watch = weakref.ref(self)
 
         def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
             alive = watch()
             if alive is not None and not in_backward() and alive.add(optimizer):
                 alive._after_step()
 
-        weakref.finalize(self, register_optimizer_step_post_hook(hook).remove)
+        register_optimizer_step_post_hook(hook)
 
     def add(self, optimizer: Optimizer) -> bool:
         """Take note of an optimizer; whether it trains what is watched."""

@@ -109,7 +109,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     [
         ({"num_experts": 6}, r"blocks\.0\.moe\.experts\.up has 8 experts in the checkpoint, 6 in the model"),
         ({"expert_ratio": 3}, r"experts\.up has shape \(8, 32, 16\) in the checkpoint, \(8, 48, 16\) in the model"),
-        ({"max_length": 17}, r"has shape \(16, 16\) in the checkpoint, \(17, 16\) in the model"),
+        ({"vocab_size": 33}, r"has shape \(31, 16\) in the checkpoint, \(33, 16\) in the model"),
         ({"num_layers": 5}, r"the checkpoint lacks blocks\.3\.(\S+, ){9}\S+ and \d+ more$"),
         ({"num_layers": 1}, r"the checkpoint has blocks\.1\.(\S+, ){9}\S+ and \d+ more, which are not here$"),
     ],

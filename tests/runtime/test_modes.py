@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -306,3 +307,20 @@ def test_stats_of_the_first_step_under_way() -> None:
     assert layer["name"] == "blocks.2.moe.experts"
     assert layer["loads"].sum() == layer["counts"].sum() == 2 * 16 * 2
     assert (layer["copies"], layer["bytes"]) == (0, 0)
+
+
+def test_an_engine_that_goes_while_another_optimizer_steps() -> None:
+    model = GPTMoE(TINY)
+    hecate.fully_shard(model)
+    kept, weight = [model], nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    del model
+
+    def drop(*_: object) -> None:
+        kept.clear()
+        gc.collect()
+
+    optimizer.register_step_post_hook(drop)
+    optimizer.step()
+    optimizer.step()
+    assert not kept
