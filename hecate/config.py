@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -79,11 +79,6 @@ class FSSDPConfig:
         if self.cost is not None:
             return CostModel.load(self.cost)
         return CostModel.cpu() if device_type == "cpu" else CostModel()
-
-    def differences(self, other: FSSDPConfig) -> dict[str, tuple[Any, Any]]:
-        """Fields whose values differ: name -> (own, other)."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _one_of(name: str, value: object, valid: tuple[object, ...]) -> None:

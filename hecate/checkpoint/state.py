@@ -91,7 +91,7 @@ class TrainingState:
     @property
     def cost(self) -> CostModel:
         """That the planners use."""
-        return self.engine.layers[0].cost_model
+        return self.engine.layers[0].cost.model
 
     def restart(
         self, step: int, planners: Mapping[str, Mapping[str, NDArray[np.int64]]] | None, cost: CostModel | None

@@ -94,9 +94,7 @@ class Engine:
             self._begin_step()
         self._micro_batch += 1
         self._recording = torch.is_grad_enabled()
-        for copies in self._launched.values():  # of layers that the last pass did not reach
-            copies.release()
-        self._launched.clear()
+        self._drop_launched()
         self._launch(0)
 
     def after_forward(self, output: object) -> None:
@@ -112,7 +110,6 @@ class Engine:
         # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
 
     def _begin_step(self) -> None:
-        self._records.clear()
         self._before_step()
         if self._shared is not None:
             self._shared.reserve(max(layer.storage.buffer_bytes for layer in self.layers), self.anchor.device)
@@ -159,7 +156,7 @@ class Engine:
         if placement != copies.placement:
             copies.extend(placement)
         plan = planner.assign(counts, placement, index.shape[1])
-        dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.setting(len(index)).cost)
+        dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.cost)
         return LayerRecord(counts, plan, dispatch, copies)
 
     def _launch(self, layer: int) -> None:
@@ -241,16 +238,29 @@ class Engine:
         for key in [k for k in self._records if k[1] == micro_batch]:
             self._records.pop(key).copies.release()
 
+    def _drop_launched(self) -> None:
+        """Copies of layers that the last forward pass did not reach."""
+        for copies in self._launched.values():
+            copies.release()
+        self._launched.clear()
+
+    def _drop_step(self) -> None:
+        """Nothing gathered or planned outlives its step: the weights change."""
+        self._drop_launched()
+        for record in self._records.values():
+            record.copies.release()
+        self._records.clear()
+        if self._shared is not None:
+            self._shared.evict()
+        self._placements = None
+
     # The end of a step.
 
     def end_step(self) -> None:
         """Called after the optimizer's step: loads become history, the next forward pass plans anew."""
         if self._placements is None:
             return
-        self._placements = None
-        self._records.clear()
-        if self._shared is not None:
-            self._shared.evict()
+        self._drop_step()
         self._totals = [layer.end_step() for layer in self.layers]
         self._exposed = self.comms.exposed.take()
         self.step += 1
@@ -266,13 +276,7 @@ class Engine:
 
     def restart(self, step: int) -> None:
         """Go to `step` with other weights or owners: nothing of the present step is kept."""
-        for copies in self._launched.values():
-            copies.release()
-        self._launched.clear()
-        self._records.clear()
-        if self._shared is not None:
-            self._shared.evict()
-        self._placements = None
+        self._drop_step()
         self.step = step
 
 

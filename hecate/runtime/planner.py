@@ -86,9 +86,9 @@ class LayerPlanner:
         return self.storage.pool.owners[self.storage.row]
 
     @property
-    def cost_model(self) -> CostModel:
-        """Of links and compute."""
-        return self._cost.model
+    def cost(self) -> LayerCost:
+        """Of an expert and a token of this layer."""
+        return self._cost
 
     def setting(self, tokens_per_device: int) -> LayerSetting:
         """What the policy may know."""
