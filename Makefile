@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" TORCH_CPU="$(TORCH_CPU)" launch/install_torch.sh
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,hf,dev]"
 	touch $(STAMP)
 
 clean:
