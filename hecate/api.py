@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -39,6 +39,8 @@ from hecate.runtime.build import (
 from hecate.runtime.chunk import ChunkLayout
 from hecate.runtime.copies import CopiesMemory, PoolLayer, SharedBuffers
 from hecate.runtime.engine import Engine
+from hecate.runtime.finite import non_finite
+from hecate.runtime.fsdp_seam import forget_step
 from hecate.runtime.heartbeat import Heartbeat
 from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.planner import LayerPlanner, layer_cost
@@ -115,9 +117,37 @@ class FSSDP:
     # What a training loop calls.
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, a plain scalar."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, a plain scalar.
+
+        Where the norm is NaN or infinite, gradients stay as they are, so that `non_finite` can tell which ones.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]  # none is None
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.nan_to_num(0.0, posinf=0.0))
+        return norm
+
+    def non_finite(self, loss: Tensor | None = None) -> list[str]:
+        """Names of what is NaN or infinite on any rank, weights first, by layer and expert. Collective, not cheap.
+
+        For when `clip_grad_norm_` returned a norm that is not finite, which all ranks see, or a forward pass raised
+        `hecate.runtime.finite.NonFiniteError`, which it does on all ranks. Then `skip_step`, or stop.
+
+        Args:
+            loss: of this rank; None leaves it out.
+        """
+        return non_finite(self.model, self.pools, self._names, loss)
+
+    def skip_step(self) -> None:
+        """Drop the gradients and everything planned or half done since the last optimizer step. On all ranks.
+
+        Also after a forward or backward pass that raised on all of them; the next step is as if this one had not been.
+        """
+        if self.config.dense == "fsdp":
+            forget_step(self.model)
+        self._engine.skip_step()
+        for parameter in self.model.parameters():
+            parameter.grad = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -174,7 +204,11 @@ class FSSDP:
         return full
 
     def save(
-        self, path: str | PathLike[str], optimizer: Optimizer | None = None, async_op: bool = False
+        self,
+        path: str | PathLike[str],
+        optimizer: Optimizer | None = None,
+        async_op: bool = False,
+        extra: Mapping[str, Any] | None = None,
     ) -> SaveHandle | None:
         """Write a checkpoint folder with torch.distributed.checkpoint, by original names and shapes. Collective.
 
@@ -187,17 +221,19 @@ class FSSDP:
             optimizer: of the model's parameters.
             async_op: copy everything to the CPU, return, and write the copy while training goes on. The next `save` or
                 `load` waits for it.
+            extra: what else to keep, of numbers, strings, lists and mappings as JSON has them: the position in the
+                data, a scheduler's `state_dict()`. Rank 0's is written.
 
         Returns:
             With `async_op`, a handle whose `wait()` returns when the checkpoint is in place, or raises.
 
         Raises:
             OSError: it could not be written; on all ranks, and the one before is intact.
-            ValueError: an optimizer of other parameters, or with state that cannot be saved.
+            ValueError: an optimizer of other parameters, or state or `extra` that cannot be saved.
         """
-        return self._saves.save(Path(path), self._training_state(), optimizer, async_op)
+        return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra)
 
-    def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> None:
+    def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Read what `save` wrote, on any number of devices, or a plain `dcp.save(model.state_dict())`. Collective.
 
         On an equal mesh owners and cost model become the saved ones, and training goes on bit by bit; on another one
@@ -207,15 +243,19 @@ class FSSDP:
             path: the folder.
             optimizer: gets the saved state and parameter groups, whether it has made a step or not; None reads weights.
 
+        Returns:
+            The `extra` that `save` was given; empty without one.
+
         Raises:
             ValueError: no checkpoint, damaged (names the file), of a newer format, or of another model or optimizer;
                 on all ranks, before anything is overwritten.
             OSError: it could not be read.
         """
         self._saves.finish()
-        load(Path(path), self._training_state(), optimizer)
+        extra = load(Path(path), self._training_state(), optimizer)
         if optimizer is not None:
             self._watch.add(optimizer)  # its state moves with the experts before it makes a step
+        return extra
 
     def _training_state(self) -> TrainingState:
         replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -44,10 +46,17 @@ class Saves:
         self._group: dist.ProcessGroup | None = None
         self._pending: SaveHandle | None = None
 
-    def save(self, path: Path, state: TrainingState, optimizer: Optimizer | None, async_op: bool) -> SaveHandle | None:
+    def save(
+        self,
+        path: Path,
+        state: TrainingState,
+        optimizer: Optimizer | None,
+        async_op: bool,
+        extra: Mapping[str, Any] | None,
+    ) -> SaveHandle | None:
         """See `FSSDP.save`."""
         self.finish()
-        contents = collect(path, state, optimizer, copy=async_op)
+        contents = collect(path, state, optimizer, extra or {}, copy=async_op)
         if not async_op:
             write(path, contents, None)
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,13 +40,16 @@ class Contents:
     record: dict[str, Any]
 
 
-def collect(path: Path, state: TrainingState, optimizer: Optimizer | None, copy: bool) -> Contents:
+def collect(
+    path: Path, state: TrainingState, optimizer: Optimizer | None, extra: Mapping[str, Any], copy: bool
+) -> Contents:
     """What is to be written to `path`: sharing memory with the model, or a copy on the CPU. See `FSSDP.save`."""
     where = f"FSSDP.save({str(path)!r})"
     entries = state.weights()
     _check_free(where, entries)
     entries |= state.planner()
     record: dict[str, Any] = {"mesh": state.mesh, "step": state.engine.step, "cost": asdict(state.cost)}
+    record["extra"] = _as_json(where, extra)
     record["optimizer"] = None
     if optimizer is not None:
         entries |= optimizer_entries(state, optimizer)
@@ -82,7 +86,15 @@ def _copy(value: Entry) -> Entry:
     return value.detach().to("cpu", copy=True)
 
 
-def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
+def _as_json(where: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, which the caller cannot change while it is written."""
+    try:
+        return json.loads(json.dumps(dict(extra)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: extra must be numbers, strings, lists and mappings: {error}") from None
+
+
+def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> dict[str, Any]:
     """See `FSSDP.load`. All checks come first, then small entries are read, then what overwrites the model."""
     where = f"FSSDP.load({str(path)!r})"
     folder = agree(lambda: _verified(path))
@@ -106,6 +118,7 @@ def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> None:
             pool.clear_padding(parameter)
     if target is not None:
         target.commit()
+    return {} if record is None else record.get("extra", {})
 
 
 def _restart(

@@ -40,7 +40,7 @@ class Engine:
         before_step: called at the first forward of a step, before planning (re-sharding).
         enter, leave: called around each forward and backward pass (dense replicas).
         end_of_backward: called when all expert gradients of a backward pass are home (dense reduction).
-        abandon: called when a backward pass has raised, before the next forward pass (drop dense gradients).
+        abandon: called when a pass has raised or its step is skipped, before the next pass (drop dense gradients).
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Engine:
     def _plan(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
         planner = self.layers[layer]
         self._launch(layer)
-        copies = self._launched.pop(layer)
         counts = count_tokens(planner.name, index, weights, planner.num_experts, self.comms.tokens)
+        copies = self._launched.pop(layer)
         placement = planner.calibrate(counts, copies.placement, index.shape[1])
         if placement != copies.placement:
             copies.extend(placement)
@@ -224,7 +224,7 @@ class Engine:
         self._reductions.clear()
 
     def _abandon_backward(self) -> None:
-        """A backward pass raised before its end: nothing of it may reach the next one's gradients."""
+        """Nothing of a backward pass that raised before its end may reach the next one's gradients."""
         for reduction in self._reductions:
             reduction.discard()
         self._reductions.clear()
@@ -264,6 +264,14 @@ class Engine:
         self._totals = [layer.end_step() for layer in self.layers]
         self._exposed = self.comms.exposed.take()
         self.step += 1
+
+    def skip_step(self) -> None:
+        """Forget the step under way, also where a pass of it raised: the next one begins as this one did."""
+        self._abandon_backward()
+        self._drop_step()
+        for layer in self.layers:
+            layer.drop_step()
+        self.comms.exposed.take()
 
     def report(self) -> list[dict[str, Any]]:
         """The last step, or the first one as far as it has come, an entry a layer, as `FSSDP.stats()` gives it."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from hecate.ops.permute import block_order, combine, invert, permute
 from hecate.planning.plan import Plan
 from hecate.runtime.copies import Comms
+from hecate.runtime.finite import NonFiniteError
 
 __all__ = ["AllToAll", "Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
 
@@ -60,7 +61,8 @@ def count_tokens(
         int64 `[D, E]`, on the host: the one place of a layer where an accelerator is waited for.
 
     Raises:
-        ValueError: on every rank, naming layer and rank, where an index is outside [0, E) or a weight is not finite.
+        ValueError: on every rank, naming layer and rank, where an index is outside [0, E).
+        NonFiniteError: likewise, where a weight is not finite.
     """
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
@@ -86,7 +88,7 @@ def _check_router(layer: str, counts: NDArray[np.int64], num_experts: int) -> No
                 f"{layer}: the router of rank {rank} chose {outside} experts outside [0, {num_experts}); "
                 f"the layer has {num_experts} experts"
             )
-        raise ValueError(f"{layer}: the router of rank {rank} gave {not_finite} weights that are NaN or infinite")
+        raise NonFiniteError(f"{layer}: the router of rank {rank} gave {not_finite} weights that are NaN or infinite")
 
 
 def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int]) -> Dispatch:

@@ -144,6 +144,11 @@ class LayerPlanner:
             self._tokens_per_device = totals.tokens_per_device
         return totals
 
+    def drop_step(self) -> None:
+        """Forget what was booked since the last step."""
+        self._totals = self._no_totals()
+        self.storage.bytes_sent = 0
+
     def state(self) -> dict[str, NDArray[np.int64]]:
         """What plans come from, besides `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
         return {
@@ -165,8 +170,7 @@ class LayerPlanner:
         self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
         self.since_reshard = np.zeros(self.num_experts, dtype=np.int64)
         self._tokens_per_device = 0
-        self._totals = self._no_totals()
-        self.storage.bytes_sent = 0
+        self.drop_step()
         if state is not None:
             for counts in state["history"]:
                 self.history.add(_spread(counts, devices))

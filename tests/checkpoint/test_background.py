@@ -93,8 +93,8 @@ def test_copy_shares_nothing(tmp_path: Path) -> None:
     run = Run()
     run.train(0, 1)
     state = run.engine._training_state()
-    shared = background.collect(tmp_path, state, run.optimizer, copy=False)
-    copied = background.collect(tmp_path, state, run.optimizer, copy=True)
+    shared = background.collect(tmp_path, state, run.optimizer, {}, copy=False)
+    copied = background.collect(tmp_path, state, run.optimizer, {}, copy=True)
     assert shared.entries.keys() == copied.entries.keys()
     for name, value in shared.entries.items():
         left, right = (getattr(v, "rows", v) for v in (value, copied.entries[name]))
