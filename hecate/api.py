@@ -106,7 +106,7 @@ class FSSDP:
         self.pools = self._make_pools(found)
         self._engine = self._make_engine(found)
         for index, f in enumerate(found):
-            setattr(f.parent, f.attribute, FSSDPExperts(self._engine, index, f.spec))
+            FSSDPExperts.take_over(f.module, self._engine, index, f.spec)
         self._dense = self._shard_dense(found)
         self._watch = OptimizerWatch(model, self.pools, self._after_step)
         self._resharder = Resharder(
@@ -276,7 +276,7 @@ class FSSDP:
 
     def _move_dense(self, found: Sequence[FoundExperts]) -> None:
         """The dense part to the device and `master_dtype`; pools are made there. Meta tensors stay."""
-        experts = {id(p) for f in found for p in f.module.parameters()}
+        experts = _stacked(found)
         for parameter in self.model.parameters():
             if id(parameter) not in experts:
                 device = parameter.device if parameter.is_meta else self.device
@@ -341,7 +341,7 @@ class FSSDP:
     def _dense_flops(self, found: Sequence[FoundExperts]) -> int:
         """Forward operations a token of the dense part before one MoE layer: 2 a weight, embeddings only look up."""
         apart = {id(p) for pool in self.pools for p in pool.parameters.values()}
-        apart |= {id(p) for f in found for p in f.module.parameters()}
+        apart |= _stacked(found)
         apart |= {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         return 2 * sum(p.numel() for p in self.model.parameters() if id(p) not in apart) // len(found)
 
@@ -398,6 +398,11 @@ class FSSDP:
             "gradients": _num_bytes([p.grad for p in parameters if p.grad is not None]),
         }
         self._peak_memory = {kind: max(now[kind], peak) for kind, peak in self._peak_memory.items()}
+
+
+def _stacked(found: Sequence[FoundExperts]) -> set[int]:
+    """Ids of the parameters that go to the pools."""
+    return {id(getattr(f.module, w.kind)) for f in found for w in f.spec.weights}
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:

@@ -1,13 +1,17 @@
 """What an adapter must find in a model, and who adapts what.
 
-FSSDP replaces the *experts module* of each MoE layer: the module that holds the stacked weights of all experts and is
-called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared experts
-and auxiliary loss stay the model's own.
+FSSDP takes over the *experts module* of each MoE layer: the module that holds the stacked weights of all experts and
+is called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared
+experts and auxiliary loss stay the model's own.
 
-The simplest way to fit is to have two members on that module (`OwnExperts`):
+Two kinds of experts modules fit:
 
-- `expert_weights: tuple[str, ...]`: names of the stacked parameters, first dimension the experts;
-- `expert_mlp(rows [N, d], groups, {name: [experts, ...]}) -> [N, d]`: the experts, for rows sorted by expert.
+- one that says itself what FSSDP must know (`OwnExperts`), by two members:
+  `expert_weights: tuple[str, ...]`, names of the stacked parameters, first dimension the experts, and
+  `expert_mlp(rows [N, d], groups, {name: [experts, ...]}) -> [N, d]`, the experts, for rows sorted by expert;
+- one that follows the experts interface of transformers (`hecate.adapters.transformers`).
+
+Whatever else the module holds (submodules, buffers) stays in it and is trained like any dense parameter.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from hecate.adapters.transformers import follows_experts_interface, interface_mlp, interface_weights
 from hecate.ops.grouped import Groups
-from hecate.runtime.chunk import ExpertsSpec, WeightSpec
+from hecate.runtime.chunk import ExpertMLP, ExpertsSpec, WeightSpec
 
 __all__ = ["FoundExperts", "OwnExperts", "find_experts"]
 
@@ -37,10 +42,9 @@ class OwnExperts(Protocol):
 
 @dataclass(frozen=True)
 class FoundExperts:
-    """One MoE layer of a model: where its experts module is, and what it is."""
+    """One MoE layer of a model: its experts module, the module that holds that, and what it is."""
 
     parent: nn.Module
-    attribute: str
     module: nn.Module
     spec: ExpertsSpec
 
@@ -49,30 +53,41 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """All MoE layers of `model`, in module order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one does not fit; says what is missing.
     """
     found = []
     for name, module in model.named_modules():
-        if name and isinstance(module, OwnExperts):
-            parent, _, attribute = name.rpartition(".")
-            spec = _own_spec(name, module)
-            found.append(FoundExperts(model.get_submodule(parent), attribute, model.get_submodule(name), spec))
+        if name and (spec := _spec(name, module)) is not None:
+            found.append(FoundExperts(model.get_submodule(name.rpartition(".")[0]), module, spec))
     if not found:
         raise ValueError(
-            f"fully_shard: {type(model).__name__} has no MoE layer: no submodule has `expert_weights` and `expert_mlp` "
-            "(see hecate.adapters.base)"
+            f"fully_shard: {type(model).__name__} has no MoE layer that fits: no submodule has `expert_weights` and "
+            f"`expert_mlp` (see hecate.adapters.base) or follows transformers' experts interface{_look_alikes(model)}"
         )
     return found
 
 
-def _own_spec(name: str, module: OwnExperts) -> ExpertsSpec:
-    stacked = {kind: getattr(module, kind) for kind in module.expert_weights}
+def _spec(name: str, module: nn.Module) -> ExpertsSpec | None:
+    if isinstance(module, OwnExperts):
+        return _spec_of(name, module, module.expert_weights, module.expert_mlp)
+    if follows_experts_interface(module):
+        return _spec_of(name, module, interface_weights(name, module), interface_mlp(module))
+    return None
+
+
+def _spec_of(name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertMLP) -> ExpertsSpec:
+    stacked = {kind: getattr(module, kind) for kind in kinds}
     sizes = {kind: tuple(w.shape) for kind, w in stacked.items()}
     if len({shape[0] for shape in sizes.values()}) != 1:
         raise ValueError(f"{name}: stacked weights {sizes} must have the same number of experts as first dimension")
+    for kind, w in stacked.items():
+        if not w.dtype.is_floating_point or w.dtype.itemsize == 1:
+            raise ValueError(f"{name}.{kind}: dtype {w.dtype} is quantized; must be float64, float32 or bfloat16")
+    if rest := sorted({n for n, _ in module.named_parameters(recurse=False)} - stacked.keys()):
+        raise ValueError(f"{name}: parameters {rest} belong to no expert; put them into a submodule of {name}")
     weights = tuple(WeightSpec(k, tuple(w.shape[1:]), w.dtype, w.requires_grad) for k, w in stacked.items())
-    first = next(iter(stacked.values()))
-    return ExpertsSpec(name, first.shape[0], _width(name, weights), weights, module.expert_mlp)
+    num_experts = next(iter(sizes.values()))[0]
+    return ExpertsSpec(name, num_experts, _width(name, weights), weights, mlp)
 
 
 def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
@@ -80,3 +95,11 @@ def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
     if not matrices:
         raise ValueError(f"{name}: weights {[w.shape for w in weights]} have no matrix [outputs, inputs] an expert")
     return matrices[0][1]
+
+
+def _look_alikes(model: nn.Module) -> str:
+    """Modules that a reader would take for experts, for the error."""
+    kinds = {type(m).__name__: name for name, m in model.named_modules() if type(m).__name__.endswith("Experts")}
+    if not kinds:
+        return ""
+    return "; what looks like one is " + ", ".join(f"{name} ({kind})" for kind, name in kinds.items())

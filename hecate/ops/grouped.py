@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "grouped_linear"]
+__all__ = ["Groups", "grouped_bias", "grouped_linear"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,20 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
             f"groups say {len(groups.sizes)} and {groups.num_rows}"
         )
     return torch.ops.hecate.grouped_linear(x, weight, groups.ends, groups.sizes)
+
+
+def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
+    """`y[n] = x[n] + bias[g(n)]` for rows sorted by group; differentiable in both, in a fixed order of summation.
+
+    Args:
+        x: `[N, o]`.
+        bias: `[G, o]`, same dtype; a group without rows gets a zero gradient.
+        groups: N rows in G groups.
+
+    Returns:
+        `[N, o]`.
+    """
+    return torch.ops.hecate.grouped_bias(x, bias, groups.ends, groups.sizes)
 
 
 def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
@@ -114,3 +128,31 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("hecate::grouped_bias", mutates_args=())
+def _grouped_bias(x: Tensor, bias: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
+    rows = torch.diff(ends, prepend=ends.new_zeros(1))
+    return x + bias.repeat_interleave(rows, dim=0, output_size=x.shape[0])
+
+
+@_grouped_bias.register_fake
+def _(x: Tensor, bias: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _bias_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    # Not the backward of repeat_interleave, which adds with atomics on CUDA.
+    grad_bias = None
+    if ctx.needs_input_grad[1]:
+        grad_bias = grad.new_empty(len(ctx.sizes), grad.shape[1])
+        for rows, row in zip(grad.split(list(ctx.sizes)), grad_bias, strict=True):
+            torch.sum(rows, 0, out=row)
+    return grad, grad_bias, None, None
+
+
+def _save_sizes(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.sizes = inputs[3]
+
+
+_grouped_bias.register_autograd(_bias_backward, setup_context=_save_sizes)

@@ -37,14 +37,27 @@ class LayerRecord:
 
 
 class FSSDPExperts(nn.Module):
-    """Stands where the model's experts module stood; its weights live in the engine's pool."""
+    """An experts module under FSSDP: its stacked weights live in the engine's pool, all else it has stays in it."""
 
-    def __init__(self, engine: Engine, index: int, spec: ExpertsSpec) -> None:
-        super().__init__()
+    @staticmethod
+    def take_over(module: nn.Module, engine: Engine, index: int, spec: ExpertsSpec) -> None:
+        """Turn `module` into this in place, as FSDP2's `fully_shard` does: by a subclass of both classes.
+
+        So it keeps its name, submodules and attributes, and frees the weights that the pool has copied.
+        """
+        for weight in spec.weights:
+            delattr(module, weight.kind)
+        cls = type(module)
+        module.__class__ = type(f"FSSDP{cls.__name__}", (FSSDPExperts, cls), {})
+        assert isinstance(module, FSSDPExperts)
         # In a list, so that nn.Module does not take it for a submodule; the engine holds the model.
-        self._engine = [engine]
-        self.index = index
-        self.spec = spec
+        module._hecate_engine = [engine]
+        module.hecate_index = index
+        module.hecate_spec = spec
+
+    _hecate_engine: list[Engine]
+    hecate_index: int
+    hecate_spec: ExpertsSpec
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted outputs of each token's experts.
@@ -57,29 +70,34 @@ class FSSDPExperts(nn.Module):
         Returns:
             `[T, d]` in the dtype of `hidden_states`.
         """
-        with self._engine[0].comms.guard():
-            return self._run(self._engine[0], hidden_states, top_k_index, top_k_weights)
-
-    def _run(self, engine: Engine, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        record = engine.record(self.index, top_k_index, top_k_weights)
-        rows = send_out(hidden_states.to(engine.compute_dtype(self.index)), record.dispatch, engine.comms)
-        record.copies.ensure_held()
-        weights = _Materialize.run(engine, record.copies)
-        rows = _run_parts(self.spec, rows, record, weights)
-        if rows.requires_grad:
-            # Runs before the backward of the experts, which reads their weights.
-            rows.register_hook(lambda grad: engine.before_expert_gradients(record.copies))
-        output = bring_back(rows, top_k_weights, record.dispatch, engine.comms).to(hidden_states.dtype)
-        engine.after_layer(self.index, record)
-        return output
+        engine = self._hecate_engine[0]
+        with engine.comms.guard():
+            return _run(engine, self.hecate_index, self.hecate_spec, hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        kinds = ", ".join(f"{w.kind}{list(w.shape)}" for w in self.spec.weights)
-        return f"num_experts={self.spec.num_experts}, {kinds}"
+        spec = self.hecate_spec
+        return f"num_experts={spec.num_experts}, {', '.join(f'{w.kind}{list(w.shape)}' for w in spec.weights)}"
 
 
 Weights = list[tuple[list[int], dict[str, Tensor]]]
+
+
+def _run(
+    engine: Engine, index: int, spec: ExpertsSpec, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """One layer for one micro-batch; see `FSSDPExperts.forward`."""
+    record = engine.record(index, top_k_index, top_k_weights)
+    rows = send_out(hidden_states.to(engine.compute_dtype(index)), record.dispatch, engine.comms)
+    record.copies.ensure_held()
+    weights = _Materialize.run(engine, record.copies)
+    rows = _run_parts(spec, rows, record, weights)
+    if rows.requires_grad:
+        # Runs before the backward of the experts, which reads their weights.
+        rows.register_hook(lambda grad: engine.before_expert_gradients(record.copies))
+    output = bring_back(rows, top_k_weights, record.dispatch, engine.comms).to(hidden_states.dtype)
+    engine.after_layer(index, record)
+    return output
 
 
 def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights) -> Tensor:

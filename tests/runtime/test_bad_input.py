@@ -55,7 +55,7 @@ def test_config_is_frozen() -> None:
 
 
 def test_model_without_moe_layer() -> None:
-    with pytest.raises(ValueError, match="Linear has no MoE layer: no submodule has `expert_weights`"):
+    with pytest.raises(ValueError, match="Linear has no MoE layer that fits: no submodule has `expert_weights`"):
         hecate.fully_shard(nn.Linear(2, 2))
 
 

@@ -1,0 +1,40 @@
+"""Every transformers architecture with the experts interface trains as it does in one process."""
+
+from __future__ import annotations
+
+import pytest
+
+import hecate
+from tests.adapters.parity import compare_with_plain
+from tests.adapters.tiny import ARCHITECTURES
+from tests.workers import Groups
+
+CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
+
+OFTEN = (
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "jamba",
+    "lfm2_moe",
+    "minimax_m2",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+)
+"""What `make test` runs; `make test-all` runs all."""
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    "model_type", [a if a in OFTEN else pytest.param(a, marks=pytest.mark.long) for a in ARCHITECTURES]
+)
+def test_parity(groups: Groups, model_type: str, world_size: int) -> None:
+    groups(world_size).run(compare_with_plain, model_type, CONFIG)

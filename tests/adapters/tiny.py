@@ -1,0 +1,125 @@
+"""Tiny random models of transformers' architectures, made from their config classes: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_dense_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Set where a config class has the attribute."""
+
+LATENT_ATTENTION = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR_ATTENTION = {
+    **MIXED,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "afmoe": {},
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "cohere2_moe": {},
+    "deepseek_v2": LATENT_ATTENTION,
+    "deepseek_v3": LATENT_ATTENTION,
+    "deepseek_v4": {},
+    "dots1": {"n_shared_experts": 1},
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {"num_hidden_layers": 3},
+    "glm4_moe": {},
+    "glm4_moe_lite": LATENT_ATTENTION,
+    "gpt_oss": {},
+    "granitemoe": {},
+    "granitemoe_swa": {},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "layer_types": ["mamba", "attention"],
+    },
+    "granitemoeshared": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hy_v4": {**LATENT_ATTENTION, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "kimi_linear": {**LATENT_ATTENTION, "linear_head_dim": 8, "linear_num_heads": 4, **MIXED},
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax": {},
+    "minimax_m2": {},
+    "mixtral": {},
+    "nemotron_h": {
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "olmoe": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_5_moe_text": LINEAR_ATTENTION,
+    "qwen3_moe": {},
+    "qwen3_next": LINEAR_ATTENTION,
+    "solar_open": {},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""model_type of a config class -> what it needs beyond `SIZES`."""
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """The config class of `model_type` with `SIZES`, what it needs, and `changes`."""
+    cls = CONFIG_MAPPING[model_type]
+    default = cls()
+    sizes = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    return cls(**(sizes | dict(ARCHITECTURES[model_type]) | changes))
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A causal language model of that architecture with random float32 weights."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32)
