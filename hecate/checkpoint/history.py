@@ -29,7 +29,8 @@ def latest(folder: Path) -> Path | None:
         try:
             agree(lambda path=path: verify(path, *rank_and_world()))  # type: ignore[misc]
         except ValueError as error:
-            warnings.warn(f"{error}; it is passed over", stacklevel=2)
+            text = f"{error}; it is passed over"
+            on_rank_0(lambda text=text: warnings.warn(text, stacklevel=4))  # type: ignore[misc]
         else:
             return path
     return None

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from hecate.runtime.heartbeat import MissingRankError
 from hecate.train.settings import Settings
+from hecate.train.signals import StopRequest, forwarding, listening, was_restarted
 
 __all__ = ["World", "launch"]
 
@@ -37,6 +38,8 @@ class World:
         device: of this process.
         mesh: all devices, one-dimensional.
         store: the group's key-value store.
+        stop: whether this process was asked to stop.
+        restarted: whether it goes on with what an earlier process of the same launch began.
     """
 
     rank: int
@@ -44,6 +47,8 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     store: dist.Store
+    stop: StopRequest
+    restarted: bool
 
     def gather(self, values: list[float]) -> Tensor:
         """Everybody's `values`: float64 `[size, len(values)]` on CPU."""
@@ -65,22 +70,32 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
     Args:
         config: resolved configuration; plain values, so that it can be sent to the processes.
         run: a function of a module.
+
+    Raises:
+        SystemExit: with the code that `run` raised it with, in spawned processes too.
     """
     settings = Settings.from_config(config)
     if "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
         if settings.devices != world_size:
             raise ValueError(f"devices={settings.devices}: must equal torchrun's WORLD_SIZE={world_size}")
-        store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
-        with _group(settings, store, rank, int(os.environ.get("LOCAL_RANK", rank))) as world:
-            run(config, world)
+        with listening() as stop:
+            store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+            with _group(settings, store, rank, int(os.environ.get("LOCAL_RANK", rank)), stop) as world:
+                run(config, world)
         return
     # The store lives in this process, so that it outlasts every rank: the others can ask it who is missing.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_timeout(settings))
     context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
     assert context is not None  # join=False returns it
-    while not context.join(grace_period=settings.timeout_seconds):
-        pass
+    try:
+        with forwarding(context.pids):
+            while not context.join(grace_period=settings.timeout_seconds):
+                pass
+    except mp.ProcessExitedException as error:
+        if error.exit_code != settings.requeue_exit_code:
+            raise
+        sys.exit(error.exit_code)
 
 
 def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World], None]) -> None:
@@ -89,7 +104,7 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
     try:
-        with _group(settings, store, rank, rank) as world:
+        with listening() as stop, _group(settings, store, rank, rank, stop) as world:
             run(config, world)
     except MissingRankError as error:
         # The parent reports the process that failed first, which is the one that can say the least.
@@ -98,7 +113,7 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
 
 
 @contextmanager
-def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int) -> Iterator[World]:
+def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int, stop: StopRequest) -> Iterator[World]:
     torch.set_num_threads(settings.threads)
     device = _device(settings, local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -112,7 +127,7 @@ def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int) ->
     )
     try:
         mesh = init_device_mesh(device.type, (settings.devices,))
-        yield World(rank, settings.devices, device, mesh, store)
+        yield World(rank, settings.devices, device, mesh, store, stop, was_restarted())
     finally:
         dist.destroy_process_group()
 

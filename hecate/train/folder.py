@@ -1,17 +1,18 @@
-"""The folder of a run: which files it has, when it starts anew, and its checkpoints."""
+"""The folder of a run: which files it has, and when it starts anew."""
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-__all__ = ["Position", "RunFolder"]
+from hecate.checkpoint.folder import MANIFEST
+
+__all__ = ["RunFolder", "replace_file"]
 
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "run.png", "trace.npz")
 FOLDERS = ("checkpoints", "tensorboard", "wandb")
@@ -19,41 +20,53 @@ FOLDERS = ("checkpoints", "tensorboard", "wandb")
 RESUMED_WITH = ("model", "data", "seed")
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a run is. With the seed this is all that data and random numbers depend on.
+class RunFolder:
+    """`runs/<name>/`; rank 0 alone writes, except for the checkpoints, which all ranks write together.
 
-    Attributes:
-        step: optimizer steps taken.
-        sequences: training sequences that all devices together have used.
+    Args:
+        path: of the folder.
+        config: resolved.
+        resume: whether an unfinished run goes on.
+        restarted: whether this process only goes on with what an earlier one of the same launch began.
     """
 
-    step: int
-    sequences: int
+    def __init__(self, path: Path, config: Mapping[str, Any], resume: bool, restarted: bool) -> None:
+        self.path, self._config, self._resume, self._restarted = path, dict(config), resume or restarted, restarted
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are."""
+        return self.path / "checkpoints"
 
-class RunFolder:
-    """`runs/<name>/`; rank 0 alone writes, except for the checkpoints, which all ranks write together."""
+    def prepare(self) -> bool:
+        """Make the folder and record the configuration; whether there is something to do.
 
-    def __init__(self, path: Path, config: Mapping[str, Any], resume: bool) -> None:
-        self.path, self._config, self._resume = path, dict(config), resume
+        Drops what a finished run left, or, with resume=false, any run; but a restarted one that is finished is done.
 
-    def prepare(self) -> None:
-        """Make the folder and record the configuration.
-
-        Drops what a finished run left, or, with resume=false, any run. ValueError where an unfinished one, which would
-        be resumed, trains another model or on other data.
+        Raises:
+            ValueError: an unfinished run, which would be resumed, trains another model or on other data.
+            OSError: the folder cannot be written.
         """
+        finished = (self.path / "summary.json").exists()
+        if finished and self._restarted:
+            return False
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "summary.json").exists() or not self._resume:
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
-            for name in FOLDERS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
+        if finished or not self._resume:
+            self._drop()
+        for partial in self.checkpoints.glob("*.tmp"):
+            shutil.rmtree(partial)  # what a killed process was writing
         record = self.path / "config.yaml"
-        if self.latest() is not None:
+        if record.exists() and any(self.checkpoints.glob(f"*/{MANIFEST}")):
             self._check_same(OmegaConf.to_container(OmegaConf.load(record)))
-        OmegaConf.save(OmegaConf.create(self._config), record)
+        replace_file(record, OmegaConf.to_yaml(OmegaConf.create(self._config)))
+        return True
+
+    def _drop(self) -> None:
+        """The summary last: as long as it is there, the rest is to be dropped."""
+        for name in FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in sorted(FILES, key=lambda name: name == "summary.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, before: Any) -> None:
         for section in RESUMED_WITH:
@@ -63,23 +76,9 @@ class RunFolder:
                     f"{section}={self._config[section]}; they must be equal to resume it (or resume=false drops it)"
                 )
 
-    def latest(self) -> tuple[Path, Position] | None:
-        """The newest complete checkpoint: the engine's part, and the position."""
-        complete = sorted((self.path / "checkpoints").glob("step-*/position.json"))
-        if not complete:
-            return None
-        return complete[-1].parent / "state", Position(**json.loads(complete[-1].read_text()))
 
-    def new_checkpoint(self, step: int) -> Path:
-        """Where the engine is to save; it counts only after `commit`."""
-        return self.path / "checkpoints" / f"step-{step:08d}" / "state"
-
-    def commit(self, position: Position) -> None:
-        """Declare the checkpoint of `position` complete, then drop the older ones."""
-        folder = self.new_checkpoint(position.step).parent
-        partial = folder / "position.part"
-        partial.write_text(json.dumps(asdict(position)) + "\n")
-        partial.rename(folder / "position.json")
-        for other in folder.parent.glob("step-*"):
-            if other != folder:
-                shutil.rmtree(other)
+def replace_file(path: Path, text: str) -> None:
+    """Write `path` at once: whoever is killed meanwhile leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from hecate.train.folder import replace_file
+
 __all__ = ["JsonLines", "Logger", "make_loggers", "read_metrics"]
 
 
@@ -24,9 +26,8 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         """Append to `path` from `first_step` on; what a lost process logged from there on is dropped."""
         kept = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
-        self._file = path.open("w")
-        for metrics in kept:
-            self.log(metrics)
+        replace_file(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        self._file = path.open("a")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(metrics) + "\n")
@@ -39,10 +40,10 @@ class JsonLines:
 class TensorBoard:
     """Scalars of each step in `<folder>/tensorboard`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         for name, value in _scalars(metrics).items():
@@ -72,7 +73,7 @@ def make_loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> l
     loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", first_step)]
     kind = section["kind"]
     if kind == "tensorboard":
-        loggers.append(TensorBoard(folder))
+        loggers.append(TensorBoard(folder, first_step))
     elif kind == "wandb":
         loggers.append(WeightsAndBiases(folder, section["project"], section["mode"]))
     elif kind != "none":

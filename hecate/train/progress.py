@@ -33,7 +33,11 @@ class Progress:
         self._task = self._bar.add_task("train", total=steps, completed=done, text="")
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
-        """Show the metrics of one more step."""
+        """Show the metrics of one more step, or why it was skipped."""
+        if "skipped" in metrics:
+            self.say(f"skipped {metrics['skipped']}")
+            self._bar.update(self._task, advance=1)
+            return
         text = (
             f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"imbalance {metrics['imbalance_before']:.2f} -> {metrics['imbalance_after']:.2f}"
@@ -42,6 +46,11 @@ class Progress:
         step = metrics["step"]
         if self._shown and not self._console.is_terminal and step % max(self._steps // 20, 1) == 0:
             print(f"step {step}/{self._steps}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._shown:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -82,6 +82,11 @@ class Settings:
     sequence_length: int
     accumulate: int
     save_interval: int
+    save_keep: int
+    save_async: bool
+    on_non_finite: str
+    max_skipped: int
+    requeue_exit_code: int
     trace: bool
     kind: str
     model: ModelConfig
@@ -114,12 +119,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
-        for name in ("steps", "devices", "threads", "batch_size", "sequence_length", "accumulate"):
+        for name in ("steps", "devices", "threads", "batch_size", "sequence_length", "accumulate", "save_keep"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be an integer >= 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must be >= 0")
+        for name in ("seed", "save_interval", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0")
+        if self.on_non_finite not in ("skip", "stop"):
+            raise ValueError(f"on_non_finite={self.on_non_finite!r}: must be one of skip, stop")
+        # 1 and 2 are Python's own errors, from 128 on shells mean signals.
+        if not 3 <= self.requeue_exit_code <= 127:
+            raise ValueError(f"requeue_exit_code={self.requeue_exit_code}: must be in [3, 127]")
         if self.sequence_length > self.model.max_length:
             raise ValueError(
                 f"sequence_length={self.sequence_length}: must be <= model.max_length={self.model.max_length}"

@@ -98,7 +98,11 @@ def test_metrics_and_summary_agree_with_each_other_and_the_trace(folder: Path) -
 def test_an_unfinished_run_goes_on_with_the_same_bits(folder: Path) -> None:
     expected, before = losses(folder, "first"), summary(folder, "first")
     (folder / "runs" / "first" / "summary.json").unlink()
+    damaged = folder / "runs" / "first" / "checkpoints" / "step-00000012" / "hecate.json"
+    damaged.write_text(damaged.read_text()[:-1])
     output = train(folder, "name=first")
+    assert "step-00000012: file hecate.json is damaged" in output
+    assert output.count("it is passed over") == 1
     assert f"step 9/{STEPS}" in output
     assert f"step 8/{STEPS}" not in output
     assert losses(folder, "first") == expected

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from hecate.config import FSSDPConfig
 from hecate.models import GPTMoE
 from hecate.train.__main__ import check_keys
-from hecate.train.folder import Position, RunFolder
+from hecate.train.folder import RunFolder
 from hecate.train.loggers import JsonLines, make_loggers, read_metrics
 from hecate.train.loop import learning_rate
 from hecate.train.settings import MODELS, OptimizerSettings, Settings, conf_dir
+from hecate.train.signals import was_restarted
 
 
 def config(*overrides: str) -> dict[str, Any]:
@@ -70,6 +71,10 @@ def test_policy_seed_and_dtypes_reach_fssdp() -> None:
         ("devices=0", r"devices=0: must be an integer >= 1"),
         ("fssdp.param_dtype=float16", r"fssdp.param_dtype='float16': must be null or one of float64"),
         ("model.kind=rnn", r"model.kind='rnn': must be one of gpt, bert"),
+        ("save_keep=0", r"save_keep=0: must be an integer >= 1"),
+        ("max_skipped=-1", r"max_skipped=-1: must be >= 0"),
+        ("on_non_finite=ignore", r"on_non_finite='ignore': must be one of skip, stop"),
+        ("requeue_exit_code=1", r"requeue_exit_code=1: must be in \[3, 127\]"),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
         ("+model.layers=3", r"model: layers unknown or missing; the keys are aux_weight"),
     ],
@@ -117,45 +122,69 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert learning_rate(1, 10, replace(optimizer, warmup=0)) < 2.0
 
 
+def run_folder(path: Path, *overrides: str, resume: bool = True, restarted: bool = False) -> RunFolder:
+    return RunFolder(path, config(*overrides), resume, restarted)
+
+
+def make_checkpoint(folder: RunFolder, name: str) -> Path:
+    """As far as `RunFolder` looks at it."""
+    path = folder.checkpoints / name
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("")
+    return path
+
+
 def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "r", config(), resume=True)
-    folder.prepare()
+    folder = run_folder(tmp_path / "r")
+    assert folder.prepare()
     (folder.path / "metrics.jsonl").write_text("")
     (folder.path / "mine.txt").write_text("not a file of a run")
-    folder.new_checkpoint(9).mkdir(parents=True)
-    folder.commit(Position(step=9, sequences=72))
-    folder.new_checkpoint(12).mkdir(parents=True)  # never completed
-    folder.prepare()
-    assert folder.latest() == (folder.new_checkpoint(9), Position(step=9, sequences=72))
+    kept, partial = make_checkpoint(folder, "step-9"), make_checkpoint(folder, "step-12.tmp")
+    assert folder.prepare()
+    assert kept.exists()
+    assert not partial.exists()
     (folder.path / "summary.json").write_text("{}")
-    folder.prepare()
+    assert folder.prepare()
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "mine.txt"]
 
 
 def test_resume_false_starts_an_unfinished_run_again(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, config(), resume=False)
-    folder.new_checkpoint(9).mkdir(parents=True)
-    folder.commit(Position(step=9, sequences=72))
-    folder.prepare()
-    assert folder.latest() is None
+    folder = run_folder(tmp_path, resume=False)
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert not checkpoint.exists()
+
+
+def test_restarted_process_goes_on_whatever_resume_says(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, resume=False, restarted=True)
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert checkpoint.exists()
+    (folder.path / "summary.json").write_text("{}")
+    assert not folder.prepare()
+    assert checkpoint.exists()
 
 
 def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, config(), resume=True)
+    folder = run_folder(tmp_path)
     folder.prepare()
-    folder.new_checkpoint(1).mkdir(parents=True)
-    folder.commit(Position(step=1, sequences=8))
-    RunFolder(tmp_path, config("policy=ep", "steps=9"), resume=True).prepare()
+    make_checkpoint(folder, "step-1")
+    run_folder(tmp_path, "policy=ep", "steps=9").prepare()
     with pytest.raises(ValueError, match="the unfinished run has seed=0, this one seed=1"):
-        RunFolder(tmp_path, config("seed=1"), resume=True).prepare()
+        run_folder(tmp_path, "seed=1").prepare()
 
 
-def test_newer_checkpoint_replaces_the_older(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, config(), resume=True)
-    for step in (5, 10):
-        folder.new_checkpoint(step).mkdir(parents=True)
-        folder.commit(Position(step=step, sequences=8 * step))
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+@pytest.mark.parametrize(
+    ("environment", "restarted"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+    ],
+)
+def test_launchers_say_that_they_restarted(environment: dict[str, str], restarted: bool) -> None:
+    assert was_restarted(environment) == restarted
 
 
 def test_json_lines_drop_what_comes_after_the_checkpoint(tmp_path: Path) -> None:

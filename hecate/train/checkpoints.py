@@ -1,0 +1,107 @@
+"""The checkpoints of a run: written behind the training steps, found by content, dropped by count."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from hecate.api import FSSDP
+from hecate.checkpoint.background import SaveHandle
+from hecate.checkpoint.folder import MANIFEST
+from hecate.checkpoint.history import latest, prune
+from hecate.collectives.ranks import agree, on_rank_0
+
+__all__ = ["Checkpoints", "Position"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. With the seed this is all that data and random numbers depend on.
+
+    Attributes:
+        step: steps taken or skipped.
+        sequences: training sequences that all devices together have used.
+    """
+
+    step: int
+    sequences: int
+
+
+class Checkpoints:
+    """Saves and finds them; every method is collective.
+
+    Args:
+        folder: that holds them, and nothing else.
+        engine, optimizer: what is saved, beside the position.
+        keep: how many complete ones stay.
+        background: write while training goes on, from a copy.
+    """
+
+    def __init__(self, folder: Path, engine: FSSDP, optimizer: Optimizer, keep: int, background: bool) -> None:
+        self._folder, self._engine, self._optimizer = folder, engine, optimizer
+        self._keep, self._background = keep, background
+        self._pending: SaveHandle | None = None
+        self._last: Position | None = None
+
+    def resume(self) -> Position | None:
+        """Go to the newest that is whole; None where there is none. ValueError where all are damaged."""
+        path = latest(self._folder)
+        if path is None:
+            agree(self._check_none)
+            return None
+        extra = self._engine.load(path, self._optimizer)
+        if extra.keys() != {"step", "sequences"}:
+            raise ValueError(f"checkpoint {path}: has no position in the data; it is not of a run of hecate.train")
+        self._last = Position(**extra)
+        return self._last
+
+    def save(self, position: Position) -> None:
+        """Begin to write one; where it fails, now or later, that is reported and training may go on."""
+        self.finish()
+        try:
+            self._begin(position, self._background)
+        except OSError as error:
+            _report(position, error)
+
+    def save_now(self, position: Position) -> None:
+        """Return when the checkpoint of `position` is in place. OSError where it cannot be written."""
+        self.finish()
+        if self._last != position:
+            self._begin(position, background=False)
+
+    def finish(self) -> None:
+        """Wait for the one that is being written."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.wait()
+        except OSError as error:
+            assert self._last is not None
+            _report(self._last, error)
+            self._last = None
+        else:
+            prune(self._folder, self._keep)
+
+    def _begin(self, position: Position, background: bool) -> None:
+        path = self._folder / f"step-{position.step:08d}"
+        self._pending = self._engine.save(path, self._optimizer, async_op=background, extra=asdict(position))
+        self._last = position
+        if self._pending is None:
+            prune(self._folder, self._keep)
+
+    def _check_none(self) -> None:
+        damaged = sorted(manifest.parent.name for manifest in self._folder.glob(f"*/{MANIFEST}"))
+        if damaged:
+            raise ValueError(
+                f"{self._folder}: all checkpoints are damaged ({', '.join(damaged)}); resume=false drops them and "
+                "starts the run again"
+            )
+
+
+def _report(position: Position, error: OSError) -> None:
+    text = f"checkpoint of step {position.step} could not be written, the one before is kept: {error}"
+    on_rank_0(lambda: print(text, file=sys.stderr, flush=True))
