@@ -27,7 +27,7 @@ class Group:
 
     def __init__(self, world_size: int, timeout: timedelta = TIMEOUT) -> None:
         context = mp.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self.world_size = world_size
         self.pipes: list[Connection] = []
         self.processes = []
@@ -118,7 +118,7 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
             pipe.send((False, traceback.format_exc()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

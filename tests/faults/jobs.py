@@ -1,0 +1,152 @@
+"""Trainers as processes that a test may signal or kill, and what their runs leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from hecate.checkpoint.history import latest
+from hecate.train.loggers import read_metrics
+
+TINY = (
+    "model.d_model=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.max_length=32",
+    "validation.sequences=5",
+    "optimizer.warmup=2",
+)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+POLL_SECONDS = 0.005
+
+
+def write_text(root: Path) -> Path:
+    """A small text to learn."""
+    (root / "text").mkdir()
+    for i in range(12):
+        (root / "text" / f"{i}.txt").write_text(f"The {i}. file of {i * i} words. " * 40)
+    return root
+
+
+def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Of `hecate.train` in the folder `root`, which has the text; to be given to subprocess."""
+    # A rank is a process of its own group, and must not read this test's torchrun variables.
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    start = (sys.executable, *launcher, "-m", "hecate.train", f"data.path={root / 'text'}", *TINY, *overrides)
+    return {"args": start, "cwd": root, "env": env, "text": True}
+
+
+class Job:
+    """A trainer with its processes; all are killed at the end of the `with` block.
+
+    Args:
+        root: folder that it runs in.
+        name: of the run.
+        start: what subprocess needs, see `command`.
+    """
+
+    def __init__(self, root: Path, name: str, start: dict[str, Any]) -> None:
+        self.run = root / "runs" / name
+        self.process = subprocess.Popen(
+            **start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when that step has been logged."""
+        while last_step(self.run) < step:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(POLL_SECONDS)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks: the descendants that torch spawned, or that torchrun or srun started."""
+        found = [pid for pid in descendants(self.process.pid) if is_rank(pid)]
+        return sorted(found)
+
+    def end(self, expect: int) -> str:
+        """Wait for the exit code `expect`; what was printed."""
+        output, _ = self.process.communicate(timeout=200)
+        assert self.process.returncode == expect, output
+        return output
+
+
+def descendants(parent: int) -> list[int]:
+    """Process ids below `parent`."""
+    try:
+        children = [int(c) for c in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
+    return [pid for child in children for pid in (child, *descendants(child))]
+
+
+def is_rank(pid: int) -> bool:
+    """Whether it was spawned by torch.multiprocessing, or runs the trainer under a launcher."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+    return b"spawn_main" in words or (b"hecate.train" in words and b"torch.distributed.run" not in words)
+
+
+def last_step(run: Path) -> int:
+    """The last one logged; 0 before the first."""
+    log = run / "metrics.jsonl"
+    return max((m["step"] for m in read_metrics(log)), default=0) if log.exists() else 0
+
+
+def losses(run: Path) -> list[float]:
+    """Of all steps."""
+    return [m["loss"] for m in read_metrics(run / "metrics.jsonl")]
+
+
+def validation(run: Path) -> float:
+    """Bits per byte at the end."""
+    return float(json.loads((run / "summary.json").read_text())["val_bits_per_byte"])
+
+
+def final_state(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint: weights, optimizer, planners."""
+    path = latest(run / "checkpoints")
+    assert path is not None
+    reader = dcp.FileSystemReader(path)
+    entries = reader.read_metadata().state_dict_metadata.items()
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """What is not bit for bit the same in two finished runs."""
+    left, right = final_state(run), final_state(other)
+    found = [f"tensor {n}" for n in left.keys() | right.keys() if not _equal(left.get(n), right.get(n))]
+    found += ["losses"] * (losses(run) != losses(other))
+    return found + ["validation"] * (validation(run) != validation(other))
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is not None and right is not None and torch.equal(left, right)

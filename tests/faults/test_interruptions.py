@@ -1,0 +1,132 @@
+"""A run that is signalled, killed or requeued ends as the one that was not: same losses, weights, optimizer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import TINY, TORCHRUN, Job, command, differences, last_step, write_text
+from tests.workers import free_port
+
+STEPS, INTERVAL = 60, 20
+RUN = (f"steps={STEPS}", f"save_interval={INTERVAL}", "timeout_seconds=60")
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module are: a text to learn, and `unbroken`, a finished run."""
+    folder = write_text(tmp_path_factory.mktemp("interruptions"))
+    with Job(folder, "unbroken", command(folder, "name=unbroken", *RUN)) as job:
+        job.end(expect=0)
+    assert last_step(folder / "runs" / "unbroken") == STEPS
+    return folder
+
+
+def assert_like_unbroken(root: Path, name: str) -> None:
+    assert differences(root / "runs" / name, root / "runs" / "unbroken") == []
+
+
+@pytest.mark.parametrize(("sign", "target"), [(signal.SIGTERM, "one rank"), (signal.SIGUSR1, "the parent")])
+def test_signal_saves_and_asks_for_a_requeue(root: Path, sign: signal.Signals, target: str) -> None:
+    name = sign.name.lower()
+    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
+        job.wait_for_step(3)
+        os.kill(job.ranks()[1] if target == "one rank" else job.process.pid, sign)
+        assert "asked to stop: saved step" in job.end(expect=85)
+    stopped = last_step(job.run)
+    assert 3 <= stopped < STEPS
+    assert (job.run / "checkpoints" / f"step-{stopped:08d}").exists()
+    before = (job.run / "metrics.jsonl").read_text()
+    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
+        job.end(expect=0)
+    # With the seconds that each step took: none was made again.
+    assert (job.run / "metrics.jsonl").read_text().startswith(before)
+    assert_like_unbroken(root, name)
+
+
+def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
+    launcher = (*TORCHRUN, "--max-restarts=2")
+    # resume=false: a restart must not take the run of its own launch for an old one.
+    start = command(root, "name=elastic", "resume=false", *RUN, launcher=launcher)
+    with Job(root, "elastic", start) as job:
+        job.wait_for_step(INTERVAL + 3)
+        os.kill(job.ranks()[1], signal.SIGKILL)
+        job.end(expect=0)
+    assert_like_unbroken(root, "elastic")
+
+
+def test_signal_to_torchrun_saves(root: Path) -> None:
+    env = {"PYTHON": sys.executable, "DEVICES": "2"}
+    start = command(root, "name=agent", *RUN)
+    start["args"] = (str(LAUNCH / "torchrun.sh"), f"data.path={root / 'text'}", *TINY, "name=agent", *RUN)
+    start["env"] |= env
+    with Job(root, "agent", start) as job:
+        job.wait_for_step(3)
+        os.kill(job.process.pid, signal.SIGUSR1)
+        assert "asked to stop: saved step" in job.end(expect=1)
+    with Job(root, "agent", command(root, "name=agent", *RUN)) as job:
+        job.end(expect=0)
+    assert_like_unbroken(root, "agent")
+
+
+SRUN = f"""#!{sys.executable}
+# SLURM's srun as the script uses it: the command once a task, signals to every task, the highest exit code.
+import os, signal, subprocess, sys
+words = [w for w in sys.argv[1:]]
+assert words.pop(0) == "--kill-on-bad-exit=1"
+tasks = [
+    subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)
+]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
+"""
+
+
+def slurm(root: Path, restarts: int) -> dict[str, object]:
+    """`command` for the batch script, with the job's variables and stand-ins for srun and scontrol."""
+    bin_folder = root / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(stat.S_IRWXU)
+    start = command(root)
+    start["args"] = ("bash", str(LAUNCH / "slurm.sbatch"), f"data.path={root / 'text'}", *TINY, "name=slurm", *RUN)
+    start["env"] |= {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    return start
+
+
+def test_slurm_job_is_requeued_and_goes_on(root: Path) -> None:
+    with Job(root, "slurm", slurm(root, restarts=0)) as job:
+        job.wait_for_step(3)
+        os.kill(job.process.pid, signal.SIGUSR1)  # as `--signal B:USR1@120` does: the batch script alone
+        job.end(expect=85)
+    assert (root / "requeued").read_text() == "requeue 17\n"
+    with Job(root, "slurm", slurm(root, restarts=1)) as job:
+        job.end(expect=0)
+    assert (root / "requeued").read_text() == "requeue 17\n"
+    assert_like_unbroken(root, "slurm")
+
+
+def test_scripts_are_valid_bash() -> None:
+    for script in ("slurm.sbatch", "torchrun.sh", "install_torch.sh"):
+        subprocess.run(["bash", "-n", LAUNCH / script], check=True)
