@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from hecate.adapters.base import FoundExperts, find_experts
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
+from hecate.checkpoint.pretrained.conversion import format_of
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
@@ -94,6 +95,7 @@ class FSSDP:
         self.mesh = default_mesh(model) if mesh is None else mesh
         self.device = device_of(model, self.mesh)
         self._names = list(model.state_dict(keep_vars=True))
+        self._format = format_of(model)
         self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks, config.cost_model(self.device.type))
         self._copies_memory = CopiesMemory()
         self._policy = get_policy(config.policy)
@@ -256,6 +258,48 @@ class FSSDP:
         if optimizer is not None:
             self._watch.add(optimizer)  # its state moves with the experts before it makes a step
         return extra
+
+    def load_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Read weights and buffers that transformers' `save_pretrained` or this one's wrote. Collective.
+
+        Every rank reads the experts it owns, one at a time, and its part of each dense tensor. Keys are those of the
+        model's state dict, or those that transformers converts to it (a tensor an expert, as on the hub); where a
+        conversion makes a dense tensor of others, these are read whole, one such tensor at a time. Values are cast to
+        the model's dtype, which is `master_dtype` if that is set. Tied parameters need to be there once. Optimizer,
+        owners and load history stay as they are.
+
+        Args:
+            folder: with `model.safetensors`, or `model.safetensors.index.json` and its files.
+
+        Raises:
+            ValueError: keys lack or are not known, up to those that the model class ignores; another shape or number of
+                experts; quantized weights; a conversion that mixes experts; a damaged file (names it); on all ranks,
+                before anything is overwritten.
+        """
+        from hecate.checkpoint.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
+
+        self._format = load_pretrained(Path(folder), self._training_state(), self._format)
+
+    def save_pretrained(self, folder: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write weights and buffers as transformers' `from_pretrained` reads them. Collective.
+
+        Of a transformers model also `config.json` and `generation_config.json`, and keys and shapes are those of the
+        folder it was loaded from, else of its class on the hub; of any other model they are the state dict's. Weights
+        keep the dtype they have here, the master weights' (`from_pretrained` casts). Ranks write side by side, each its
+        own files. What was written there before is replaced when all is complete; a tokenizer or other files stay.
+
+        Args:
+            folder: on a file system that all ranks share.
+            max_shard_size: bytes of one file, or like "5GB" or "500MiB"; a larger tensor has a file of its own.
+
+        Raises:
+            ValueError: a conversion that mixes experts, or a bad `max_shard_size`; on all ranks.
+            OSError: it could not be written; on all ranks, and the one before is intact.
+        """
+        from hecate.checkpoint.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
+
+        group = None if self._comms.experts is None else self._comms.experts.group
+        save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)
 
     def _training_state(self) -> TrainingState:
         replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())

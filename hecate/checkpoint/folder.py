@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,17 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MANIFEST", "ChecksumWriter", "aside", "find", "prepare", "publish", "read_record", "verify"]
+__all__ = [
+    "MANIFEST",
+    "ChecksumWriter",
+    "aside",
+    "find",
+    "prepare",
+    "publish",
+    "read_record",
+    "replace_folder",
+    "verify",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -98,12 +108,28 @@ def publish(temporary: Path, path: Path, record: Mapping[str, Any], checksums: C
     _write(temporary / RECORD, text)
     checksums = {**checksums, RECORD: (len(text.encode()), zlib.crc32(text.encode()))}
     _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": checksums}, indent=1))
+    replace_folder(temporary, path)
+
+
+def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool] = lambda _: False) -> None:
+    """Put the complete folder `temporary` in the place of `path`, which may exist.
+
+    A crash at any point leaves the one before at `path` or at `path.old`, and the new one at `path` or `temporary`.
+
+    Args:
+        temporary: of the same file system.
+        path: what lies there is deleted.
+        keep: which of it, by name, is moved to the new folder instead.
+    """
     _sync(temporary)
     old = _old(path)
     if path.exists():
         if old.exists():
             shutil.rmtree(old)
         os.rename(path, old)
+        for entry in list(old.iterdir()):
+            if keep(entry.name):
+                os.rename(entry, temporary / entry.name)
     os.rename(temporary, path)
     _sync(path.parent)
     if old.exists():

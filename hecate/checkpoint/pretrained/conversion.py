@@ -1,17 +1,18 @@
 """Names and shapes in files against those in the model: transformers' key conversion, one expert at a time.
 
-Files on the hub mostly hold every expert by itself (`experts.3.w1.weight`), models since transformers 5 hold them stacked
-(`experts.gate_up_proj [E, 2f, d]`). `transformers.conversion_mapping` says how one becomes the other, and its own
-operations do it here, on the tensors of one expert where the tensor belongs to experts. This module is the only one
-that calls transformers' loading code (`get_model_conversion_mapping`, which peft uses too, and from `core_model_loading`
-`rename_source_key`, `apply_converters`, `apply_renamings`, `dot_natural_key`), and only for models of transformers.
+Files on the hub mostly hold every expert by itself (`experts.3.w1.weight`), models since transformers 5 hold them
+stacked (`experts.gate_up_proj [E, 2f, d]`). `transformers.conversion_mapping` says how one becomes the other, and its
+own operations do it here, on the tensors of one expert where the tensor belongs to experts. This module is the only one
+that calls transformers' loading code, and only for its models: `get_model_conversion_mapping`, which peft uses too, and
+of `core_model_loading` the functions that match names, `rename_source_key`, `apply_converters`, `apply_renamings` and
+`dot_natural_key`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,7 @@ class Format:
     tied: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """Tensors that are converted together.
 
@@ -146,7 +147,7 @@ def format_of(model: nn.Module) -> Format:
     )
 
 
-def steps_to_read(form: Format, keys: Iterable[str], names: Mapping[str, Any]) -> tuple[list[Step], list[str], Format]:
+def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> tuple[list[Step], list[str], Format]:
     """How the tensors of the model `names` are made from those in files.
 
     Returns:
@@ -160,12 +161,13 @@ def steps_to_read(form: Format, keys: Iterable[str], names: Mapping[str, Any]) -
     transforms = deepcopy(form.reads)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    present = dict.fromkeys(names, True)
     steps: dict[str, Step] = {}
     unexpected = []
     for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, form.prefix, names)
+        name, pattern = rename_source_key(key, renamings, converters, form.prefix, present)
         if name not in names and key in names:
-            name, pattern = rename_source_key(key, [], [], form.prefix, names)
+            name, pattern = rename_source_key(key, [], [], form.prefix, present)
         if name in names:
             _add(steps, name, key, pattern, converters)
         elif not _any_matches(form.ignored_unexpected, (name, key)):
@@ -207,7 +209,9 @@ def _add(steps: dict[str, Step], target: str, source: str, pattern: str | None, 
         steps[target] = Step(target, {source: [source]})
         return
     if target not in steps:
-        *_, converter = (c for c in converters if pattern in c.source_patterns)  # of equal ones transformers takes the last
+        *_, converter = (
+            c for c in converters if pattern in c.source_patterns
+        )  # of equal ones transformers takes the last
         steps[target] = Step(target, {}, deepcopy(converter))
     sources = steps[target].sources
     steps[target] = replace(steps[target], sources={**sources, pattern: [*sources.get(pattern, ()), source]})

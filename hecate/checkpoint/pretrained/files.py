@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hecate.checkpoint.state import listed
+
 __all__ = ["INDEX", "SINGLE", "ShardFile", "TensorMeta", "WeightFiles", "num_bytes"]
 
 SINGLE = "model.safetensors"
@@ -48,6 +50,8 @@ class TensorMeta:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"a safetensors file holds {listed(map(str, NAMES))}, not {tensor.dtype}")
         return cls(NAMES[tensor.dtype], tensor.shape)
 
     @property
@@ -117,7 +121,7 @@ class ShardFile:
     """A safetensors file of known tensors, written piece by piece in any order.
 
     The first error is kept and what follows is dropped, so that a rank whose disk is full still takes its part in
-    the collectives; `close` raises it.
+    the collectives; `check` raises it.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorMeta]) -> None:
@@ -126,7 +130,11 @@ class ShardFile:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, meta in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # so that all are aligned
-            header[name] = {"dtype": meta.dtype, "shape": list(meta.shape), "data_offsets": [end, end + num_bytes(meta)]}
+            header[name] = {
+                "dtype": meta.dtype,
+                "shape": list(meta.shape),
+                "data_offsets": [end, end + num_bytes(meta)],
+            }
             self._places[name] = end
             end += num_bytes(meta)
         text = json.dumps(header).encode()
@@ -141,12 +149,12 @@ class ShardFile:
         try:
             if self._error is None:
                 self._file.seek(self._start + self._places[name] + row * data.nbytes)
-                self._file.write(memoryview(data))
+                self._file.write(data.data)
         except OSError as error:
             self._error = error
 
     def close(self) -> None:
-        """Write through to the disk. OSError if that or anything before failed."""
+        """Write through to the disk."""
         try:
             with self._file as file:
                 if self._error is None:
@@ -154,5 +162,8 @@ class ShardFile:
                     os.fsync(file.fileno())
         except OSError as error:
             self._error = self._error or error
+
+    def check(self) -> None:
+        """OSError if anything failed."""
         if self._error is not None:
             raise self._error
