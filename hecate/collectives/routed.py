@@ -1,14 +1,15 @@
 """Routed transport: follows `collectives.route`, over torch.distributed point-to-point calls.
 
-gloo (CPU): a thread of the transport follows the routes, one after the other, so that pieces are handed on while the
-caller computes. NCCL (CUDA): each round is one group call on a side stream; the host waits for nothing.
+gloo (CPU): a rank that hands nothing on starts all it has to do at the call. Otherwise a thread of the transport
+follows the routes, one after the other, so that pieces are handed on while the caller computes. NCCL (CUDA): each round
+is one group call on a side stream; the host waits for nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ class Routed(Transport):
         self.links = links
         self._rank = group.rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hecate-collectives")
+        self._last: Future[None] | None = None  # that the thread was given
         self._staging = Staging()
         self._stream: torch.cuda.Stream | None = None
 
@@ -43,8 +45,12 @@ class Routed(Transport):
         row = next(iter(rows.values()))
         route = gather_route(schedule.src, schedule.dst, self.topology, self.links, row.numel() * row.itemsize)
         parts = route.part(self._rank)
-        hand_on = self._gather_in_rounds if row.is_cuda else self._gather_when_ready
-        return self._start(lambda: hand_on(parts, rows), row.device)
+        if row.is_cuda:
+            return self._on_stream(lambda: self._gather_in_rounds(parts, rows), row.device)
+        sends, receives = _hops(parts)
+        if self._idle and all(h.expert in sent for h in sends):
+            return self._at_once(*([(h, _piece(rows[h.expert], h)) for h in hops] for hops in (sends, receives)))
+        return self._on_thread(lambda: self._gather_when_ready(parts, rows))
 
     def reduce(self, schedule: Schedule, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
         rows = [*contributed.values(), *sums.values()]
@@ -55,13 +61,44 @@ class Routed(Transport):
         route = reduce_route(schedule.src, schedule.dst, self.topology, self.links, *sizes)
         parts = route.part(self._rank)
         state = _Reduction(self._rank, self.topology, parts, contributed, sums, wire, self._staging)
-        # On NCCL a receive before the sends of its round would keep the stream from them.
-        ahead = 0 if rows[0].is_cuda else 1
-        return self._start(lambda: self._reduce(parts, state, ahead), rows[0].device)
+        if rows[0].is_cuda:
+            # On NCCL a receive before the sends of its round would keep the stream from them.
+            return self._on_stream(lambda: self._reduce(parts, state, ahead=0), rows[0].device)
+        sends, receives = _hops(parts)
+        if self._idle and not any(h.partial for h in sends) and all(map(state.in_place, receives)):
+            work = self._at_once([(h, state.payload(h)) for h in sends], [(h, state.place(h)) for h in receives])
+            state.finish()
+            return work
+        return self._on_thread(lambda: self._reduce(parts, state, ahead=1))
 
-    def _start(self, run: Callable[[], None], device: torch.device) -> Work:
-        if device.type != "cuda":
-            return Work(self._thread.submit(run).result)
+    @property
+    def _idle(self) -> bool:
+        """Messages between two ranks match in the order they are started in: nothing may overtake the thread."""
+        return self._last is None or self._last.done()
+
+    def _at_once(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> Work:
+        waits = self._post(sends, receives)
+
+        def finish() -> None:
+            for wait in waits:
+                wait()
+
+        return Work(finish)
+
+    def _on_thread(self, run: Callable[[], None]) -> Work:
+        alone = self._idle
+        mine = self._last = self._thread.submit(run)
+
+        def finish() -> None:
+            # Who waits at once does it himself: that spares two hand-overs. Nothing queued may be overtaken.
+            if alone and self._last is mine and mine.cancel():
+                run()
+            else:
+                mine.result()
+
+        return Work(finish)
+
+    def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -73,9 +110,9 @@ class Routed(Transport):
 
     def _gather_when_ready(self, parts: Sequence[Part], rows: Rows) -> None:
         """Receives go to their final place, so all are open from the start; a send waits only for what it carries."""
-        arriving = {}
-        for hop in (h for part in parts for h in part.receives):
-            (arriving[hop.expert, hop.piece],) = self._post([], [(hop, _piece(rows[hop.expert], hop))])
+        receives = [(h, _piece(rows[h.expert], h)) for part in parts for h in part.receives]
+        waits = self._post([], receives)
+        arriving = {(h.expert, h.piece): wait for (h, _), wait in zip(receives, waits, strict=True)}
         sending: Waits = []
         for hop in (h for part in parts for h in part.sends):
             arriving.pop((hop.expert, hop.piece), _nothing)()
@@ -220,6 +257,11 @@ class _Reduction:
         if self._sums[hop.expert].dtype != self._wide:
             self.place(hop).copy_(total)
             self._staging.give(total)
+
+
+def _hops(parts: Sequence[Part]) -> tuple[list[Hop], list[Hop]]:
+    """What is sent and what is received, by round."""
+    return [h for part in parts for h in part.sends], [h for part in parts for h in part.receives]
 
 
 def _piece(row: Tensor, hop: Hop) -> Tensor:
