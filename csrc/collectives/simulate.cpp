@@ -39,8 +39,10 @@ class Network {
       return {{{{2 * d + hop.src, port}, {3 * d + hop.dst, port}, {4 * d + from, border}, {4 * d + n + to, border}}},
               links.message_ns + wire_ns(bytes, std::min(links.crossing, links.border))};
     }
-    const std::int64_t port = links.message_ns + wire_ns(bytes, links.device), shared = wire_ns(bytes, links.fabric);
-    const Use fabric{4 * d + 2 * n + from, shared};
+    const std::int64_t port = links.message_ns + wire_ns(bytes, links.device);
+    // The fabric carries as many devices' fixed costs at once as their bytes: cores that ranks share send in turn.
+    const std::int64_t fixed = links.message_ns / std::max<std::int64_t>(1, links.fabric / links.device);
+    const Use fabric{4 * d + 2 * n + from, fixed + wire_ns(bytes, links.fabric)};
     return {{{{hop.src, port}, {d + hop.dst, port}, fabric, fabric}},
             links.message_ns + wire_ns(bytes, std::min(links.device, links.fabric))};
   }
