@@ -59,7 +59,7 @@ def measure_links(topology: Topology) -> Links:
     per_node, world = topology.devices_per_node, topology.num_devices
     ring = {d: d - d % per_node + (d + 1) % per_node for d in range(world)}
     others = range(1, per_node)
-    device = max(goodput([(0, 1)]), goodput([(0, d) for d in others]), goodput([(d, 0) for d in others]))
+    device = min(goodput([(0, d) for d in others]), goodput([(d, 0) for d in others]))
     fabric = goodput(list(ring.items())) // topology.num_nodes
     fixed = message_ns(0, 1), relay_ns(ring)
     if topology.num_nodes == 1:
@@ -69,7 +69,7 @@ def measure_links(topology: Topology) -> Links:
     return Links(device, max(device, fabric), one, max(one, border), *fixed)
 
 
-def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 4) -> int:
+def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 8) -> int:
     """Bytes per second that all `sends` (from, to) carry together."""
     rank = dist.get_rank()
     out = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -169,11 +169,14 @@ class Case:
         rank, group = dist.get_rank(), dist.group.WORLD
         self.ours, self.plain = Routed(group, self.topology, self.links), PointToPoint(group, self.topology)
         generator = torch.Generator().manual_seed(rank)
-        self.shard = {e: torch.randn(self.numel, generator=generator) for e in self.src.held_by(rank).tolist()}
-        self.copies = {e: torch.zeros(self.numel) for e in (self.dst - self.src).held_by(rank).tolist()}
-        self.grads = {e: torch.randn(self.numel, generator=generator) for e in self.dst.held_by(rank).tolist()}
-        self.sums = {e: torch.zeros(self.numel) for e in self.src.held_by(rank).tolist()}
         owners, new = self.src.owners, (self.dst - self.src).matrix
+        # As in training, experts that stay where they are take no part.
+        moved = new.any(axis=1)
+        holds, owns = (np.flatnonzero(p.matrix[:, rank] & moved).tolist() for p in (self.dst, self.src))
+        self.shard = {e: torch.randn(self.numel, generator=generator) for e in owns}
+        self.copies = {e: torch.zeros(self.numel) for e in np.flatnonzero(new[:, rank]).tolist()}
+        self.grads = {e: torch.randn(self.numel, generator=generator) for e in holds}
+        self.sums = {e: torch.zeros(self.numel) for e in owns}
         self.teams = {
             e: (int(owners[e]), tuple(sorted({int(owners[e]), *np.flatnonzero(new[e]).tolist()})))
             for e in np.flatnonzero(new.any(axis=1)).tolist()
