@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -47,9 +48,17 @@ class Transport(ABC):
                 f"Transport: topology has num_devices={topology.num_devices}, the process group {group.size()} ranks; "
                 "they must be equal"
             )
-        self.group = group
+        self._group = ref(group)  # torch holds it until it is destroyed; transports are kept by group
         self.topology = topology
         self._agreed: set[int] = set()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; RuntimeError once it was destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("Transport: its process group was destroyed (torch.distributed.destroy_process_group)")
+        return group
 
     def agree_on_chunk(self, num_bytes: int) -> None:
         """ValueError where ranks come with chunks of other sizes; asked once a size. Collective.

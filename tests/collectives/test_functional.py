@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from unittest import mock
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hecate
+from hecate.collectives import functional
 from hecate.placement import Placement, Topology
 from tests.collectives.reference import Case, gathered, reduced
 from tests.workers import Groups
@@ -106,6 +109,23 @@ def check_gradients(devices: int, per_node: int, async_op: bool) -> None:
 @pytest.mark.parametrize(("devices", "per_node"), [(1, 1), (3, 3), (4, 2)])
 def test_each_is_the_others_gradient(groups: Groups, devices: int, per_node: int, async_op: bool) -> None:
     groups(devices).run(check_gradients, devices, per_node, async_op)
+
+
+def use_a_group_for_a_while() -> None:
+    src = Placement.from_owners([0, 1], 2)
+    topology = Topology(2, 2)
+    group = dist.new_group([0, 1])
+    hecate.sparse_all_gather(torch.zeros(1, 4), src, src, group, topology)
+    transport = weakref.ref(functional._transport(group, topology, "cpu"))
+    assert transport() is not None
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert transport() is None
+
+
+def test_a_destroyed_group_leaves_no_transport(groups: Groups) -> None:
+    groups(2).run(use_a_group_for_a_while)
 
 
 def check_not_contiguous() -> None:
