@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,23 +81,52 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
         world_size = int(os.environ["WORLD_SIZE"])
         if settings.devices != world_size:
             raise ValueError(f"devices={settings.devices}: must equal torchrun's WORLD_SIZE={world_size}")
-        with listening() as stop:
+        with listening(settings.requeue_exit_code) as stop:
             store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _of_this_attempt(store, rank, settings)
             with _group(settings, store, rank, int(os.environ.get("LOCAL_RANK", rank)), stop) as world:
                 run(config, world)
         return
     # The store lives in this process, so that it outlasts every rank: the others can ask it who is missing.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_timeout(settings))
-    context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
-    assert context is not None  # join=False returns it
     try:
-        with forwarding(context.pids):
+        with forwarding() as forwarder:
+            context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
+            assert context is not None  # join=False returns it
+            forwarder.to(context.pids())
             while not context.join(grace_period=settings.timeout_seconds):
                 pass
     except mp.ProcessExitedException as error:
-        if error.exit_code != settings.requeue_exit_code:
-            raise
-        sys.exit(error.exit_code)
+        # A process that is not set up yet dies of a signal, as by default.
+        if error.exit_code == settings.requeue_exit_code or (forwarder.signal and error.exit_code == -forwarder.signal):
+            sys.exit(settings.requeue_exit_code)
+        raise
+
+
+def _of_this_attempt(store: dist.Store, rank: int, settings: Settings) -> dist.Store:
+    """The part of torchrun's store that no attempt before this one has written to.
+
+    The store outlives a restart, and a rank that finds the address of another one's predecessor there fails to connect.
+    Restart counts differ from node to node. But all processes of an attempt are gone before one of the next starts:
+    rank 0 draws a number, and answers those who ask until all have it.
+    """
+    store = dist.PrefixStore("hecate/attempt", store)
+    if rank != 0:
+        name = uuid.uuid4().hex
+        store.set(f"asking/{rank}", name)
+        attempt = store.get(name).decode()  # waits for it
+        store.add(f"answered/{attempt}", 1)
+        return dist.PrefixStore(attempt, store)
+    attempt, end = str(store.add("attempts", 1)), time.monotonic() + settings.timeout_seconds
+    while store.add(f"answered/{attempt}", 0) < settings.devices - 1:
+        if time.monotonic() > end:
+            raise TimeoutError(f"not all {settings.devices} ranks came within {settings.timeout_seconds} s")
+        for other in range(1, settings.devices):
+            if store.check([f"asking/{other}"]):
+                store.set(store.get(f"asking/{other}").decode(), attempt)
+        time.sleep(0.01)
+    return dist.PrefixStore(attempt, store)
 
 
 def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World], None]) -> None:
@@ -104,7 +135,7 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
     try:
-        with listening() as stop, _group(settings, store, rank, rank, stop) as world:
+        with listening(settings.requeue_exit_code) as stop, _group(settings, store, rank, rank, stop) as world:
             run(config, world)
     except MissingRankError as error:
         # The parent reports the process that failed first, which is the one that can say the least.

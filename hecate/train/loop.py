@@ -89,7 +89,7 @@ class Trainer:
 
     def train(self) -> bool:
         """Steps up to `settings.steps`, then validation and summary; False where it was asked to stop before."""
-        settings = self.settings
+        settings, self.world.stop.deferred = self.settings, True
         loggers = self._loggers()
         bar = Progress(settings.steps, self.position.step, shown=self.world.rank == 0)
         with bar as progress, self._trace() as trace:

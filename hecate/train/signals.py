@@ -1,52 +1,82 @@
 """Being asked to stop: SIGTERM, which schedulers send before they kill, and SIGUSR1, which SLURM sends on request.
 
-A handler only takes note, so that a step is never broken off; ranks agree on the step to stop after (`loop.Trainer`).
+While a run trains, a handler only takes note, so that a step is never broken off; ranks agree on the step to stop after
+(`loop.Trainer`). Before that there is nothing to save.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["StopRequest", "forwarding", "listening", "was_restarted"]
+__all__ = ["Forwarder", "StopRequest", "forwarding", "listening", "was_restarted"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class StopRequest:
-    """Whether this process was asked to stop; `signal` says by which one."""
+    """Whether this process was asked to stop.
+
+    Attributes:
+        signal: by which one.
+        deferred: whether somebody looks at `signal` from now on; until then a signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.deferred = False
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Take note of `SIGNALS` instead of dying of them. In the main thread."""
+def listening(exit_code: int) -> Iterator[StopRequest]:
+    """Note `SIGNALS` where the request is deferred, else exit with `exit_code`. In the main thread."""
     request = StopRequest()
 
     def note(number: int) -> None:
         request.signal = signal.Signals(number)
+        if not request.deferred:
+            print(f"{request.signal.name} before the first step: exit {exit_code}", file=sys.stderr, flush=True)
+            os._exit(exit_code)  # an exception might be taken for an error by whoever is collecting them
 
     with _handling(note):
         yield request
 
 
-@contextmanager
-def forwarding(processes: Callable[[], list[int]]) -> Iterator[None]:
-    """Pass `SIGNALS` on to the processes with these ids: a scheduler may know their parent only."""
+class Forwarder:
+    """Passes signals on: a scheduler may know the parent of the processes only.
 
-    def forward(number: int) -> None:
-        for process in processes():
+    Attributes:
+        signal: the latest one.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._processes: list[int] = []
+
+    def to(self, processes: list[int]) -> None:
+        """To the processes with these ids, also what came before."""
+        self._processes = processes
+        if self.signal is not None:
+            self._send(self.signal)
+
+    def _send(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        for process in self._processes:
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(process, number)
 
-    with _handling(forward):
-        yield
+
+@contextmanager
+def forwarding() -> Iterator[Forwarder]:
+    """Pass `SIGNALS` on. In the main thread, before the processes are started."""
+    forwarder = Forwarder()
+    with _handling(forwarder._send):
+        yield forwarder
 
 
 def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:

@@ -51,8 +51,17 @@ def test_signal_saves_and_asks_for_a_requeue(root: Path, sign: signal.Signals, t
     assert_like_unbroken(root, name)
 
 
+def test_signal_before_the_first_step_asks_for_a_requeue(root: Path) -> None:
+    with Job(root, "early", command(root, "name=early", *RUN)) as job:
+        while len(job.ranks()) < 2:
+            assert job.process.poll() is None
+        os.kill(job.process.pid, signal.SIGTERM)
+        job.end(expect=85)
+    assert last_step(job.run) == 0
+
+
 def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
-    launcher = (*TORCHRUN, "--max-restarts=2")
+    launcher = (*TORCHRUN, "--max-restarts=1")
     # resume=false: a restart must not take the run of its own launch for an old one.
     start = command(root, "name=elastic", "resume=false", *RUN, launcher=launcher)
     with Job(root, "elastic", start) as job:
