@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ class ShardFile:
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorMeta]) -> None:
+        self._path = path
         self._error: OSError | None = None
         self._places: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -146,24 +148,26 @@ class ShardFile:
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Put `tensor` where `name` starts, or as many times its own size behind that as `row` says."""
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        try:
+        with self._keeping_error():
             if self._error is None:
                 self._file.seek(self._start + self._places[name] + row * data.nbytes)
                 self._file.write(data.data)
-        except OSError as error:
-            self._error = error
 
     def close(self) -> None:
         """Write through to the disk."""
-        try:
-            with self._file as file:
-                if self._error is None:
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            self._error = self._error or error
+        with self._keeping_error(), self._file as file:
+            if self._error is None:
+                file.flush()
+                os.fsync(file.fileno())
 
     def check(self) -> None:
         """OSError if anything failed."""
         if self._error is not None:
             raise self._error
+
+    @contextmanager
+    def _keeping_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._error = self._error or OSError(error.errno, error.strerror, str(self._path))
