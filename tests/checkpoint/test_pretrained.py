@@ -358,7 +358,7 @@ def save_new(architecture: str, saved: Path) -> None:
 
 def test_a_step_is_named_by_what_it_reads() -> None:
     """Keys of experts belong together, in numerical order."""
-    engine = build("mixtral", num_local_experts=12)
+    engine = build("mixtral", num_experts=12, num_local_experts=12)
     keys = [f"model.layers.0.block_sparse_moe.experts.{e}.w{i}.weight" for e in range(12) for i in (1, 2, 3)]
     names = engine._training_state().weights()
     steps, unexpected, _ = steps_to_read(engine._format, keys[::-1], names)

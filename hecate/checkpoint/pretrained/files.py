@@ -94,9 +94,11 @@ class WeightFiles:
         if not (self._folder / INDEX).exists():
             raise ValueError(f"{self._folder}: must be a folder with {SINGLE} or {INDEX}")
         try:
-            weight_map: dict[str, str] = json.loads((self._folder / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            weight_map = json.loads((self._folder / INDEX).read_text()).get("weight_map")
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{self._folder}: file {INDEX} is damaged: {error!r}") from None
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{self._folder}: file {INDEX} is damaged: it has no weight_map")
         self._listed = set(weight_map)
         return sorted(set(weight_map.values()))
 
