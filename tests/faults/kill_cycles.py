@@ -1,0 +1,124 @@
+"""Kill a run over and over at random moments and compare its end with that of a run that nobody killed.
+
+    python -m tests.faults.kill_cycles --cycles 30
+
+Each cycle starts `hecate.train` on two processes, and after a random number of steps kills (SIGKILL) one rank, or all
+processes at once, or waits for a checkpoint to be written and does so in the middle of that. After the last kill the
+run goes on to its end. Weights, optimizer state, planner state, all losses and the validation must then be bit for bit
+those of the other run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.jobs import POLL_SECONDS, Job, command, differences, last_step, write_text
+
+INTERVAL = 5
+LONGEST = 12
+"""Most steps of a cycle: more than two checkpoints."""
+KINDS = ("one rank", "all", "in a save")
+EVERYTHING = ("timeout_seconds=30", f"save_interval={INTERVAL}", "fssdp.reshard_interval=7", "threads=1")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One of them.
+
+    Attributes:
+        kind: of `KINDS`.
+        step: last one logged before.
+        lost: steps made again by the next start.
+    """
+
+    kind: str
+    step: int
+    lost: int
+
+
+def cycle(root: Path, name: str, steps: int, kind: str, chance: random.Random) -> Kill:
+    """Start the run, kill it, and see what is left."""
+    log = root / "runs" / name / "metrics.jsonl"
+    old = log.stat().st_ino if log.exists() else 0
+    with Job(root, name, command(root, f"name={name}", f"steps={steps}", *EVERYTHING)) as job:
+        before = newest(job.run)
+        while not log.exists() or log.stat().st_ino == old:  # until the steps of the process before are dropped
+            assert job.process.poll() is None, job.process.communicate()[0]
+            time.sleep(POLL_SECONDS)
+        job.wait_for_step(before + chance.randint(1, LONGEST))
+        if kind == "in a save":
+            wait_for_save(job)
+        time.sleep(chance.uniform(0, 0.05))
+        if kind == "one rank":
+            os.kill(chance.choice(job.ranks()), signal.SIGKILL)
+        else:
+            os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.communicate(timeout=120)
+        assert job.process.returncode != 0, "it had ended before it could be killed"
+        step = last_step(job.run)
+        return Kill(kind, step, step - newest(job.run))
+
+
+def newest(run: Path) -> int:
+    """Step of the newest complete checkpoint, by its name, which the trainer does not look at."""
+    complete = [p.parent.name for p in run.glob("checkpoints/*/manifest.json")]
+    return max((int(match[1]) for name in complete if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
+
+
+def wait_for_save(job: Job) -> None:
+    """Return when the folder of an incomplete checkpoint is seen."""
+    while not any(job.run.glob("checkpoints/*.tmp")):
+        assert job.process.poll() is None, job.process.communicate()[0]
+        time.sleep(POLL_SECONDS / 5)
+
+
+def compare(root: Path, cycles: int, seed: int) -> tuple[list[Kill], list[str]]:
+    """All kills, and what is different at the end."""
+    chance = random.Random(seed)
+    steps = cycles * LONGEST + 2 * INTERVAL
+    with Job(root, "unbroken", command(root, "name=unbroken", f"steps={steps}", *EVERYTHING)) as job:
+        job.end(expect=0)
+    kills = []
+    for number in range(cycles):
+        kills.append(cycle(root, "killed", steps, KINDS[number % len(KINDS)], chance))
+        print(f"cycle {number + 1}/{cycles}: {kills[-1]}", file=sys.stderr, flush=True)
+    with Job(root, "killed", command(root, "name=killed", f"steps={steps}", *EVERYTHING)) as job:
+        job.end(expect=0)
+    return kills, differences(root / "runs" / "killed", root / "runs" / "unbroken")
+
+
+def report(kills: Sequence[Kill], different: Sequence[str]) -> str:
+    """One line."""
+    lost = [kill.lost for kill in kills]
+    kinds = ", ".join(f"{sum(k.kind == kind for k in kills)} {kind}" for kind in KINDS)
+    equal = "equal bit for bit" if not different else f"DIFFERENT: {', '.join(different[:10])}"
+    return (
+        f"{len(kills)} kills ({kinds}): {sum(lost) / len(lost):.1f} steps made again per kill (most {max(lost)}, "
+        f"a checkpoint every {INTERVAL}); final losses, weights, optimizer and planner state {equal}"
+    )
+
+
+def main() -> None:
+    """Exit code 1 where something is different."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        kills, different = compare(write_text(Path(folder)), arguments.cycles, arguments.seed)
+    print(report(kills, different))
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
