@@ -70,7 +70,16 @@ def load_and_save(architecture: str, source: Path, saved: Path, size: str, dense
     shift_owners(engine)
     engine.load_pretrained(source)
     assert_equal(engine.full_state_dict(), weights_of(source))
+    assert_same_outputs(engine.model, AutoModelForCausalLM.from_pretrained(source))
     engine.save_pretrained(saved, max_shard_size=size)
+
+
+@torch.no_grad()
+def assert_same_outputs(model: torch.nn.Module, expected: PreTrainedModel) -> None:
+    """So what no file has, such as rotary frequencies, is right too."""
+    tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
+    found = model.eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected.eval()(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def build(architecture: str, meta: bool = False, config: hecate.FSSDPConfig = EP, **changes: Any) -> hecate.FSSDP:

@@ -104,6 +104,18 @@ def test_keys_that_the_model_class_ignores(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in engine.full_state_dict().items())
 
 
+def test_missing_keys_that_the_model_class_ignores(folder: Path) -> None:
+    """They keep their values, if they have any."""
+    change(folder, lambda tensors: tensors.pop(ATTENTION))
+    engine = build()
+    before = engine.full_state_dict()[ATTENTION].clone()
+    engine._format = replace(engine._format, ignored_missing=(r"q_proj",))
+    with pytest.raises(ValueError, match=f"lacks {re.escape(ATTENTION)}$"):
+        load.load_pretrained(folder, engine._training_state(), engine._format, needed={ATTENTION})
+    engine.load_pretrained(folder)
+    assert torch.equal(engine.full_state_dict()[ATTENTION], before)
+
+
 def test_one_expert_lacks(folder: Path) -> None:
     change(folder, lambda tensors: tensors.pop(EXPERT))
     assert_refused(

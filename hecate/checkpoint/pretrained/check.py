@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +30,14 @@ def refuse_quantized(where: str, folder: Path) -> None:
         )
 
 
-def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str]) -> Reading:
+def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str], needed: Set[str]) -> Reading:
     """`reading`, without what it has twice under tied names.
 
     Args:
         reading: all of the folder.
         unexpected: keys of which nothing is made.
         first: see `first_names`.
+        needed: names that must not lack.
 
     Raises:
         ValueError: names, shapes or dtypes do not fit, or tied tensors are there twice with other values.
@@ -47,7 +48,7 @@ def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str
         names = {first.get(name, name) for name in _results(reading, step)}
         again += [(made[name], step) for name in names & made.keys()]
         made |= dict.fromkeys(names - made.keys(), step)
-    _check_names(reading, made, unexpected, first)
+    _check_names(reading, made, unexpected, first, needed)
     for one, other in again:
         _check_equal(reading, one, other)
     return replace(reading, steps=tuple(dict.fromkeys(made.values())))
@@ -108,10 +109,12 @@ def _check_fits(reading: Reading, step: Step, name: str, value: Tensor) -> None:
             )
 
 
-def _check_names(reading: Reading, made: Iterable[str], unexpected: Sequence[str], first: Mapping[str, str]) -> None:
-    wanted = {first.get(name, name) for name in reading.entries}
+def _check_names(
+    reading: Reading, made: Iterable[str], unexpected: Sequence[str], first: Mapping[str, str], needed: Set[str]
+) -> None:
+    lacking = {first.get(name, name) for name in reading.entries} - set(made)
     ignored = reading.writes.ignored_missing
-    missing = [name for name in wanted - set(made) if not any(re.search(pattern, name) for pattern in ignored)]
+    missing = [n for n in lacking if n in needed or not any(re.search(pattern, n) for pattern in ignored)]
     parts = []
     if missing:
         parts.append(f"lacks {listed(missing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 from hecate.checkpoint.pretrained.check import checked, refuse_quantized
@@ -15,21 +16,31 @@ from hecate.collectives.ranks import agree
 __all__ = ["load_pretrained"]
 
 
-def load_pretrained(folder: Path, state: TrainingState, form: Format) -> Format:
-    """See `FSSDP.load_pretrained`. Returns the format that writes such a folder."""
-    reading = agree(lambda: _planned(folder, state, form))
+def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Set[str] = frozenset()) -> Format:
+    """See `FSSDP.load_pretrained`.
+
+    Args:
+        folder: to be read.
+        state: of the model.
+        form: its format.
+        needed: names that have no values yet and must not lack, whatever the model class ignores.
+
+    Returns:
+        The format that writes such a folder.
+    """
+    reading = agree(lambda: _planned(folder, state, form, needed))
     agree(lambda: _read(reading))
     return reading.writes
 
 
-def _planned(folder: Path, state: TrainingState, form: Format) -> Reading:
+def _planned(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Reading:
     where = f"FSSDP.load_pretrained({str(folder)!r})"
     refuse_quantized(where, folder)
     files = WeightFiles(folder)
     entries = state.weights()
     steps, unexpected, writes = steps_to_read(form, files.tensors, entries)
     reading = Reading(where, files, entries, shapes_of(entries), tuple(steps), writes)
-    return checked(reading, unexpected, first_names(state.model))
+    return checked(reading, unexpected, first_names(state.model), needed)
 
 
 def _read(reading: Reading) -> None:
