@@ -43,7 +43,7 @@ def build(gigabytes: float) -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
     layers = max(1, round(gigabytes * 1e9 / layer_bytes))
     config = ModelConfig(256, width, layers, num_heads=8, num_experts=experts, max_length=32, expert_ratio=ratio)
     model = GPTMoE(config)
-    model.reset_parameters(seed=0)
+    model.init_weights(seed=0)
     engine = hecate.fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(256, (2, 33))

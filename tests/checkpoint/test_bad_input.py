@@ -143,6 +143,13 @@ def test_groups_that_were_several(tmp_path: Path) -> None:
     assert_refused(Run(), tmp_path / "groups", "was 2 groups when it was saved")
 
 
+def test_extra_that_is_not_json(saved: Path, checkpoint: Path) -> None:
+    run = Run()
+    with pytest.raises(ValueError, match=r"FSSDP.save.*extra must be numbers, strings.*Tensor is not JSON"):
+        run.engine.save(checkpoint, run.optimizer, extra={"rng": torch.get_rng_state()})
+    assert_like(checkpoint, saved)
+
+
 def test_full_disk_leaves_the_one_before(saved: Path, checkpoint: Path) -> None:
     """A limit on the size of files stands for the disk's."""
     run = Run()

@@ -257,6 +257,24 @@ def test_dense_checkpoint_loads_sharded(groups: Groups, tmp_path: Path) -> None:
         assert_equal(loaded, dict(plain))
 
 
+def extra_of(path: str, extra: dict[str, object] | None, in_background: bool) -> dict[str, object]:
+    run = Run()
+    handle = run.engine.save(path, run.optimizer, async_op=in_background, extra=extra)
+    if extra is not None:
+        extra["sequences"] = "changed later"
+    if handle is not None:
+        handle.wait()
+    return run.engine.load(path, run.optimizer)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_extra_comes_back(groups: Groups, tmp_path: Path, in_background: bool) -> None:
+    extra = {"sequences": 1234, "scheduler": {"last_lr": [0.1, 3e-5], "name": "cosine", "done": False}}
+    for loaded in groups(2).run(extra_of, str(tmp_path / "with"), extra, in_background):
+        assert loaded == extra
+    assert extra_of(str(tmp_path / "without"), None, in_background) == {}
+
+
 def weights_only(path: str) -> Full:
     run = Run(seed=7)
     run.train(0, 2)

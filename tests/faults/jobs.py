@@ -8,17 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
 
 from hecate.checkpoint.history import latest
+from hecate.collectives.group_seam import default_store
+from hecate.collectives.ranks import agree, on_rank_0
+from hecate.train.distributed import World
+from hecate.train.folder import RunFolder
 from hecate.train.loggers import read_metrics
+from hecate.train.loop import Trainer
+from hecate.train.settings import Settings
+from hecate.train.signals import StopRequest
+from tests.train.test_settings import config
 
 TINY = (
     "model.d_model=16",
@@ -46,6 +57,21 @@ def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     start = (sys.executable, *launcher, "-m", "hecate.train", f"data.path={root / 'text'}", *TINY, *overrides)
     return {"args": start, "cwd": root, "env": env, "text": True}
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root: str, *overrides: str) -> AnyTrainer:
+    """On every rank of a test group; the run's folder is in `root`, which has the text."""
+    plain = config(*TINY, f"data.path={root}/text", f"output={root}", *overrides)
+    settings = Settings.from_config(plain)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cpu = torch.device("cpu")
+    world = World(dist.get_rank(), dist.get_world_size(), cpu, mesh, default_store(), StopRequest(), False)
+    folder = RunFolder(settings.folder, plain, settings.resume, False)
+    agree(lambda: on_rank_0(folder.prepare))
+    return kind(settings, world, folder)
 
 
 class Job:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from hecate.checkpoint.history import latest
-from hecate.collectives.group_seam import default_store
-from hecate.collectives.ranks import on_rank_0
 from hecate.runtime.finite import NonFiniteError
 from hecate.train.checkpoints import Position
-from hecate.train.distributed import World
-from hecate.train.folder import RunFolder
 from hecate.train.loggers import read_metrics
 from hecate.train.loop import Trainer
-from hecate.train.settings import Settings
-from hecate.train.signals import StopRequest
-from tests.faults.jobs import TINY, write_text
+from tests.faults.jobs import make_trainer, write_text
 from tests.runtime.test_finite import EXPERT, row_of_expert
-from tests.train.test_settings import config
 from tests.workers import Groups
 
 STEPS, BAD = 7, 4
@@ -79,14 +71,7 @@ class Accidental(Trainer):
 
 def run(kind: str, lasting: bool, root: str, *overrides: str) -> End:
     """A run in the processes of the test group."""
-    plain = config(*TINY, f"data.path={root}/text", f"output={root}", f"steps={STEPS}", *overrides)
-    settings = Settings.from_config(plain)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    cpu = torch.device("cpu")
-    world = World(dist.get_rank(), dist.get_world_size(), cpu, mesh, default_store(), StopRequest(), False)
-    folder = RunFolder(settings.folder, plain, settings.resume, False)
-    on_rank_0(folder.prepare)
-    trainer = Accidental(kind, lasting, settings, world, folder)
+    trainer = make_trainer(partial(Accidental, kind, lasting), root, f"steps={STEPS}", *overrides)
     error = None
     try:
         trainer.train()

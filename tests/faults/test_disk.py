@@ -1,0 +1,153 @@
+"""A full disk and a read-only one: an error on all ranks, and what was there stays."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.checkpoint.history import latest
+from hecate.train.loggers import read_metrics
+from hecate.train.loop import Trainer
+from tests.checkpoint.runs import Run
+from tests.faults.jobs import command, make_trainer, write_text
+from tests.workers import Groups
+
+Full = dict[str, Tensor]
+LEFT = 64 << 10
+"""Bytes free on a full disk; a checkpoint takes more."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def set_read_only(disk: Path, yes: bool) -> None:
+    subprocess.run(["mount", "-o", f"remount,{'ro' if yes else 'rw'}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave `LEFT`. On rank 0; the others wait."""
+    if dist.get_rank() == 0:
+        free = os.statvfs(disk)
+        (disk / "filling").write_bytes(bytes(free.f_bavail * free.f_frsize - LEFT))
+    dist.barrier()
+
+
+def save_fill_save(disk: str, in_background: bool) -> tuple[str, Full, list[float]]:
+    """The error of the second save, what the first one has, and the losses of the steps after."""
+    run = Run()
+    run.train(0, 1)
+    run.engine.save(Path(disk) / "checkpoint", run.optimizer)
+    first = run.engine.full_state_dict()
+    fill(Path(disk))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        save(run, disk, in_background)
+    return str(error.value), first, run.train(1, 3)
+
+
+def save(run: Run, disk: str, in_background: bool) -> None:
+    handle = run.engine.save(Path(disk) / "checkpoint", run.optimizer, async_op=in_background)
+    if handle is not None:
+        handle.wait()
+
+
+def undisturbed() -> list[float]:
+    return Run().train(0, 3)[1:]
+
+
+def loaded(disk: str) -> Full:
+    run = Run(seed=7)
+    run.engine.load(Path(disk) / "checkpoint", run.optimizer)
+    return run.engine.full_state_dict()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_full_disk(groups: Groups, disk: Path, in_background: bool) -> None:
+    ranks = groups(2).run(save_fill_save, str(disk), in_background)
+    (disk / "filling").unlink()
+    assert [p.name for p in disk.iterdir()] == ["checkpoint"]
+    found = groups(2).run(loaded, str(disk))
+    for (message, first, losses), state, expected in zip(ranks, found, groups(2).run(undisturbed), strict=True):
+        assert message == ranks[0][0]
+        assert "FSSDP.save" in message
+        assert losses == expected
+        assert all(torch.equal(value, state[name]) for name, value in first.items())
+
+
+class Filling(Trainer):
+    """Fills the disk after step 3."""
+
+    def step(self) -> dict[str, Any]:
+        if self.position.step == 3:
+            fill(self.folder.path.parents[0])
+        return super().step()
+
+
+def train_until_full(disk: str) -> tuple[str, str]:
+    """The error of the last save, and what was printed of those before."""
+    trainer = make_trainer(Filling, disk, "name=full", "steps=7", "save_interval=2", "save_keep=1")
+    printed = io.StringIO()
+    with pytest.raises(OSError, match="No space left on device") as error, redirect_stderr(printed):
+        trainer.train()
+    return str(error.value), printed.getvalue()
+
+
+def test_trainer_goes_on_with_a_full_disk(groups: Groups, disk: Path) -> None:
+    write_text(disk)
+    (message, printed), (other, nothing) = groups(2).run(train_until_full, str(disk))
+    assert message == other
+    for step in (4, 6):
+        assert f"checkpoint of step {step} could not be written, the one before is kept: " in printed
+    assert nothing == ""
+    assert [m["step"] for m in read_metrics(disk / "full" / "metrics.jsonl")] == list(range(1, 8))
+    (disk / "filling").unlink()
+    assert latest(disk / "full" / "checkpoints") == disk / "full" / "checkpoints" / "step-00000002"
+
+
+def error_of_save(disk: str, in_background: bool) -> str:
+    run = Run()
+    with pytest.raises(OSError, match="Read-only file system") as error:
+        save(run, disk, in_background)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_read_only_disk(groups: Groups, disk: Path, in_background: bool) -> None:
+    groups(2).run(save_only, str(disk))
+    set_read_only(disk, True)
+    messages = groups(2).run(error_of_save, str(disk), in_background)
+    assert messages[0] == messages[1]
+    assert str(disk) in messages[0]
+    groups(2).run(loaded, str(disk))  # reading needs no more
+
+
+def save_only(disk: str) -> None:
+    run = Run()
+    save(run, disk, False)
+
+
+def test_trainer_on_a_read_only_disk(disk: Path) -> None:
+    write_text(disk)
+    set_read_only(disk, True)
+    done = subprocess.run(**command(disk, "name=no"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 1
+    assert "Read-only file system" in done.stdout
