@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,7 @@ from hecate.adapters.base import FoundExperts, find_experts
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.checkpoint.pretrained.conversion import format_of
-from hecate.checkpoint.state import TrainingState
+from hecate.checkpoint.state import TrainingState, listed
 from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
 from hecate.collectives.ranks import agree
@@ -43,6 +43,7 @@ from hecate.runtime.engine import Engine
 from hecate.runtime.finite import non_finite
 from hecate.runtime.fsdp_seam import forget_step
 from hecate.runtime.heartbeat import Heartbeat
+from hecate.runtime.initialize import Stack, initialize, materialize, on_meta
 from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.planner import LayerPlanner, layer_cost
 from hecate.runtime.pool import ExpertPool, local_tensor
@@ -104,16 +105,20 @@ class FSSDP:
         self._saves = Saves()
         self._sync = True
         self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
+        self._without_values = on_meta(model)
         self._move_dense(found)
         self.pools = self._make_pools(found)
         self._engine = self._make_engine(found)
         for index, f in enumerate(found):
             FSSDPExperts.take_over(f.module, self._engine, index, f.spec)
         self._dense = self._shard_dense(found)
+        if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
+            self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
         self._watch = OptimizerWatch(model, self.pools, self._after_step)
         self._resharder = Resharder(
             self._engine.layers, self._policy, self._watch, self._comms.experts, self._replicas, config.reshard_interval
         )
+        model.register_forward_pre_hook(lambda module, args: self._check_values())
         self._engine.attach(model)
 
     # What a training loop calls.
@@ -150,6 +155,29 @@ class FSSDP:
         self._engine.skip_step()
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def init_weights(self, seed: int, rule: Callable[[nn.Module], None] | None = None) -> None:
+        """Give all parameters and buffers initial values: the same ones on any number of devices. Collective.
+
+        A module is filled by the `_init_weights(module)` of its nearest ancestor that has one (transformers' models
+        do), else by its own `reset_parameters()`. Stacked experts are drawn one at a time, as a stack of one; of the
+        dense part this process holds one module's tensors whole while it draws them.
+
+        Args:
+            seed: of all values, together with the names of modules and the number of the expert.
+            rule: fills the tensors of the module it is given, from torch's default generator; instead of the above.
+
+        Raises:
+            ValueError: a model built on the meta device has tensors that no rule fills; names them.
+        """
+        given = initialize(self.model, self._stacks(), seed, rule)
+        if missing := self._without_values - given:
+            raise ValueError(
+                f"init_weights: no rule fills {listed(missing)}; the model's `_init_weights` or the modules' "
+                "`reset_parameters` must, or pass `rule`"
+            )
+        self._without_values = set()
+        self._engine.restart(self._engine.step)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -233,6 +261,7 @@ class FSSDP:
             OSError: it could not be written; on all ranks, and the one before is intact.
             ValueError: an optimizer of other parameters, or state or `extra` that cannot be saved.
         """
+        self._check_values()
         return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -255,6 +284,7 @@ class FSSDP:
         """
         self._saves.finish()
         extra = load(Path(path), self._training_state(), optimizer)
+        self._without_values = set()
         if optimizer is not None:
             self._watch.add(optimizer)  # its state moves with the experts before it makes a step
         return extra
@@ -279,6 +309,7 @@ class FSSDP:
         from hecate.checkpoint.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
 
         self._format = load_pretrained(Path(folder), self._training_state(), self._format)
+        self._without_values = set()
 
     def save_pretrained(self, folder: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write weights and buffers as transformers' `from_pretrained` reads them. Collective.
@@ -298,8 +329,16 @@ class FSSDP:
         """
         from hecate.checkpoint.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
 
+        self._check_values()
         group = None if self._comms.experts is None else self._comms.experts.group
         save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)
+
+    def _stacks(self) -> list[Stack]:
+        return [
+            Stack(spec.name, pool.weights_of(row), pool.owned(row).tolist())
+            for pool in self.pools
+            for row, spec in enumerate(pool.specs)
+        ]
 
     def _training_state(self) -> TrainingState:
         replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())
@@ -315,6 +354,12 @@ class FSSDP:
         found = find_experts(model)
         for f in found:
             resolve_dtypes(f.spec, config)
+        buffers = on_meta(model) - model.state_dict().keys()
+        if buffers and (missing := buffers - initialize(model, [], config.seed, wanted=buffers)):
+            raise ValueError(
+                f"fully_shard: buffers {listed(missing)} are on the meta device and not in the state dict; the "
+                "model's `_init_weights` must compute them, or build the model with them elsewhere"
+            )
         config.cost_model(device_of(model, mesh).type)
         return found
 
@@ -393,6 +438,8 @@ class FSSDP:
         """FSDP2 on the blocks and the model, or replicas; None where nothing of ours acts between passes."""
         pools = {p for pool in self.pools for p in pool.parameters.values()}
         config = self.config
+        if self.mesh is None or config.dense != "fsdp":
+            materialize(self.model, self.device)
         if self.mesh is None or config.dense == "none":
             return None
         if config.dense == "replicate":
@@ -400,6 +447,7 @@ class FSSDP:
         precision = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
         for block in [*self._blocks(found), self.model]:
             fsdp2(block, mesh=self.mesh, mp_policy=precision, ignored_params=pools)
+        materialize(self.model, self.device)
         return None
 
     def _blocks(self, found: Sequence[FoundExperts]) -> list[nn.Module]:
@@ -410,6 +458,13 @@ class FSSDP:
         return [m for m in reversed(blocks) if m is not self.model]
 
     # Between passes.
+
+    def _check_values(self) -> None:
+        if self._without_values:
+            raise RuntimeError(
+                f"fully_shard: {listed(self._without_values)} were built on the meta device and have no values yet; "
+                "call init_weights, load_pretrained or load first"
+            )
 
     def _set_sync(self, sync: bool) -> None:
         self._sync = sync

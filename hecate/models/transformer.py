@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hecate.models.init import generator_for, init_module, init_parameter
 from hecate.models.moe import Experts, MoE, TopKGate
+from hecate.runtime.initialize import Stack, initialize
 
 __all__ = ["Block", "ModelConfig", "Output", "TransformerMoE"]
 
 IGNORE = -100
+INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class TransformerMoE(nn.Module):
     """Token embedding, blocks, final norm, output head (not tied to the embedding).
 
     `_no_split_modules` names the units that `hecate.fully_shard` hands to FSDP2 one by one. A model built under
-    `torch.device("meta")` has no values until `reset_parameters` (or the engine's `init_weights`) gives it some.
+    `torch.device("meta")` has no values until `FSSDP.init_weights` gives it some.
     """
 
     causal: ClassVar[bool]
@@ -147,7 +148,7 @@ class TransformerMoE(nn.Module):
         self.final_norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:
-            self.reset_parameters(seed=0)
+            self.init_weights(seed=0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
         """Logits of every token and, with targets, the losses.
@@ -178,13 +179,36 @@ class TransformerMoE(nn.Module):
             return checkpoint(block, x, use_reentrant=self.config.use_reentrant)
         return block(x)
 
-    def reset_parameters(self, seed: int) -> None:
-        """Fill every parameter in place, before sharding; the values depend on `seed`, names and shapes alone."""
-        init_module(self, seed, self.config.num_layers)
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter in place, before sharding, with what `FSSDP.init_weights(seed)` gives it after."""
+        stacks = [
+            Stack(
+                name,
+                {kind: getattr(module, kind).detach() for kind in module.expert_weights},
+                range(module.num_experts),
+            )
+            for name, module in self.named_modules()
+            if isinstance(module, Experts)
+        ]
+        initialize(self, stacks, seed)
 
-    def init_parameter(self, name: str, tensor: Tensor, seed: int, expert: int | None = None) -> None:
-        """Fill `tensor` (on CPU) with what `reset_parameters(seed)` gives parameter `name`, or its row `expert`."""
-        init_parameter(name, tensor, generator_for(seed, name, expert), self.config.num_layers)
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's rule for the parameters that `module` itself has, and for the attention's output matrix.
+
+        Normal with standard deviation 0.02, divided by sqrt(2 * num_layers) for the two matrices of a layer that write
+        to the residual stream; norms start as the identity.
+        """
+        residual = INIT_STD / (2 * self.config.num_layers) ** 0.5
+        if isinstance(module, nn.Linear | nn.Embedding | TopKGate):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        elif isinstance(module, Attention):
+            nn.init.normal_(module.out.weight, std=residual)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.up, std=INIT_STD)
+            nn.init.normal_(module.down, std=residual)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ __all__ = [
 
 def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
     """Where the experts go: the mesh's device type, else the model's."""
-    kind = mesh.device_type if mesh is not None else next(model.parameters()).device.type
+    kind = mesh.device_type if mesh is not None else _kind_of(model)
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
@@ -82,10 +82,15 @@ def default_mesh(model: nn.Module) -> DeviceMesh | None:
     """All ranks in one dimension, on the model's device type; None without a process group."""
     if not dist.is_available() or not dist.is_initialized():
         return None
+    return init_device_mesh(_kind_of(model), (dist.get_world_size(),))
+
+
+def _kind_of(model: nn.Module) -> str:
+    """Device type of the model; of one on the meta device, where it will be."""
     kind = next(model.parameters()).device.type
     if kind == "meta":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(kind, (dist.get_world_size(),))
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return kind
 
 
 def make_comms(

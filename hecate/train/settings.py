@@ -157,7 +157,7 @@ class Settings:
         with torch.device("meta"):
             model = MODELS[self.kind](self.model)
         model.to_empty(device=device)
-        model.reset_parameters(self.seed)
+        model.init_weights(self.seed)
         return model
 
 

@@ -89,7 +89,7 @@ class Run:
 def plain_model(config: ModelConfig = TINY, seed: int = 1) -> GPTMoE:
     """In float64, with a skewed router and a buffer."""
     model = GPTMoE(config).double()
-    model.reset_parameters(seed=seed)
+    model.init_weights(seed=seed)
     model.register_buffer("numbers", torch.full((3,), float(seed)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -79,18 +79,15 @@ def test_checkpointing_changes_nothing_also_under_accumulation(kind: type[Transf
 def test_initial_values_depend_on_seed_and_name_alone(kind: type[TransformerMoE]) -> None:
     torch.manual_seed(5)
     model = kind(CONFIG)
-    model.reset_parameters(seed=3)
+    model.init_weights(seed=3)
     with torch.device("meta"):
         late = kind(CONFIG)
     assert all(p.is_meta for p in late.parameters())
     late.to_empty(device="cpu")
-    late.reset_parameters(seed=3)
+    late.init_weights(seed=3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, late.get_parameter(name)), name
-    row = torch.empty_like(model.blocks[1].moe.experts.up[2])
-    model.init_parameter("blocks.1.moe.experts.up", row, seed=3, expert=2)
-    assert torch.equal(row, model.blocks[1].moe.experts.up[2])
-    late.reset_parameters(seed=4)
+    late.init_weights(seed=4)
     assert not torch.equal(model.head.weight, late.head.weight)
     assert not torch.equal(model.blocks[0].moe.experts.up, model.blocks[1].moe.experts.up)
 

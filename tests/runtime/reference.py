@@ -118,7 +118,7 @@ def batches(case: Case, step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
 
 def _model(case: Case) -> nn.Module:
     model = GPTMoE(case.model).to(case.dtype)
-    model.reset_parameters(seed=1)
+    model.init_weights(seed=1)
     with torch.no_grad():
         for block in model.blocks:
             _bend(block.moe.gate.weight, block.moe_norm.bias, case.router)

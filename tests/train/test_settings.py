@@ -107,7 +107,7 @@ def test_keys_that_exist_pass() -> None:
 def test_model_has_the_values_of_its_seed() -> None:
     settings = Settings.from_config(config("seed=5", "model.d_model=8", "model.num_layers=1"))
     expected = GPTMoE(settings.model)
-    expected.reset_parameters(seed=5)
+    expected.init_weights(seed=5)
     for name, parameter in settings.build_model(torch.device("cpu")).named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
 
