@@ -58,11 +58,11 @@ class Saves:
         self.finish()
         contents = collect(path, state, optimizer, extra or {}, copy=async_op)
         if not async_op:
-            write(path, contents, None)
+            write(path, contents, None, in_thread=False)
             return None
         if self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of training
-        self._pending = SaveHandle(self._thread.submit(partial(write, path, contents, self._group)))
+        self._pending = SaveHandle(self._thread.submit(partial(write, path, contents, self._group, in_thread=True)))
         return self._pending
 
     def finish(self) -> None:

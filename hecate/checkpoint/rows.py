@@ -104,6 +104,21 @@ class ExpertsSavePlanner(DefaultSavePlanner):
             return entry.from_expert(index.offset[0])[:1]
         return super().lookup_object(index)
 
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """What to write, in storage of its own: DCP's writer copies tensors that are views of a larger one."""
+        data = super().resolve_data(write_item)
+        return _trimmed(data) if isinstance(data, Tensor) else data
+
+
+def _trimmed(tensor: Tensor) -> Tensor:
+    """The same memory, as a storage that ends where the tensor does; other tensors than on the CPU as they are."""
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    # By way of bytes, as numpy does not have all dtypes.
+    content = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return content.view(tensor.dtype).view(tensor.shape)
+
 
 class ExpertsLoadPlanner(DefaultLoadPlanner):
     """Reads into `ExpertRows` the experts they have, and nothing else of the stacked tensor."""

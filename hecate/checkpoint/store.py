@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,20 @@ def collect(
     return Contents(entries, record)
 
 
-def write(path: Path, contents: Contents, group: dist.ProcessGroup | None) -> None:
-    """Put a checkpoint in the place of `path`, over `group` (None: the default one). Collective."""
+def write(path: Path, contents: Contents, group: dist.ProcessGroup | None, in_thread: bool) -> None:
+    """Put a checkpoint in the place of `path`, over `group` (None: the default one). Collective.
+
+    Args:
+        path: the folder.
+        contents: of it.
+        group: of all ranks.
+        in_thread: whether other threads of the process go on meanwhile.
+    """
     temporary = aside(path)
     agree(lambda: on_rank_0(lambda: prepare(temporary)), group)
     try:
         writer = ChecksumWriter(temporary)
-        with _dcp(f"FSSDP.save({str(path)!r})"):
+        with _dcp(f"FSSDP.save({str(path)!r})"), nullcontext() if in_thread else _one_checksum():
             dcp.save(
                 contents.entries,
                 storage_writer=writer,
@@ -207,6 +214,17 @@ def _read(where: str, folder: Path, entries: dict[str, Entry]) -> None:
     with _dcp(where):
         reader = dcp.FileSystemReader(folder)
         dcp.load(entries, storage_reader=reader, planner=ExpertsLoadPlanner(), no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _one_checksum() -> Iterator[None]:
+    """Without the checksums of torch.save, beside those of whole files; for all threads, which is how torch has it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 @contextmanager

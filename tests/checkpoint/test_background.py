@@ -23,9 +23,9 @@ def save_during_steps(path: str) -> tuple[Full, Full, list[float]]:
     expected = run.engine.full_state_dict()
     write = background.write
 
-    def wait_and_write(*args: object) -> None:
+    def wait_and_write(*args: object, **settings: object) -> None:
         assert go.wait(30)
-        write(*args)  # type: ignore[arg-type]
+        write(*args, **settings)  # type: ignore[arg-type]
 
     with patch.object(background, "write", wait_and_write):
         handle = run.engine.save(path, run.optimizer, async_op=True)
