@@ -308,7 +308,7 @@ class FSSDP:
         """
         from hecate.checkpoint.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
 
-        self._format = load_pretrained(Path(folder), self._training_state(), self._format)
+        self._format = load_pretrained(Path(folder), self._training_state(), self._format, self._without_values)
         self._without_values = set()
 
     def save_pretrained(self, folder: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
@@ -325,10 +325,12 @@ class FSSDP:
 
         Raises:
             ValueError: a conversion that mixes experts, or a bad `max_shard_size`; on all ranks.
+            RuntimeError: the model was built on the meta device and has no values yet.
             OSError: it could not be written; on all ranks, and the one before is intact.
         """
         from hecate.checkpoint.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
 
+        self._check_values()
         self._check_values()
         group = None if self._comms.experts is None else self._comms.experts.group
         save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)

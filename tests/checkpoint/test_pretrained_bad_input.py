@@ -272,6 +272,15 @@ def test_size_of_a_file(tmp_path: Path, size: int | str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_no_values_yet(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = tiny_model("mixtral")
+    engine = hecate.fully_shard(model, None, EP)
+    with pytest.raises(RuntimeError, match="no values yet"):
+        engine.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_full_disk_leaves_the_one_before(groups: Groups, folder: Path, processes: int) -> None:
     """A limit on the size of files stands for the disk's; only one rank has it."""

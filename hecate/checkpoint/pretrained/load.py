@@ -16,7 +16,7 @@ from hecate.collectives.ranks import agree
 __all__ = ["load_pretrained"]
 
 
-def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Set[str] = frozenset()) -> Format:
+def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Format:
     """See `FSSDP.load_pretrained`.
 
     Args:

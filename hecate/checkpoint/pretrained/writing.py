@@ -61,10 +61,6 @@ class Writing:
                     f"{self.where}: {step.names[0]} cannot be written one expert at a time: transformers' conversion "
                     f"has {operation}"
                 )
-            for name in step.names:
-                entry = self.entries[name]
-                if isinstance(entry, Tensor) and entry.is_meta:
-                    raise ValueError(f"{self.where}: {name} is on the meta device, without values; initialize it")
 
     def tensors(self) -> Iterator[tuple[str, TensorMeta]]:
         """All that this rank writes."""
