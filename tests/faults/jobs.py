@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -162,7 +163,9 @@ def final_state(run: Path) -> dict[str, Tensor]:
         for name, entry in entries
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
 

@@ -1,4 +1,4 @@
-"""A full disk and a read-only one: an error on all ranks, and what was there stays."""
+"""A full disk, a read-only one, a damaged file: an error on all ranks, and what was there stays."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.checkpoint.history import latest
+from hecate.train.checkpoints import Position
 from hecate.train.loggers import read_metrics
 from hecate.train.loop import Trainer
 from tests.checkpoint.runs import Run
@@ -121,6 +122,34 @@ def test_trainer_goes_on_with_a_full_disk(groups: Groups, disk: Path) -> None:
     assert [m["step"] for m in read_metrics(disk / "full" / "metrics.jsonl")] == list(range(1, 8))
     (disk / "filling").unlink()
     assert latest(disk / "full" / "checkpoints") == disk / "full" / "checkpoints" / "step-00000002"
+
+
+def resume_from_damaged(folder: str) -> tuple[Position, str]:
+    """Where it resumes with the newest one damaged, and the error with both."""
+    run = make_trainer(Trainer, folder, "name=damaged", "steps=4", "save_interval=2")
+    run.train()
+    position = damage_and_resume(folder, "step-00000004").position
+    with pytest.raises(ValueError, match="all checkpoints are damaged") as error:
+        damage_and_resume(folder, "step-00000002")
+    return position, str(error.value)
+
+
+def damage_and_resume(folder: str, name: str) -> Trainer:
+    run = make_trainer(Trainer, folder, "name=again", "steps=4", "save_interval=2")
+    run.checkpoints._folder = Path(folder) / "damaged" / "checkpoints"
+    if dist.get_rank() == 0:
+        path = run.checkpoints._folder / name / "__1_0.distcp"
+        path.write_bytes(path.read_bytes()[:-1])
+    dist.barrier()
+    run.resume()
+    return run
+
+
+def test_trainer_passes_damaged_checkpoints_over(groups: Groups, tmp_path: Path) -> None:
+    write_text(tmp_path)
+    for position, error in groups(2).run(resume_from_damaged, str(tmp_path)):
+        assert position == Position(step=2, sequences=2 * 2 * 4)
+        assert "(step-00000002, step-00000004); resume=false drops them" in error
 
 
 def error_of_save(disk: str, in_background: bool) -> str:

@@ -71,6 +71,7 @@ def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
     assert_like_unbroken(root, "elastic")
 
 
+@pytest.mark.long
 def test_signal_to_torchrun_saves(root: Path) -> None:
     env = {"PYTHON": sys.executable, "DEVICES": "2"}
     start = command(root, "name=agent", *RUN)
