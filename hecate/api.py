@@ -46,7 +46,7 @@ from hecate.runtime.heartbeat import Heartbeat
 from hecate.runtime.initialize import Stack, initialize, materialize, on_meta
 from hecate.runtime.layer import FSSDPExperts
 from hecate.runtime.planner import LayerPlanner, layer_cost
-from hecate.runtime.pool import ExpertPool, local_tensor
+from hecate.runtime.pool import POOL_PREFIX, ExpertPool, local_tensor
 from hecate.runtime.replicate import ReplicatedDense
 from hecate.runtime.reshard import OptimizerWatch, Resharder
 
@@ -392,7 +392,7 @@ class FSSDP:
             for row, f in enumerate(layers):
                 pool.fill(row, f.module)
             for kind, parameter in pool.parameters.items():
-                self.model.register_parameter(f"hecate_pool_{number}_{kind}", parameter)
+                self.model.register_parameter(f"{POOL_PREFIX}{number}_{kind}", parameter)
             pools.append(pool)
         return pools
 
@@ -461,6 +461,7 @@ class FSSDP:
 
     # Between passes.
 
+    @torch.compiler.disable
     def _check_values(self) -> None:
         if self._without_values:
             raise RuntimeError(

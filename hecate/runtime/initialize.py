@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hecate.runtime.pool import local_tensor
+from hecate.runtime.pool import POOL_PREFIX, local_tensor
 
 __all__ = ["Stack", "initialize", "materialize", "on_meta"]
 
@@ -149,7 +149,7 @@ def initialize(
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:
-    """All parameters and buffers by qualified name; a tied one at each of its places."""
+    """All parameters and buffers but the pools' by qualified name; a tied one at each of its places."""
     places = {}
     for prefix, module in model.named_modules():
         tensors = [
@@ -157,7 +157,8 @@ def _places(model: nn.Module) -> dict[str, _Place]:
             *module.named_buffers(recurse=False, remove_duplicate=False),
         ]
         for name, tensor in tensors:
-            places[f"{prefix}.{name}" if prefix else name] = _Place(module, name, tensor)
+            if not name.startswith(POOL_PREFIX):
+                places[f"{prefix}.{name}" if prefix else name] = _Place(module, name, tensor)
     return places
 
 

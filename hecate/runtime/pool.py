@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from hecate.placement import Placement, check_owners, initial_owners
 from hecate.runtime.chunk import ExpertsSpec, WeightSpec
 
-__all__ = ["ExpertPool", "local_tensor"]
+__all__ = ["POOL_PREFIX", "ExpertPool", "local_tensor"]
+
+POOL_PREFIX = "hecate_pool_"
+"""Of the names under which the model has the pools' parameters."""
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
