@@ -20,7 +20,7 @@ from hecate.runtime.ahead import PlanAhead
 from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
 from hecate.runtime.copies import Comms, LayerCopies, Reduction, SharedBuffers
 from hecate.runtime.dispatch import dispatch_of
-from hecate.runtime.exchange import count_tokens
+from hecate.runtime.exchange import Pass, count_tokens
 from hecate.runtime.layer import LayerRecord
 from hecate.runtime.overlap import ExposedTime
 from hecate.runtime.planner import LayerPlanner
@@ -82,6 +82,7 @@ class Engine:
         model.register_forward_pre_hook(lambda module, args: self.before_forward())
         model.register_forward_hook(lambda module, args, output: self.after_forward(output))
 
+    @torch.compiler.disable
     def before_forward(self) -> None:
         """Begin a micro-batch; the first one of a step plans all layers."""
         if in_backward():
@@ -97,6 +98,7 @@ class Engine:
         self._drop_launched()
         self._launch(0)
 
+    @torch.compiler.disable
     def after_forward(self, output: object) -> None:
         """End a forward pass; its backward, if there will be one, begins at any tensor of `output`."""
         if in_backward():
@@ -150,7 +152,13 @@ class Engine:
     def _plan(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
         planner = self.layers[layer]
         self._launch(layer)
-        counts = count_tokens(planner.name, index, weights, planner.num_experts, self.comms.tokens)
+        counts = count_tokens(
+            Pass(planner.name, layer, self.step, self._recording),
+            index,
+            weights,
+            planner.num_experts,
+            self.comms.tokens,
+        )
         copies = self._launched.pop(layer)
         placement = planner.calibrate(counts, copies.placement, index.shape[1])
         if placement != copies.placement:

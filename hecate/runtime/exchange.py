@@ -20,7 +20,7 @@ from hecate.planning.plan import Plan
 from hecate.runtime.copies import Comms
 from hecate.runtime.finite import NonFiniteError
 
-__all__ = ["AllToAll", "Dispatch", "bring_back", "count_tokens", "dispatch_of", "send_out"]
+__all__ = ["AllToAll", "Dispatch", "Pass", "bring_back", "count_tokens", "dispatch_of", "send_out"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,35 @@ class Dispatch:
     top_k: int
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Where a rank stands; all ranks of a group must stand in the same place.
+
+    Attributes:
+        layer: its name.
+        number: of the layer.
+        step: optimizer steps so far.
+        with_grad: whether a backward pass may follow.
+    """
+
+    layer: str
+    number: int
+    step: int
+    with_grad: bool
+
+    @property
+    def code(self) -> int:
+        """All of it but the name, in 63 bits."""
+        return (self.step << 16 | self.number) << 1 | self.with_grad
+
+
 def count_tokens(
-    layer: str, index: Tensor, weights: Tensor, num_experts: int, group: dist.ProcessGroup | None
+    where: Pass, index: Tensor, weights: Tensor, num_experts: int, group: dist.ProcessGroup | None
 ) -> NDArray[np.int64]:
     """Exchange how many tokens each device routes to each expert.
 
     Args:
-        layer: its name, for the error.
+        where: this rank stands.
         index: `[T, k]` expert of each token copy.
         weights: `[T, k]`.
         num_experts: E.
@@ -63,21 +85,38 @@ def count_tokens(
     Raises:
         ValueError: on every rank, naming layer and rank, where an index is outside [0, E).
         NonFiniteError: likewise, where a weight is not finite.
+        RuntimeError: likewise, where ranks stand in different forward passes or layers.
     """
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
     not_finite = (~torch.isfinite(weights.detach())).sum()
-    row = torch.zeros(num_experts + 2, dtype=torch.int64, device=index.device)
+    row = torch.zeros(num_experts + 3, dtype=torch.int64, device=index.device)
     row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
     row[num_experts + 1] = not_finite
+    row[num_experts + 2].fill_(where.code)
     table = row.new_empty(1 if group is None else group.size(), row.numel())
     if group is None:
         table[0] = row
     else:
         dist.all_gather(list(table.unbind(0)), row, group=group)
     counts = table.cpu().numpy()
-    _check_router(layer, counts, num_experts)
+    _check_pass(where, counts[:, num_experts + 2])
+    _check_router(where.layer, counts[:, : num_experts + 2], num_experts)
     return counts[:, :num_experts]
+
+
+def _check_pass(where: Pass, codes: NDArray[np.int64]) -> None:
+    for rank, code in enumerate(codes.tolist()):
+        if code != where.code:
+            raise RuntimeError(
+                f"{where.layer}: this rank runs {_said(where.code)}, rank {rank} {_said(code)}; all ranks must call "
+                "the model equally often and in the same mode (generate() of unequal lengths needs synced_gpus=True)"
+            )
+
+
+def _said(code: int) -> str:
+    kind = "with" if code & 1 else "without"
+    return f"MoE layer {code >> 1 & 0xFFFF} {kind} gradients after {code >> 17} optimizer steps"
 
 
 def _check_router(layer: str, counts: NDArray[np.int64], num_experts: int) -> None:

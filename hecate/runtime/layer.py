@@ -59,6 +59,8 @@ class FSSDPExperts(nn.Module):
     hecate_index: int
     hecate_spec: ExpertsSpec
 
+    # Its collectives depend on counts that only the host knows: torch.compile breaks its graph here.
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted outputs of each token's experts.
 
@@ -68,9 +70,13 @@ class FSSDPExperts(nn.Module):
             top_k_weights: `[T, k]`.
 
         Returns:
-            `[T, d]` in the dtype of `hidden_states`.
+            `[T, d]` in the dtype of `hidden_states`; experts compute in `param_dtype`, under autocast too.
+
+        Raises:
+            ValueError: under autocast with float16.
         """
         engine = self._hecate_engine[0]
+        _check_autocast(self.hecate_spec.name, hidden_states.device.type)
         with engine.comms.guard():
             return _run(engine, self.hecate_index, self.hecate_spec, hidden_states, top_k_index, top_k_weights)
 
@@ -81,6 +87,13 @@ class FSSDPExperts(nn.Module):
 
 
 Weights = list[tuple[list[int], dict[str, Tensor]]]
+
+
+def _check_autocast(layer: str, kind: str) -> None:
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise ValueError(
+            f"{layer}: autocast with torch.float16 needs a loss scaler that knows of all ranks; use torch.bfloat16"
+        )
 
 
 def _run(
