@@ -19,7 +19,7 @@ import hecate
 from hecate.checkpoint.pretrained import files
 from hecate.checkpoint.pretrained.conversion import steps_to_read
 from hecate.runtime.pool import local_tensor
-from tests.adapters.tiny import tiny_config, tiny_model
+from tests.adapters.tiny import ARCHITECTURES, tiny_config, tiny_model
 from tests.checkpoint.runs import BALANCED, Run, plain_model
 from tests.workers import Groups
 
@@ -47,6 +47,18 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "processes", "size", "dense", "meta"), CASES)
 def test_load_and_save_agree_with_transformers(
+    groups: Groups, tmp_path: Path, architecture: str, processes: int, size: str, dense: Dense, meta: bool
+) -> None:
+    round_trip(groups, tmp_path, architecture, processes, size, dense, meta)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(groups: Groups, tmp_path: Path, architecture: str) -> None:
+    round_trip(groups, tmp_path, architecture, 2, "20KB", "fsdp", True)
+
+
+def round_trip(
     groups: Groups, tmp_path: Path, architecture: str, processes: int, size: str, dense: Dense, meta: bool
 ) -> None:
     source, saved = tmp_path / "source", tmp_path / "saved"
@@ -307,7 +319,7 @@ def test_values_are_cast_to_the_master_weights_dtype(tmp_path: Path, master: tor
     assert_equal(weights_of(tmp_path / "saved"), expected)
 
 
-@pytest.mark.parametrize(("processes", "mesh"), [(2, (2,)), (2, (2, 1)), (3, (3,)), (1, None)])
+@pytest.mark.parametrize(("processes", "mesh"), [(2, (2,)), (2, (2, 1)), (3, (3,)), (4, (2, 2)), (1, None)])
 def test_our_own_model(groups: Groups, tmp_path: Path, processes: int, mesh: tuple[int, ...] | None) -> None:
     """Names of the state dict, no config; tied parameters once; any mesh."""
     before = groups(processes).run(train_and_save_ours, mesh, tmp_path / "saved") if mesh else None

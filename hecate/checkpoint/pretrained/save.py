@@ -56,7 +56,7 @@ def save_pretrained(
     try:
         _write(writing, {temporary / name: files[name] for name in list(files)[first : first + len(own)]})
         agree(lambda: on_rank_0(lambda: _finish(temporary, folder, state, form, files)))
-    except OSError:
+    except Exception:
         on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
 
