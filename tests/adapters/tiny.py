@@ -47,6 +47,7 @@ LATENT_ATTENTION = {
     "v_head_dim": 8,
 }
 MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+INDEXED_ATTENTION = {**LATENT_ATTENTION, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 LINEAR_ATTENTION = {
     **MIXED,
     "linear_key_head_dim": 8,
@@ -57,10 +58,14 @@ LINEAR_ATTENTION = {
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "afmoe": {},
+    "aria_text": {},
+    "axk1": LATENT_ATTENTION,
+    "axk2": LATENT_ATTENTION,
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "cohere2_moe": {},
     "deepseek_v2": LATENT_ATTENTION,
     "deepseek_v3": LATENT_ATTENTION,
+    "deepseek_v32": INDEXED_ATTENTION,
     "deepseek_v4": {},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_moe": {},
@@ -69,6 +74,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "flint": {"num_hidden_layers": 3},
     "glm4_moe": {},
     "glm4_moe_lite": LATENT_ATTENTION,
+    "glm_moe_dsa": INDEXED_ATTENTION,
     "gpt_oss": {},
     "granitemoe": {},
     "granitemoe_swa": {},
@@ -81,7 +87,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "granitemoeshared": {},
     "hunyuan_v1_moe": {},
     "hy_v3": {},
-    "hy_v4": {**LATENT_ATTENTION, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+    "hy_v4": INDEXED_ATTENTION,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
     "kimi_linear": {**LATENT_ATTENTION, "linear_head_dim": 8, "linear_num_heads": 4, **MIXED},
     "kolibri1": {},
@@ -91,6 +97,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "mimo_v2_flash": {},
     "minimax": {},
     "minimax_m2": {},
+    "minimax_m3_vl_text": {},
     "mixtral": {},
     "nemotron_h": {
         "ssm_state_size": 8,
