@@ -16,7 +16,7 @@ Whatever else the module holds (submodules, buffers) stays in it and is trained 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -59,12 +59,24 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     for name, module in model.named_modules():
         if name and (spec := _spec(name, module)) is not None:
             found.append(FoundExperts(model.get_submodule(name.rpartition(".")[0]), module, spec))
+    _refuse_tied(model, found)
     if not found:
         raise ValueError(
             f"fully_shard: {type(model).__name__} has no MoE layer that fits: no submodule has `expert_weights` and "
             f"`expert_mlp` (see hecate.adapters.base) or follows transformers' experts interface{_look_alikes(model)}"
         )
     return found
+
+
+def _refuse_tied(model: nn.Module, found: Iterable[FoundExperts]) -> None:
+    """A pool has a row of its own for every expert of every layer, so it cannot hold one for two."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for f in found:
+        for weight in f.spec.weights:
+            if len(names := places[id(getattr(f.module, weight.kind))]) > 1:
+                raise ValueError(f"fully_shard: {' and '.join(names)} are one tied parameter; experts must not be tied")
 
 
 def _spec(name: str, module: nn.Module) -> ExpertsSpec | None:

@@ -1,0 +1,82 @@
+"""What an adapter accepts as an MoE layer, and what it says of one that does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hecate
+from hecate.models.gpt import GPTMoE
+from tests.adapters.tiny import tiny_model
+from tests.runtime.reference import TINY
+
+
+def test_tied_experts_are_refused() -> None:
+    model = GPTMoE(TINY)
+    model.blocks[2].moe.experts.up = model.blocks[0].moe.experts.up
+    with pytest.raises(ValueError, match=r"blocks\.0\.moe\.experts\.up and blocks\.2\.moe\.experts\.up are one tied"):
+        hecate.fully_shard(model)
+
+
+def test_one_module_at_two_places_is_refused() -> None:
+    model = GPTMoE(TINY)
+    model.blocks[2].moe = model.blocks[0].moe
+    with pytest.raises(ValueError, match="are one tied parameter; experts must not be tied"):
+        hecate.fully_shard(model)
+
+
+def test_parameter_of_no_expert_is_refused() -> None:
+    model = GPTMoE(TINY)
+    model.blocks[0].moe.experts.scale = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"blocks\.0\.moe\.experts: parameters \['scale'\] belong to no expert"):
+        hecate.fully_shard(model)
+
+
+def test_submodules_and_attributes_of_experts_stay() -> None:
+    model = GPTMoE(TINY)
+    experts = model.blocks[0].moe.experts
+    experts.norm = nn.LayerNorm(TINY.d_model)
+    plain = type(experts).expert_mlp
+    experts.expert_mlp = lambda x, groups, weights: experts.norm(plain(x, groups, weights))  # type: ignore[method-assign]
+    engine = hecate.fully_shard(model)
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
+    assert model.blocks[0].moe.experts.norm.weight.grad is not None
+    assert model.blocks[0].moe.experts.num_experts == TINY.num_experts
+    assert "blocks.0.moe.experts.norm.weight" in engine.full_state_dict()
+    assert "FSSDPExperts(num_experts=8, up[32, 16], down[16, 32]" in repr(model)
+
+
+def test_weights_that_the_interface_promises_but_lacks() -> None:
+    model = tiny_model("mixtral")
+    del model.model.layers[0].mlp.experts.down_proj
+    with pytest.raises(
+        ValueError, match=r"MixtralExperts\): has no parameter down_proj; transformers' experts interface"
+    ):
+        hecate.fully_shard(model)
+
+
+def test_quantized_experts_are_refused() -> None:
+    model = tiny_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"experts\.down_proj: dtype torch\.float8_e4m3fn is quantized"):
+        hecate.fully_shard(model)
+
+
+class DenseExperts(nn.Module):
+    """Looks like experts to a reader, not to an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.ones(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up.sum(0)
+
+
+def test_look_alikes_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"follows transformers' experts interface; what looks like one is 0 \(DenseExperts\)"
+    ):
+        hecate.fully_shard(nn.Sequential(DenseExperts()))
