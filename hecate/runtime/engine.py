@@ -90,6 +90,9 @@ class Engine:
             return
         if self._in_backward:
             self._abandon_backward()
+        # Inside one autocast region, a second pass would reuse casts of weights that FSDP2 has freed since: its
+        # gradients of them are lost.
+        torch.clear_autocast_cache()
         self._enter()
         if self._placements is None:
             self._begin_step()

@@ -82,9 +82,9 @@ def train(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     return total, logits[0]
 
 
-def close(what: str, actual: Tensor, expected: Tensor) -> None:
+def close(what: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     """Relative to the largest value, with room for rounding where all values are tiny."""
     actual, expected = actual.double(), expected.double()
     error = (actual - expected).norm()
-    allowed = TOLERANCE * max(float(expected.norm()), 1e-2 * math.sqrt(max(1, expected.numel())))
+    allowed = tolerance * max(float(expected.norm()), 1e-2 * math.sqrt(max(1, expected.numel())))
     assert error <= allowed, f"{what}: error {error:.3g} of norm {expected.norm():.3g}"

@@ -1,0 +1,195 @@
+"""Ways to train a transformers model under FSSDP: each gives what the plain model gives in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+import hecate
+from tests.adapters.ways import CONFIG, Way, compare_way, loss_of, one_by_one
+from tests.workers import Groups
+
+REMATERIALIZE = replace(CONFIG, rematerialize=True)
+REPLICATE = replace(CONFIG, dense="replicate")
+
+
+# Passes.
+
+
+def with_no_sync(engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float) -> Tensor:
+    """The dense part's gradients are reduced in the last backward pass only."""
+    assert engine is not None
+    losses = [loss_of(model, batches[0])]
+    with engine.no_sync():
+        (losses[0] * scale).backward()
+        for tokens in batches[1:-1]:
+            losses.append(loss_of(model, tokens))
+            (losses[-1] * scale).backward()
+    losses.append(loss_of(model, batches[-1]))
+    (losses[-1] * scale).backward()
+    return torch.stack([loss.detach() for loss in losses]).mean()
+
+
+def in_flight(engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float) -> Tensor:
+    """All forward passes, then their backward passes, the latest first."""
+    losses = [loss_of(model, tokens) for tokens in batches]
+    for loss in reversed(losses):
+        (loss * scale).backward()
+    return torch.stack([loss.detach() for loss in losses]).mean()
+
+
+def in_one_backward(
+    engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
+) -> Tensor:
+    losses = torch.stack([loss_of(model, tokens) for tokens in batches])
+    (losses.sum() * scale).backward()
+    return losses.detach().mean()
+
+
+def with_evaluation(
+    engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
+) -> Tensor:
+    """Between forward and backward pass of each micro-batch."""
+    losses = []
+    for tokens in batches:
+        losses.append(loss_of(model, tokens))
+        with torch.no_grad():
+            assert not loss_of(model, tokens.flip(0)).requires_grad
+        (losses[-1] * scale).backward()
+    return torch.stack([loss.detach() for loss in losses]).mean()
+
+
+def all_under_autocast(
+    engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
+) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return one_by_one(engine, model, batches, scale)
+
+
+# What is done to the model.
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def checkpointed_reentrant(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model.train()
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    return model.bfloat16()
+
+
+def frozen_experts(model: nn.Module) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_(".experts." not in name)
+    return model
+
+
+def frozen_trunk(model: nn.Module) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_(".experts." in name)
+    return model
+
+
+def frozen_trunk_checkpointed(model: nn.Module) -> nn.Module:
+    return checkpointed(frozen_trunk(model))
+
+
+def frozen_first_layer(model: nn.Module) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.0." not in name and "embed" not in name)
+    return model
+
+
+def under_autocast(model: nn.Module) -> Callable[..., Any]:
+    return torch.autocast("cpu", torch.bfloat16)(model)
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    return torch.compile(model, backend="aot_eager")
+
+
+# Optimizers.
+
+
+def adamw_foreach(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, foreach=True)
+
+
+def adamw_fused(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=1e-3, eps=1e-4, fused=True)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True)
+
+
+def in_groups(model: nn.Module) -> torch.optim.Optimizer:
+    """Groups by name: experts learn slower, vectors do not decay. The pools keep the names of the weight kinds."""
+    experts, vectors, others = [], [], []
+    for name, p in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            vectors.append(p)
+        elif name.startswith("hecate_pool_") or ".experts." in name:
+            experts.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": experts, "lr": 1e-4}, {"params": vectors, "weight_decay": 0.0}, {"params": others}]
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, eps=1e-4)
+
+
+def trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in model.parameters() if p.requires_grad)
+
+
+def warm_up(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: (step + 1) / 3)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """It changes momentum, too."""
+    return OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+
+
+WAYS = {
+    "accumulation": Way(micro_batches=3),
+    "no_sync": Way(micro_batches=3, passes=with_no_sync),
+    "no_sync-replicate": Way(micro_batches=3, passes=with_no_sync, config=REPLICATE),
+    "checkpointing": Way(micro_batches=2, prepare=checkpointed, config=REMATERIALIZE),
+    "checkpointing-reentrant": Way(micro_batches=2, prepare=checkpointed_reentrant),
+    "checkpointing-in-flight": Way(micro_batches=2, prepare=checkpointed, passes=in_flight),
+    "in-flight": Way(micro_batches=3, passes=in_flight, config=REMATERIALIZE),
+    "in-one-backward": Way(micro_batches=2, passes=in_one_backward, config=REPLICATE),
+    "evaluation-in-between": Way(micro_batches=2, passes=with_evaluation),
+    "autocast": Way(wrap=under_autocast, plain_wrap=under_autocast, micro_batches=2),
+    "autocast-over-all-passes": Way(passes=all_under_autocast, plain_wrap=under_autocast, micro_batches=2),
+    "autocast-checkpointing": Way(wrap=under_autocast, plain_wrap=under_autocast, prepare=checkpointed),
+    "bf16-model": Way(prepare=in_bf16, steps=1, tolerance=3e-2),
+    "frozen-experts": Way(prepare=frozen_experts, optimizer=adamw_fused),
+    "frozen-trunk": Way(prepare=frozen_trunk, optimizer=adamw_fused, micro_batches=2),
+    "frozen-trunk-replicate": Way(prepare=frozen_trunk, config=REPLICATE, optimizer=adamw_fused),
+    "frozen-trunk-checkpointing": Way(prepare=frozen_trunk_checkpointed, optimizer=adamw_fused),
+    "frozen-first-layer": Way(prepare=frozen_first_layer, optimizer=adamw_fused),
+    "compile": Way(wrap=compiled, steps=2),
+    "adamw-foreach": Way(optimizer=adamw_foreach),
+    "adamw-fused": Way(optimizer=adamw_fused),
+    "sgd-momentum": Way(optimizer=sgd),
+    "groups": Way(model_type="gpt_oss", optimizer=in_groups),
+    "warm-up": Way(scheduler=warm_up),
+    "one-cycle": Way(scheduler=one_cycle),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_trains_as_in_one_process(groups: Groups, name: str) -> None:
+    groups(2).run(compare_way, WAYS[name])

@@ -1,0 +1,128 @@
+"""Ways people train a transformers model, each against the same model in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+import hecate
+from tests.adapters.parity import TOLERANCE, adamw, batch, close, spread_router
+from tests.adapters.tiny import tiny_model
+from tests.runtime.reference import full_gradients
+
+CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
+
+
+def unchanged(model: nn.Module) -> nn.Module:
+    return model
+
+
+def one_by_one(engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float) -> Tensor:
+    """A backward pass after each forward pass; the mean loss."""
+    losses = []
+    for tokens in batches:
+        losses.append(loss_of(model, tokens))
+        (losses[-1] * scale).backward()
+    return torch.stack([loss.detach() for loss in losses]).mean()
+
+
+Passes = Callable[[hecate.FSSDP | None, Callable[..., Any], list[Tensor], float], Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One training run to compare. All functions are of a module, since they go to other processes.
+
+    Attributes:
+        model_type: of the tiny model.
+        model: changes of its configuration.
+        config: of FSSDP.
+        prepare: what is done to the model before it is sharded.
+        passes: forward and backward passes over the micro-batches of a step, their losses scaled; the mean loss.
+        wrap, plain_wrap: what is called instead of the sharded and of the plain model, made after sharding.
+        optimizer: of a model, sharded or not.
+        scheduler: of the learning rate.
+        micro_batches: a step and rank.
+        steps: optimizer steps.
+        tolerance: relative, of gradients and parameters.
+    """
+
+    model_type: str = "qwen3_moe"
+    model: Mapping[str, Any] = field(default_factory=dict)
+    config: hecate.FSSDPConfig = CONFIG
+    prepare: Callable[[nn.Module], nn.Module] = unchanged
+    passes: Passes = one_by_one
+    wrap: Callable[[nn.Module], Callable[..., Any]] = unchanged
+    plain_wrap: Callable[[nn.Module], Callable[..., Any]] = unchanged
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    micro_batches: int = 1
+    steps: int = 3
+    tolerance: float = TOLERANCE
+
+
+def compare_way(way: Way) -> None:
+    """Runs on every rank; rank 0 holds the plain model and asserts."""
+    plain = way.prepare(spread_router(tiny_model(way.model_type, **way.model)))
+    engine = hecate.fully_shard(copy.deepcopy(plain), None, way.config)
+    called = way.wrap(engine.model)
+    optimizer, plain_optimizer = way.optimizer(engine.model), way.optimizer(plain)
+    schedulers = [way.scheduler(o) for o in (optimizer, plain_optimizer)] if way.scheduler else []
+    world = dist.get_world_size()
+    for step in range(way.steps):
+        loss = way.passes(engine, called, micro_batches(way, step, dist.get_rank()), 1 / way.micro_batches)
+        gradients = full_gradients(engine)
+        norm = engine.clip_grad_norm_(1.0)
+        optimizer.step()
+        state = engine.full_state_dict()
+        dist.all_reduce(loss)
+        if dist.get_rank() == 0:
+            everybody = [tokens for rank in range(world) for tokens in micro_batches(way, step, rank)]
+            plain_loss = one_by_one(None, way.plain_wrap(plain), everybody, 1 / len(everybody))
+            close(f"step {step}: loss", loss / world, plain_loss, way.tolerance)
+            compare_gradients(f"step {step}", gradients, plain, way.tolerance)
+            plain_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            close(f"step {step}: norm", norm, plain_norm, way.tolerance)
+            plain_optimizer.step()
+            assert list(state) == list(plain.state_dict())
+            for name, value in plain.state_dict().items():
+                close(f"step {step}: {name}", state[name], value, way.tolerance)
+        for scheduler in schedulers:
+            scheduler.step()
+        optimizer.zero_grad()
+        plain_optimizer.zero_grad()
+
+
+def compare_gradients(where: str, gradients: Mapping[str, Tensor], plain: nn.Module, tolerance: float) -> None:
+    """All of them; what is frozen or was not reached has none."""
+    for name, p in plain.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        close(f"{where}: gradient of {name}", gradients[name], expected, tolerance)
+
+
+def micro_batches(way: Way, step: int, rank: int) -> list[Tensor]:
+    """Of one rank, the same wherever they are made."""
+    return [batch(10 * step + i, rank) for i in range(way.micro_batches)]
+
+
+def loss_of(model: Callable[..., Any], tokens: Tensor) -> Tensor:
+    """Dropout and sampling routers draw the same for the same tokens."""
+    torch.manual_seed(int(tokens.sum()))
+    loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+    return loss
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """What `call` raises, in words; "no error" if nothing."""
+    try:
+        call()
+    except (ValueError, RuntimeError, TypeError) as error:
+        return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    return "no error"
