@@ -119,6 +119,8 @@ def test_pays_where_borders_are_slow_and_tokens_have_many_experts() -> None:
     slow, fast = cost(50_000_000), cost(10**9)
     assert node_exchange.node_exchange_pays(uniform(1024, 8, two_nodes), slow, 8)
     assert not node_exchange.node_exchange_pays(uniform(1024, 1, two_nodes), slow, 1)
+    assert not node_exchange.node_exchange_pays(uniform(512, 2, two_nodes), cost(12_700_000), 2)
+    assert node_exchange.node_exchange_pays(uniform(512, 8, two_nodes), cost(12_700_000), 8)
     assert not node_exchange.node_exchange_pays(uniform(1024, 8, two_nodes), fast, 8)
     assert not node_exchange.node_exchange_pays(uniform(64, 8, two_nodes), cost(10**12), 8)
     assert not node_exchange.node_exchange_pays(uniform(1024, 8, Topology(8, 8)), slow, 8)
