@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hecate.adapters.base import FoundExperts, find_experts
+from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.checkpoint.pretrained.conversion import format_of
@@ -112,6 +113,8 @@ class FSSDP:
         for index, f in enumerate(found):
             FSSDPExperts.take_over(f.module, self._engine, index, f.spec)
         self._dense = self._shard_dense(found)
+        if self.mesh is not None:
+            generate_in_step(model)
         if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
         self._watch = OptimizerWatch(model, self.pools, self._after_step)

@@ -16,17 +16,26 @@ Whatever else the module holds (submodules, buffers) stays in it and is trained 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from hecate.adapters.transformers import follows_experts_interface, interface_mlp, interface_weights
+from hecate.adapters.transformers import (
+    DESCRIPTION,
+    follows_experts_interface,
+    interface_mlp,
+    interface_weights,
+    refuse_tensor_parallel,
+)
 from hecate.ops.grouped import Groups
 from hecate.runtime.chunk import ExpertMLP, ExpertsSpec, WeightSpec
 
 __all__ = ["FoundExperts", "OwnExperts", "find_experts"]
+
+LOOKS_LIKE_EXPERTS = re.compile(r"(Experts|MoE|Moe|SparseMLP)$")
 
 
 @runtime_checkable
@@ -55,15 +64,23 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     Raises:
         ValueError: there is none, or one does not fit; says what is missing.
     """
+    refuse_tensor_parallel(model)
     found = []
     for name, module in model.named_modules():
         if name and (spec := _spec(name, module)) is not None:
-            found.append(FoundExperts(model.get_submodule(name.rpartition(".")[0]), module, spec))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if getattr(parent, "base_layer", None) is module:
+                raise ValueError(
+                    f"{name}: {type(parent).__name__} adapts its weights; adapters (LoRA) fit the dense part only, so "
+                    "leave experts out of target_parameters and target_modules"
+                )
+            found.append(FoundExperts(parent, module, spec))
     _refuse_tied(model, found)
     if not found:
         raise ValueError(
             f"fully_shard: {type(model).__name__} has no MoE layer that fits: no submodule has `expert_weights` and "
-            f"`expert_mlp` (see hecate.adapters.base) or follows transformers' experts interface{_look_alikes(model)}"
+            f"`expert_mlp` (see hecate.adapters.base) or, as in transformers' experts interface, "
+            f"{', '.join(DESCRIPTION)}{_look_alikes(model)}"
         )
     return found
 
@@ -110,8 +127,11 @@ def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
 
 
 def _look_alikes(model: nn.Module) -> str:
-    """Modules that a reader would take for experts, for the error."""
-    kinds = {type(m).__name__: name for name, m in model.named_modules() if type(m).__name__.endswith("Experts")}
+    """Modules that a reader would take for experts, the first of each class, for the error."""
+    kinds: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if LOOKS_LIKE_EXPERTS.search(kind := type(module).__name__):
+            kinds.setdefault(kind, name)
     if not kinds:
         return ""
     return "; what looks like one is " + ", ".join(f"{name} ({kind})" for kind, name in kinds.items())

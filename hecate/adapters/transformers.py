@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
 from hecate.runtime.chunk import ExpertMLP
 
-__all__ = ["follows_experts_interface", "interface_mlp", "interface_weights"]
+__all__ = [
+    "follows_experts_interface",
+    "generate_in_step",
+    "interface_mlp",
+    "interface_weights",
+    "refuse_tensor_parallel",
+]
 
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -50,6 +56,28 @@ def interface_weights(name: str, module: Any) -> tuple[str, ...]:
             f"asks for {', '.join(names)} where has_gate={module.has_gate} and has_bias={module.has_bias}"
         )
     return names
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """ValueError where transformers has split the model itself, by a `tp_plan` or a `DistributedConfig`."""
+    for module in model.modules():
+        if isinstance(size := getattr(module, "tp_size", None), int) and size > 1:
+            raise ValueError(
+                f"fully_shard: {type(module).__name__} was loaded with tp_size={size}: tensor parallel training is not "
+                "supported; load it without tp_plan and without distributed_config"
+            )
+
+
+def generate_in_step(model: nn.Module) -> None:
+    """Let `generate()` run on every rank until the last one has ended, unless `synced_gpus` is given.
+
+    That is its default for models under FSDP, by an attribute that FSDP2 sets and `dense="replicate"` and "none" lack.
+    """
+    module: Any
+    for module in model.modules():
+        if callable(getattr(module, "generate", None)):
+            module._is_fsdp_managed_module = True
+            module._fsdp_use_orig_params = True  # torch.compile asks for it beside the other
 
 
 def interface_mlp(module: nn.Module) -> ExpertMLP:

@@ -38,6 +38,19 @@ __all__ = [
     "resolve_dtypes",
 ]
 
+OTHER_PARALLELISM = {
+    "tp": "tensor",
+    "tensor": "tensor",
+    "pp": "pipeline",
+    "pipe": "pipeline",
+    "pipeline": "pipeline",
+    "cp": "context",
+    "context": "context",
+    "sp": "sequence",
+    "sequence": "sequence",
+}
+"""What people call the mesh dimensions along which ranks work on the same tokens or on different layers."""
+
 
 def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
     """Where the experts go: the mesh's device type, else the model's."""
@@ -54,7 +67,7 @@ def check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
         if isinstance(parameter, DTensor):
             raise ValueError(
                 f"fully_shard: parameter {name} is sharded already as {parameter.placements}; "
-                "call hecate.fully_shard once, on a model of plain tensors"
+                "call hecate.fully_shard once, on a model of plain tensors (tensor parallel ones are not supported)"
             )
         if mesh is not None and parameter.device.type not in (mesh.device_type, "cpu", "meta"):
             raise ValueError(
@@ -69,12 +82,18 @@ def check_mesh(mesh: DeviceMesh | None) -> None:
         return
     if not dist.is_initialized():
         raise ValueError("fully_shard: a mesh needs a process group; call torch.distributed.init_process_group")
+    for name in mesh.mesh_dim_names or ():
+        if name in OTHER_PARALLELISM:
+            raise ValueError(
+                f"fully_shard: mesh has a dimension {name!r}, but {OTHER_PARALLELISM[name]} parallel training is not "
+                "supported; the mesh must be (shard,) or (replicate, shard)"
+            )
     if mesh.ndim > 2:
         raise ValueError(f"fully_shard: mesh has {mesh.ndim} dimensions; must be (shard,) or (replicate, shard)")
     if mesh.size() != dist.get_world_size():
         raise ValueError(
             f"fully_shard: the mesh has {mesh.size()} devices, the process group {dist.get_world_size()} ranks; "
-            "they must be equal"
+            "they must be equal: tensor, pipeline and context parallel training beside it are not supported"
         )
 
 

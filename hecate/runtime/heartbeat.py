@@ -22,6 +22,12 @@ __all__ = ["Heartbeat", "MissingRankError"]
 PATIENCE = 5
 """Intervals without a beat after which a rank is missing; a busy machine may well skip one or two."""
 
+UNEQUAL_CALLS = (
+    "All ranks are alive, so they have called the model unequally often, in other modes (with and without gradients), "
+    "or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
+)
+"""What a time-out means where no rank is missing."""
+
 
 class MissingRankError(RuntimeError):
     """A collective failed because ranks stopped; `ranks` are those whose heart beats no more."""
@@ -81,6 +87,8 @@ class Heartbeat:
             ranks = self.missing()
             if ranks:
                 raise MissingRankError(ranks, PATIENCE * self._interval) from error
+            if "timed out" in str(error).lower() and UNEQUAL_CALLS not in getattr(error, "__notes__", ()):
+                error.add_note(UNEQUAL_CALLS)
             raise
 
     def _read(self, key: str) -> list[int]:

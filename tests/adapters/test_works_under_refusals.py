@@ -1,0 +1,105 @@
+"""What is refused, by name and before anything hangs: other parallelism, fp16, models whose experts do not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import AutoModelForSeq2SeqLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import hecate
+from tests.adapters.parity import batch
+from tests.adapters.tiny import SIZES, tiny_model
+from tests.adapters.ways import error_of, loss_of
+from tests.workers import Groups
+
+TEXT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+TEXT |= {name: SIZES[name] for name in ("num_attention_heads", "pad_token_id", "bos_token_id", "eos_token_id")}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 4, "num_experts": 4}
+NLLB = {"vocab_size": 64, "d_model": 32, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+NLLB |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 16))}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "look_alike"),
+    [
+        (
+            "llama4_text",
+            TEXT | {"intermediate_size_mlp": 32},
+            "model.layers.0.feed_forward.experts (Llama4TextExperts)",
+        ),
+        ("jetmoe", TEXT, "model.layers.0.mlp.input_linear (JetMoeParallelExperts)"),
+        ("switch_transformers", T5, "decoder.block.1.layer.2.mlp.experts (SwitchTransformersExperts)"),
+        ("nllb-moe", NLLB, "model.encoder.layers.0.ffn.experts (NllbMoeExperts)"),
+        ("doge", TEXT | {"is_moe": True, "num_experts": 4}, "model.layers.0.mlp (DogeCDMoE)"),
+        ("llama", TEXT, ""),
+    ],
+)
+def test_models_that_do_not_fit(model_type: str, config: dict[str, Any], look_alike: str) -> None:
+    auto = AutoModelForSeq2SeqLM if model_type in ("switch_transformers", "nllb-moe") else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(CONFIG_MAPPING[model_type](**config))
+    message = error_of(lambda: hecate.fully_shard(model))
+    assert "has no MoE layer that fits: no submodule has `expert_weights` and `expert_mlp`" in message
+    assert "has_gate, has_bias, is_transposed, has_post_expert_norm" in message
+    assert ("what looks like one is" in message) == bool(look_alike)
+    assert look_alike in message
+
+
+def test_fp16() -> None:
+    model = tiny_model("mixtral")
+    assert "use bfloat16" in error_of(lambda: hecate.fully_shard(tiny_model("mixtral").half()))
+    hecate.fully_shard(model)
+    with torch.autocast("cpu", torch.float16):
+        message = error_of(lambda: loss_of(model, batch(0, 0)))
+    assert "model.layers.0.mlp.experts: autocast with torch.float16 needs a loss scaler" in message
+
+
+def meshes() -> list[str]:
+    """Errors of meshes with dimensions that are not ours."""
+    names = [("replicate", "tp"), ("pp", "shard"), ("context", "shard"), ("replicate", "sp")]
+    made = [init_device_mesh("cpu", (1, 2), mesh_dim_names=n) for n in names]
+    made += [init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "shard"))["shard"]]
+    return [error_of(lambda mesh=mesh: hecate.fully_shard(tiny_model("mixtral"), mesh)) for mesh in made]  # type: ignore[misc]
+
+
+def test_other_parallel_dimensions_of_a_mesh(groups: Groups) -> None:
+    for messages in groups(2).run(meshes):
+        for kind, message in zip(("tensor", "pipeline", "context", "sequence"), messages, strict=False):
+            assert f"{kind} parallel training is not supported; the mesh must be (shard,)" in message
+        assert "the mesh has 1 devices, the process group 2 ranks" in messages[-1]
+        assert "tensor, pipeline and context parallel training beside it are not supported" in messages[-1]
+
+
+def tensor_parallel() -> list[str]:
+    """Only rank 0's model is; all ranks must learn it."""
+    models = [tiny_model("mixtral") for _ in range(2)]
+    if dist.get_rank() == 0:
+        models[0]._tp_size = 2  # as a tp_plan leaves it
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    weight = models[1].lm_head.weight
+    models[1].lm_head.weight = torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+    return [error_of(lambda model=model: hecate.fully_shard(model)) for model in models]  # type: ignore[misc]
+
+
+def test_tensor_parallel_models(groups: Groups) -> None:
+    for by_size, by_tensor in groups(2).run(tensor_parallel):
+        assert "MixtralForCausalLM was loaded with tp_size=2: tensor parallel training is not supported" in by_size
+        assert "parameter lm_head.weight is sharded already" in by_tensor
+        assert "(tensor parallel ones are not supported)" in by_tensor
+
+
+def expert_parallel() -> str:
+    model = tiny_model("mixtral")
+    model.model.layers[1].mlp.experts._is_expert_parallel = True  # as an ep_plan leaves it
+    return error_of(lambda: hecate.fully_shard(model))
+
+
+def test_experts_that_transformers_has_split() -> None:
+    assert "model.layers.1.mlp.experts: transformers holds only a part of its experts here" in expert_parallel()
