@@ -77,6 +77,6 @@ class DenseExperts(nn.Module):
 
 def test_look_alikes_are_named() -> None:
     with pytest.raises(
-        ValueError, match=r"follows transformers' experts interface; what looks like one is 0 \(DenseExperts\)"
+        ValueError, match=r"has_post_expert_norm; what looks like one is 0 \(DenseExperts\)"
     ):
         hecate.fully_shard(nn.Sequential(DenseExperts()))
