@@ -35,6 +35,8 @@ class FSSDPConfig:
         master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
         param_dtype: dtype that experts (and FSDP2's dense part) compute in; None keeps `master_dtype`.
         reduce_dtype: dtype that gradients travel in; None takes `param_dtype`.
+        wire_dtype: dtype that tokens, their results and their gradients travel in between devices, at most as wide as
+            `param_dtype`; None sends them as computed.
         dense: the rest of the model: "fsdp" (FSDP2), "replicate", "none" (left to the caller).
         seed: of `FSSDP.init_weights` where no other is passed.
     """
@@ -52,6 +54,7 @@ class FSSDPConfig:
     master_dtype: torch.dtype | None = None
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    wire_dtype: torch.dtype | None = None
     dense: Dense = "fsdp"
     seed: int = 0
 
@@ -69,7 +72,7 @@ class FSSDPConfig:
             _at_least("memory_slots", self.memory_slots, 0)
         if not 0 < self.memory_share <= 1:
             raise ValueError(f"FSSDPConfig.memory_share={self.memory_share!r}: must be in (0, 1]")
-        for name in ("master_dtype", "param_dtype", "reduce_dtype"):
+        for name in ("master_dtype", "param_dtype", "reduce_dtype", "wire_dtype"):
             _float_dtype(name, getattr(self, name))
 
     def cost_model(self, device_type: str) -> CostModel:

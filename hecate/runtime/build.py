@@ -177,7 +177,7 @@ def check_same(specs: Sequence[ExpertsSpec], config: FSSDPConfig, mesh: DeviceMe
 
 
 def resolve_dtypes(spec: ExpertsSpec, config: FSSDPConfig) -> Dtypes:
-    """What None means in the config for this layer."""
+    """What None means in the config for this layer; ValueError where its dtypes do not go together."""
     own = {w.dtype for w in spec.weights}
     if len(own) > 1 and config.master_dtype is None:
         raise ValueError(f"{spec.name}: weights have dtypes {own}; must be one, or set FSSDPConfig.master_dtype")
@@ -185,7 +185,12 @@ def resolve_dtypes(spec: ExpertsSpec, config: FSSDPConfig) -> Dtypes:
     if master == torch.float16:
         raise ValueError(f"{spec.name}: dtype torch.float16 needs a loss scaler that knows of all ranks; use bfloat16")
     param = config.param_dtype or master
-    return Dtypes(master, param, config.reduce_dtype or param)
+    if config.wire_dtype is not None and config.wire_dtype.itemsize > param.itemsize:
+        raise ValueError(
+            f"{spec.name}: FSSDPConfig.wire_dtype={config.wire_dtype} is wider than {param}, which the experts compute "
+            "in (param_dtype, master_dtype or the model's own); must be at most as wide, or None"
+        )
+    return Dtypes(master, param, config.reduce_dtype or param, config.wire_dtype)
 
 
 def free_slots(config: FSSDPConfig, chunk_bytes: int, layers: int, device: torch.device, per_node: int) -> int:

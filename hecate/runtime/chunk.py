@@ -61,11 +61,24 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Resolved precision: owned master weights, compute and copies, gradients on the wire."""
+    """Resolved precision.
+
+    Attributes:
+        master: of owned weights.
+        param: of compute and copies.
+        reduce: of weight gradients between devices.
+        wire: of tokens, results and their gradients between devices, at most as wide as `param`; None: as computed.
+    """
 
     master: torch.dtype
     param: torch.dtype
     reduce: torch.dtype
+    wire: torch.dtype | None
+
+    @property
+    def token(self) -> torch.dtype:
+        """What a token takes on the wire."""
+        return self.wire or self.param
 
 
 class ChunkLayout:

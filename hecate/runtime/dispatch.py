@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hecate.cost import LayerCost
@@ -17,7 +18,12 @@ __all__ = ["Dispatch", "NodeDispatch", "bring_back", "dispatch_of", "send_out"]
 
 
 def dispatch_of(
-    plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], cost: LayerCost
+    plan: Plan,
+    index: Tensor,
+    comms: Comms,
+    local_rows: Sequence[int],
+    cost: LayerCost,
+    wire: torch.dtype | None = None,
 ) -> Dispatch | NodeDispatch:
     """The record that `plan` means for this device. Collective.
 
@@ -27,10 +33,11 @@ def dispatch_of(
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         cost: of the layer; it decides which exchange.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
     """
     if comms.tokens is not None and node_exchange.node_exchange_pays(plan, cost, index.shape[1]):
-        return node_exchange.node_dispatch_of(plan, index, comms, local_rows)
-    return exchange.dispatch_of(plan, index, comms.rank, local_rows)
+        return node_exchange.node_dispatch_of(plan, index, comms, local_rows, wire)
+    return exchange.dispatch_of(plan, index, comms.rank, local_rows, wire)
 
 
 def send_out(hidden: Tensor, record: Dispatch | NodeDispatch, comms: Comms) -> Tensor:

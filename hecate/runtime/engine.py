@@ -167,7 +167,8 @@ class Engine:
         if placement != copies.placement:
             copies.extend(placement)
         plan = planner.assign(counts, placement, index.shape[1])
-        dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.cost)
+        wire = planner.storage.dtypes.wire
+        dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.cost, wire)
         return LayerRecord(counts, plan, dispatch, copies)
 
     def _launch(self, layer: int) -> None:

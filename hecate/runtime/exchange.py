@@ -33,6 +33,7 @@ class Dispatch:
         local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, source).
         sizes: received rows per expert held here, in the order of its rows.
         top_k: experts a token.
+        wire: dtype of rows between devices; None keeps theirs.
     """
 
     order: Tensor
@@ -43,6 +44,7 @@ class Dispatch:
     local_inverse: Tensor
     sizes: tuple[int, ...]
     top_k: int
+    wire: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def _check_router(layer: str, counts: NDArray[np.int64], num_experts: int) -> No
         raise NonFiniteError(f"{layer}: the router of rank {rank} gave {not_finite} weights that are NaN or infinite")
 
 
-def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int]) -> Dispatch:
+def dispatch_of(
+    plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int], wire: torch.dtype | None = None
+) -> Dispatch:
     """The record that `plan` means for this device.
 
     Args:
@@ -138,6 +142,7 @@ def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int])
         index: `[T, k]` expert of each token copy.
         rank: this device.
         local_rows: experts held here, in the order of their rows.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
     """
     device = index.device
     num_devices = plan.quota.shape[0]
@@ -165,44 +170,54 @@ def dispatch_of(plan: Plan, index: Tensor, rank: int, local_rows: Sequence[int])
         invert(local_order),
         tuple(sizes.tolist()),
         index.shape[1],
+        wire,
     )
 
 
 def send_out(hidden: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Tokens `[T, d]` to the rows `[M, d]` that this device computes, sorted by its experts' rows."""
     rows = permute(hidden, record.order, record.inverse, record.top_k)
-    rows = AllToAll.apply(rows, record.sent, record.received, comms)
+    rows = AllToAll.apply(rows, record.sent, record.received, comms, record.wire)
     return permute(rows, record.local_order, record.local_inverse, 1)
 
 
 def bring_back(rows: Tensor, weights: Tensor, record: Dispatch, comms: Comms) -> Tensor:
     """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
     rows = permute(rows, record.local_inverse, record.local_order, 1)
-    rows = AllToAll.apply(rows, record.received, record.sent, comms)
+    rows = AllToAll.apply(rows, record.received, record.sent, comms, record.wire)
     return combine(rows, weights, record.order, record.inverse)
 
 
 class AllToAll(torch.autograd.Function):
-    """Rows to the devices they belong to; backward sends gradients the way back."""
+    """Rows to the devices they belong to; backward sends gradients the way back.
+
+    Both come out in the dtype they went in with. Those that another device gets are rounded to `wire` on the way (None:
+    not at all), those that stay are not.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms
+        ctx, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms, wire: torch.dtype | None
     ) -> Tensor:
-        ctx.sent, ctx.received, ctx.comms = sent, received, comms
-        return _all_to_all(rows, sent, received, comms.tokens)
+        ctx.sent, ctx.received, ctx.comms, ctx.wire = sent, received, comms, wire
+        return _all_to_all(rows, sent, received, comms, wire)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         with ctx.comms.guard():
-            return _all_to_all(grad, ctx.received, ctx.sent, ctx.comms.tokens), None, None, None
+            return _all_to_all(grad, ctx.received, ctx.sent, ctx.comms, ctx.wire), None, None, None, None
 
 
 def _all_to_all(
-    rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup | None
+    rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms, wire: torch.dtype | None
 ) -> Tensor:
-    if group is None:
+    if comms.tokens is None:
         return rows.view_as(rows)
-    out = rows.new_empty(sum(received), rows.shape[1])
-    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+    packed = rows.to(wire or rows.dtype).contiguous()
+    arrived = packed.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, packed, list(received), list(sent), group=comms.tokens)
+    out = arrived.to(rows.dtype)
+    if packed.dtype != rows.dtype:
+        rank = comms.rank
+        out.narrow(0, sum(received[:rank]), received[rank]).copy_(rows.narrow(0, sum(sent[:rank]), sent[rank]))
     return out

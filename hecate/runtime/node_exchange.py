@@ -2,6 +2,8 @@
 
 Its relay there, the device with the sender's place in the node, hands it on to the experts' devices and sums their
 results before they return. Same results as the plain exchange within rounding; the order of every sum is fixed.
+With a wire dtype, both legs round the rows that leave a device; sums are taken in float32, or the compute dtype where
+that is wider, and rounded once for the wire.
 
 Shapes: T tokens of this device, k experts a token, n nodes, U (token, node) pairs sent, R received as a relay, C copies
 that the relay hands on, M rows computed here, d model width, D devices, P (expert, device) pairs of the plan.
@@ -54,7 +56,7 @@ class NodeDispatch:
         inside: R rows at the relay to the devices of its node: C rows, by device and expert.
         local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, relay).
         sizes: received rows per expert held here, in the order of its rows.
-        wire: dtype of rows between nodes; None keeps theirs.
+        wire: dtype of rows between devices; None keeps theirs.
     """
 
     across: Leg
@@ -103,7 +105,7 @@ def node_dispatch_of(
         index: `[T, k]` expert of each token copy.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
-        wire: dtype of rows between nodes, e.g. torch.bfloat16; None keeps theirs.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
     """
     topology, rank, device = comms.topology, comms.rank, index.device
     per_node = topology.devices_per_node
@@ -113,10 +115,10 @@ def node_dispatch_of(
     nodes = torch.arange(topology.num_nodes, device=device).view(-1, 1, 1)
     copies = node_of == nodes  # [n, T, k]
     present = copies.any(2)
-    place, token = present.nonzero(as_tuple=True)  # by node and token
+    sent, received = _exchange_counts(present.sum(1), comms)
+    place, token = torch.nonzero_static(present, size=sum(sent)).unbind(1)  # by node and token
     slots = torch.full((index.shape[0], topology.num_nodes), token.numel(), device=device)
     slots[token, place] = torch.arange(token.numel(), device=device)
-    sent, received = _exchange_counts(present.sum(1), comms)
     across = Leg(token, slots, sent, received)
     here = copies[place, token]
 
@@ -133,7 +135,7 @@ def send_out(hidden: Tensor, record: NodeDispatch, comms: Comms) -> Tensor:
     rows = _Take.apply(hidden, record.across.index, record.across.slots)
     rows = _across(rows, record, comms, back=False)
     rows = _Take.apply(rows, record.inside.index, record.inside.slots)
-    rows = AllToAll.apply(rows, record.inside.sent, record.inside.received, comms)
+    rows = AllToAll.apply(rows, record.inside.sent, record.inside.received, comms, record.wire)
     return permute(rows, record.local_order, record.local_inverse, 1)
 
 
@@ -141,18 +143,20 @@ def bring_back(rows: Tensor, weights: Tensor, record: NodeDispatch, comms: Comms
     """Results `[M, d]` to the weighted sums `[T, d]` of this device's tokens."""
     across, inside = record.across, record.inside
     shares = _Take.apply(weights, across.index, across.slots) * record.here
-    shares = AllToAll.apply(shares, across.sent, across.received, comms)
+    shares = AllToAll.apply(shares, across.sent, across.received, comms, None)
+    if record.wire is not None:
+        shares = shares.to(torch.promote_types(shares.dtype, torch.float32))  # what the sums below are taken in
     copies = permute(rows, record.local_inverse, record.local_order, 1)
-    copies = AllToAll.apply(copies, inside.received, inside.sent, comms)
+    copies = AllToAll.apply(copies, inside.received, inside.sent, comms, record.wire)
     sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
     sums = _across(sums, record, comms, back=True)
     return _SumOf.apply(sums, across.index, across.slots).to(rows.dtype)
 
 
 def _across(rows: Tensor, record: NodeDispatch, comms: Comms, back: bool) -> Tensor:
-    leg, dtype = record.across, rows.dtype
+    leg = record.across
     sent, received = (leg.received, leg.sent) if back else (leg.sent, leg.received)
-    return AllToAll.apply(rows.to(record.wire or dtype), sent, received, comms).to(dtype)
+    return AllToAll.apply(rows, sent, received, comms, record.wire)
 
 
 def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:

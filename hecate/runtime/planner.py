@@ -29,7 +29,7 @@ def layer_cost(model: CostModel, spec: ExpertsSpec, storage: PoolLayer, dense_to
         expert_bytes=storage.layout.numel * storage.dtypes.param.itemsize,
         gradient_bytes=storage.gradients.numel * storage.dtypes.reduce.itemsize,
         token_flops=6 * weights,
-        token_bytes=spec.width * storage.dtypes.param.itemsize,
+        token_bytes=spec.width * storage.dtypes.token.itemsize,
         dense_token_flops=dense_token_flops,
     )
 

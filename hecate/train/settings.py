@@ -172,7 +172,7 @@ def _record(kind: Any, section: str, values: Mapping[str, Any]) -> Any:
 
 def _fssdp(section: Mapping[str, Any]) -> FSSDPConfig:
     values = dict(section)
-    for name in ("master_dtype", "param_dtype", "reduce_dtype"):
+    for name in ("master_dtype", "param_dtype", "reduce_dtype", "wire_dtype"):
         if values[name] is not None:
             if values[name] not in DTYPES:
                 raise ValueError(f"fssdp.{name}={values[name]!r}: must be null or one of {', '.join(DTYPES)}")
