@@ -28,6 +28,7 @@ ORDER = (
     "sim",
     "report",
     "train",
+    "examples",
 )
 WITHOUT_PROCESS_GROUP = ("placement", "cost", "config", "planning", "policies", "collectives.schedule", "sim")
 NATIVE = "_native"  # the C++ extension imports nothing

@@ -1,0 +1,114 @@
+"""Muon for experts, AdamW for the rest: `torchrun --nproc-per-node 2 -m hecate.examples.muon`.
+
+torch's Muon takes single matrices. A pool holds a stack `[slots, outputs, inputs]` of whole ones, each on the device
+that owns the expert, so that all are made orthogonal at once, without communication. Momentum has a row a slot and
+moves with the experts. Muon: https://kellerjordan.github.io/posts/muon
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoModelForCausalLM
+
+import hecate
+from hecate.collectives.ranks import rank_and_world
+from hecate.examples.shared import Text, join, say, tiny_config
+from hecate.runtime.pool import local_tensor
+
+__all__ = ["BatchedMuon", "orthogonal", "split_parameters"]
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration, from the page above."""
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum over stacks of matrices.
+
+    Args:
+        params: `[stack, outputs, inputs]`; DTensors must be sharded in the first dimension only.
+        lr: learning rate, times sqrt(max(1, outputs / inputs)).
+        momentum: share of the old momentum.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            if flat := [tuple(p.shape) for p in group["params"] if p.ndim != 3]:
+                raise ValueError(f"BatchedMuon: parameters of shapes {flat}; must be stacks [stack, outputs, inputs]")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure` does."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return result
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        gradient, momentum, weight = map(local_tensor, (parameter.grad, state["momentum_buffer"], parameter))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = orthogonal(gradient.lerp(momentum, group["momentum"]))
+        outputs, inputs = weight.shape[1:]
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-group["lr"] * max(1.0, outputs / inputs) ** 0.5)
+
+
+def orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
+    """Each matrix of `[stack, outputs, inputs]` with its singular values brought near 1, in bf16; zeros stay zeros."""
+    a, b, c = COEFFICIENTS
+    x = stack.bfloat16()
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(stack.dtype)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(stacks of expert matrices, all other parameters) of a model under FSSDP; expert biases are among the others."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if name.startswith("hecate_pool_") and p.ndim == 3]
+    taken = {id(p) for p in matrices}
+    return matrices, [p for _, p in trained if id(p) not in taken]
+
+
+def main() -> None:
+    """Train a tiny random model."""
+    device = join()
+    torch.manual_seed(0)  # the same model on every rank
+    model = AutoModelForCausalLM.from_config(tiny_config()).to(device)
+    hecate.fully_shard(model)
+    matrices, others = split_parameters(model)
+    optimizers = [BatchedMuon(matrices, lr=0.01), torch.optim.AdamW(others, lr=1e-3)]
+    rank, world = rank_and_world()
+    text = Text(length=128, size=30 * 8 * world)
+    for step, batch in enumerate(DataLoader(text, 8, sampler=DistributedSampler(text, world, rank))):
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 10 == 9:
+            say(f"step {step}: loss {loss.item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

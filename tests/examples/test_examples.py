@@ -1,0 +1,76 @@
+"""Every example runs, on two processes, and does what it says."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hecate.examples import own_moe
+from hecate.examples.shared import Text
+from tests.adapters.parity import close
+from tests.workers import free_port
+
+
+def run(module: str, *arguments: str, processes: int = 2) -> str:
+    """Output of `python -m module arguments`, under torchrun where there is more than one process."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
+    launcher += [f"--master-port={free_port()}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", module, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss (\d+\.\d+)", output)]
+
+
+def test_own_moe() -> None:
+    lines = Path(own_moe.__file__).read_text().splitlines()
+    assert sum(1 for line in lines if line.strip()) < 40
+    found = losses(run("hecate.examples.own_moe"))
+    assert len(found) == 2  # a rank each
+    assert all(loss < 0.1 for loss in found)  # 2 at random
+
+
+def test_finetune(tmp_path: Path) -> None:
+    first = losses(run("hecate.examples.finetune", "--out", str(tmp_path / "a"), "--steps", "21"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokens = torch.stack([Text(128, 4)[i]["input_ids"] for i in range(4)])
+    assert model(input_ids=tokens, labels=tokens).loss < math.log(256) - 0.8
+    # On from there in one process.
+    arguments = ("--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--steps", "1")
+    again = losses(run("hecate.examples.finetune", *arguments, processes=1))
+    assert again[0] < first[0] - 0.8
+    assert (tmp_path / "b" / "config.json").exists()
+
+
+def test_finetune_trainer(tmp_path: Path) -> None:
+    output = run("hecate.examples.finetune_trainer", "--out", str(tmp_path), "--steps", "10")
+    assert losses(output)[0] < math.log(256)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / "checkpoint-10" / "fssdp" / "manifest.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
+
+
+def test_the_trainer_trains_as_in_one_process(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        run("tests.examples.runs", "--out", str(tmp_path / str(processes)), processes=processes)
+    plain, sharded = (AutoModelForCausalLM.from_pretrained(tmp_path / str(n)).state_dict() for n in (1, 2))
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "1" / "random").state_dict()
+    assert list(plain) == list(sharded)
+    for name, value in plain.items():
+        close(name, sharded[name] - start[name], value - start[name], 1e-3)
+
+
+def test_muon() -> None:
+    found = losses(run("hecate.examples.muon"))
+    assert found[-1] < found[0] < math.log(256)
