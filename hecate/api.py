@@ -60,7 +60,11 @@ STEPS_TO_MEASURE = 3
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
     """Train `model` with FSSDP: its experts by sparse collectives, the rest as `config.dense` says. In place.
 
-    Collective. Call it before the optimizer is made.
+    Collective. Call it before the optimizer is made, and after freezing parameters or adding LoRA to the dense part.
+
+    For parameter groups by name: the experts of all layers with equal weights are one parameter a kind, called
+    `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_gate_up_proj_bias`; `engine.pools[number].specs` names the layers.
+    So experts can have settings of their own, a weight kind too, but not a single layer or expert, unless it is frozen.
 
     Args:
         model: any module with MoE layers that an adapter knows (`hecate.adapters.base`), on every rank the same.
