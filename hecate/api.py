@@ -63,7 +63,7 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
     Collective. Call it before the optimizer is made, and after freezing parameters or adding LoRA to the dense part.
 
     For parameter groups by name: the experts of all layers with equal weights are one parameter a kind, called
-    `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_gate_up_proj_bias`; `engine.pools[number].specs` names the layers.
+    `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_down_proj`; `engine.pools[number].specs` names the layers.
     So experts can have settings of their own, a weight kind too, but not a single layer or expert, unless it is frozen.
 
     Args:
