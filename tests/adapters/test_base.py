@@ -76,7 +76,5 @@ class DenseExperts(nn.Module):
 
 
 def test_look_alikes_are_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"has_post_expert_norm; what looks like one is 0 \(DenseExperts\)"
-    ):
+    with pytest.raises(ValueError, match=r"has_post_expert_norm; what looks like one is 0 \(DenseExperts\)"):
         hecate.fully_shard(nn.Sequential(DenseExperts()))
