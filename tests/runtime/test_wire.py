@@ -1,4 +1,4 @@
-"""Tokens that travel in bfloat16: what is rounded, what is not, and that the layer computes the same within rounding."""
+"""Tokens that travel in bfloat16: what is rounded, what is not; the layer computes the same within rounding."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_same_seed_same_bits(groups: Groups) -> None:
 
 @pytest.mark.parametrize("wire", [torch.float16, torch.int8, "bfloat16"])
 def test_dtypes_that_cannot_travel(wire: object) -> None:
-    with pytest.raises(ValueError, match="FSSDPConfig.wire_dtype=.*must be torch.float64"):
+    with pytest.raises(ValueError, match=r"FSSDPConfig.wire_dtype=.*must be torch.float64"):
         hecate.FSSDPConfig(wire_dtype=wire)  # type: ignore[arg-type]
 
 
@@ -167,7 +167,7 @@ def test_at_most_as_wide_as_compute() -> None:
     spec = ExpertsSpec("moe", 2, 4, (weight,), lambda rows, groups, weights: rows)
     assert resolve_dtypes(spec, hecate.FSSDPConfig()).wire is None
     assert resolve_dtypes(spec, hecate.FSSDPConfig(wire_dtype=torch.float32)).wire == torch.float32
-    with pytest.raises(ValueError, match="moe: .*wire_dtype=torch.float64 is wider than torch.float32"):
+    with pytest.raises(ValueError, match=r"moe: .*wire_dtype=torch.float64 is wider than torch.float32"):
         resolve_dtypes(spec, hecate.FSSDPConfig(wire_dtype=torch.float64))
-    with pytest.raises(ValueError, match="wire_dtype=torch.float32 is wider than torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"wire_dtype=torch.float32 is wider than torch.bfloat16"):
         resolve_dtypes(spec, hecate.FSSDPConfig(param_dtype=BF16, wire_dtype=torch.float32))
