@@ -22,6 +22,7 @@ from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.checkpoint.pretrained.conversion import format_of
+from hecate.checkpoint.pretrained.entries import first_names
 from hecate.checkpoint.state import TrainingState, listed
 from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
@@ -125,7 +126,7 @@ class FSSDP:
         self._resharder = Resharder(
             self._engine.layers, self._policy, self._watch, self._comms.experts, self._replicas, config.reshard_interval
         )
-        model.register_forward_pre_hook(lambda module, args: self._check_values())
+        model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
         self._engine.attach(model)
 
     # What a training loop calls.
@@ -177,12 +178,7 @@ class FSSDP:
         Raises:
             ValueError: a model built on the meta device has tensors that no rule fills; names them.
         """
-        given = initialize(self.model, self._stacks(), seed, rule)
-        if missing := self._without_values - given:
-            raise ValueError(
-                f"init_weights: no rule fills {listed(missing)}; the model's `_init_weights` or the modules' "
-                "`reset_parameters` must, or pass `rule`"
-            )
+        agree(lambda: self._fill(seed, rule))
         self._without_values = set()
         self._engine.restart(self._engine.step)
 
@@ -338,9 +334,18 @@ class FSSDP:
         from hecate.checkpoint.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
 
         self._check_values()
-        self._check_values()
         group = None if self._comms.experts is None else self._comms.experts.group
         save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)
+
+    def _fill(self, seed: int, rule: Callable[[nn.Module], None] | None) -> None:
+        given = initialize(self.model, self._stacks(), seed, rule)
+        first = first_names(self.model)
+        filled = {first.get(name, name) for name in given}
+        if missing := {name for name in self._without_values if first.get(name, name) not in filled}:
+            raise ValueError(
+                f"init_weights: no rule fills {listed(missing)}; the model's `_init_weights` or the modules' "
+                "`reset_parameters` must, or pass `rule`"
+            )
 
     def _stacks(self) -> list[Stack]:
         return [

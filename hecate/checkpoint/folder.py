@@ -114,7 +114,8 @@ def publish(temporary: Path, path: Path, record: Mapping[str, Any], checksums: C
 def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool] = lambda _: False) -> None:
     """Put the complete folder `temporary` in the place of `path`, which may exist.
 
-    A crash at any point leaves the one before at `path` or at `path.old`, and the new one at `path` or `temporary`.
+    A crash at any point leaves the one before at `path` or at `path.old`, and the new one at `path` or `temporary`;
+    what is kept lies in `path.old` until it is moved, which the next call makes up for.
 
     Args:
         temporary: of the same file system.
@@ -124,16 +125,21 @@ def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool] = la
     _sync(temporary)
     old = _old(path)
     if path.exists():
-        if old.exists():
-            shutil.rmtree(old)
+        _drop(old, path, keep)
         os.rename(path, old)
-        for entry in list(old.iterdir()):
-            if keep(entry.name):
-                os.rename(entry, temporary / entry.name)
     os.rename(temporary, path)
     _sync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    _drop(old, path, keep)
+
+
+def _drop(old: Path, path: Path, keep: Callable[[str], bool]) -> None:
+    """Delete the folder `old`, if there is one, after moving what is kept and not there yet to `path`."""
+    if not old.exists():
+        return
+    for entry in list(old.iterdir()):
+        if keep(entry.name) and not (path / entry.name).exists():
+            os.rename(entry, path / entry.name)
+    shutil.rmtree(old)
 
 
 def find(path: Path) -> Path:

@@ -37,9 +37,10 @@ def latest(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all checkpoints below `folder` but the `keep` >= 1 with the most steps. Collective.
+    """Delete all checkpoints below `folder` but the `keep` >= 1 with the most steps and the newest. Collective.
 
-    One whose step cannot be read is neither counted nor deleted.
+    The newest is kept because those of more steps may be damaged: a run that passed over them is behind them. One whose
+    step cannot be read is neither counted nor deleted.
     """
     if keep < 1:
         raise ValueError(f"prune: keep={keep} must be >= 1")
@@ -48,7 +49,10 @@ def prune(folder: Path, keep: int) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     steps = {path: order for path, order in _steps(folder).items() if order[0] < UNREADABLE}
+    newest = max(steps, key=lambda path: steps[path][1], default=None)
     for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
+        if path == newest:
+            continue
         path.rename(path.with_name(path.name + DELETED))  # at once, so that no part of it is taken for a checkpoint
     for path in list(folder.rglob(f"*{DELETED}")):
         shutil.rmtree(path)

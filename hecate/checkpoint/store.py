@@ -182,8 +182,6 @@ def _checked(
 
 def _check_same(where: str, name: str, saved: TensorStorageMetadata, value: Entry) -> None:
     there, here = tuple(saved.size), tuple(value.shape)
-    if isinstance(value, Tensor) and value.is_meta:
-        raise ValueError(f"{where}: {name} is on the meta device and has no memory to load into; initialize the model")
     if isinstance(value, ExpertRows) and there[:1] != here[:1] and there[1:] == here[1:]:
         raise ValueError(f"{where}: {name} has {there[0]} experts in the checkpoint, {here[0]} in the model")
     if there != here:

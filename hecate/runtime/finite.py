@@ -20,7 +20,9 @@ Place = tuple[str, int]
 
 
 class NonFiniteError(ValueError):
-    """A forward pass met a value that is NaN or infinite; raised on all ranks at the same place."""
+    """A forward pass met a value that is NaN or infinite; raised at the same place on all ranks that share
+    experts; with several replicas, only on those of one.
+    """
 
 
 def non_finite(

@@ -199,7 +199,7 @@ class _Scaffold:
                 of_stack = [n for n in names if self._places[n].stack is stack]
                 for row, expert in enumerate(stack.experts):
                     given |= self._draw(module, rule, of_stack, f"{name}:{expert}", row)
-                if not len(stack.experts):
+                if not len(stack.experts):  # what the others will say who own some
                     given |= set(of_stack)
         return given
 
@@ -209,7 +209,8 @@ class _Scaffold:
             return set()  # only its own, which are drawn anyway
         prefix = f"{name}." if name else ""
         below = {n: t._version for n, t in self._stand_ins.items() if n.startswith(prefix)}
-        rule(module)
+        with torch.random.fork_rng(devices=[]):
+            rule(module)
         return {n for n, version in below.items() if self._stand_ins[n]._version != version}
 
     def _draw(self, module: nn.Module, rule: Rule, names: Iterable[str], key: str, row: int | None = None) -> set[str]:
@@ -219,9 +220,12 @@ class _Scaffold:
             return set()
         versions = {n: t._version for n, t in drawn.items()}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(self._seed, key))
+            torch.default_generator.manual_seed(_seed_of(self._seed, key))  # torch.manual_seed would seed CUDA's too
             rule(module)
         given = {n for n, t in drawn.items() if _written_to(t, versions[n])}
+        for n in given:
+            if drawn[n].is_floating_point() and bool(drawn[n].isnan().any()):
+                raise ValueError(f"init_weights: the rule for {key} writes {n} in part, or reads it; it must fill it")
         for n in drawn:
             if n in given:
                 self._places[n].store(drawn[n], row)

@@ -84,14 +84,22 @@ class Checkpoints:
             _report(self._last, error)
             self._last = None
         else:
-            prune(self._folder, self._keep)
+            self._prune()
 
     def _begin(self, position: Position, background: bool) -> None:
         path = self._folder / f"step-{position.step:08d}"
         self._pending = self._engine.save(path, self._optimizer, async_op=background, extra=asdict(position))
         self._last = position
         if self._pending is None:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Old ones that cannot be deleted now are deleted later; that is no reason to stop."""
+        try:
             prune(self._folder, self._keep)
+        except OSError as error:
+            text = f"old checkpoints could not be deleted: {error}"
+            on_rank_0(lambda: print(text, file=sys.stderr, flush=True))
 
     def _check_none(self) -> None:
         damaged = sorted(manifest.parent.name for manifest in self._folder.glob(f"*/{MANIFEST}"))

@@ -106,6 +106,32 @@ def test_own_rule() -> None:
     assert all(value.min() >= 1.0 and value.max() <= 2.0 for value in engine.full_state_dict().values())
 
 
+class PartlyReset(GPTMoE):
+    """Its rule writes one row only of what its child's rule has filled."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.zeros_(self.tokens.weight[0])
+
+
+def test_rule_that_writes_a_part_is_refused() -> None:
+    with torch.device("meta"):
+        model = PartlyReset(TINY)
+    engine = hecate.fully_shard(model)
+    with pytest.raises(ValueError, match=r"writes tokens\.weight in part"):
+        engine.init_weights(0)
+
+
+def test_tied_parameters_need_one_rule() -> None:
+    with torch.device("meta"):
+        model = GPTMoE(TINY)
+        model.head.weight = model.tokens.weight
+    engine = hecate.fully_shard(model)
+    engine.init_weights(0)
+    assert model.head.weight is model.tokens.weight
+
+
 class WithBuffer(GPTMoE):
     """A buffer outside the state dict that no rule computes."""
 

@@ -90,7 +90,6 @@ SRUN = f"""#!{sys.executable}
 # SLURM's srun as the script uses it: the command once a task, signals to every task, the highest exit code.
 import os, signal, subprocess, sys
 words = [w for w in sys.argv[1:]]
-assert words.pop(0) == "--kill-on-bad-exit=1"
 tasks = [
     subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)
 ]
