@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +54,7 @@ def test_finetune(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "config.json").exists()
 
 
+@pytest.mark.long
 def test_finetune_trainer(tmp_path: Path) -> None:
     output = run("hecate.examples.finetune_trainer", "--out", str(tmp_path), "--steps", "10")
     assert losses(output)[0] < math.log(256)
