@@ -26,13 +26,13 @@ def _train(
     model = GPTMoE(model_config)
     engine = hecate.fully_shard(model, None, settings)
     computed = set()
-    mlp = model.blocks[0].moe.experts.spec.mlp
+    mlp = model.blocks[0].moe.experts.hecate_spec.mlp
 
     def watched(x, groups, weights):  # type: ignore[no-untyped-def]
         computed.update({x.dtype, *(w.dtype for w in weights.values())})
         return mlp(x, groups, weights)
 
-    object.__setattr__(model.blocks[0].moe.experts.spec, "mlp", watched)
+    object.__setattr__(model.blocks[0].moe.experts.hecate_spec, "mlp", watched)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(6):
