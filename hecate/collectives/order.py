@@ -5,6 +5,7 @@ Ranks of a node ascending, then nodes ascending; partial sums in float32 (float6
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort_left
 from collections.abc import Mapping
 
 import torch
@@ -29,22 +30,34 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Staging:
-    """Memory of pieces on their way, used again: fresh memory costs a page fault every few KiB on CPU."""
+    """Memory of pieces on their way, used again: fresh memory costs a page fault every few KiB on CPU.
+
+    Never more buffers than pieces that were on their way at once, none larger than the largest of them, whatever sizes
+    come one after the other. Buffers only grow, so calls that repeat soon allocate nothing.
+    """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.device], list[Tensor]] = {}
+        self._free: dict[torch.device, list[Tensor]] = {}  # bytes, ascending size
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialized `[numel]`."""
         size = numel * dtype.itemsize
-        free = self._free.get((size, device))
-        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8, device=device)
-        return memory.view(dtype)
+        free = self._free.setdefault(device, [])
+        at = bisect_left(free, size, key=Tensor.numel)
+        if at < len(free):
+            memory = free.pop(at)
+        else:
+            if free:
+                free.pop()  # all are too small: the new one takes the place of the largest
+            with torch.inference_mode(False):  # a call in inference mode may come first
+                memory = torch.empty(size, dtype=torch.uint8, device=device)
+        return memory[:size].view(dtype)
 
     def give(self, piece: Tensor) -> None:
         """`piece` from `take` is not used any more."""
-        memory = piece.view(torch.uint8)
-        self._free.setdefault((memory.numel(), memory.device), []).append(memory)
+        memory = torch.empty(0, dtype=torch.uint8, device=piece.device).set_(piece.untyped_storage())
+        # Before others of its size: what was used last is still in the caches.
+        insort_left(self._free[piece.device], memory, key=Tensor.numel)
 
 
 class OrderedSum:
