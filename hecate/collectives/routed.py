@@ -3,6 +3,11 @@
 gloo (CPU): a rank that hands nothing on starts all it has to do at the call. Otherwise a thread of the transport
 follows the routes, one after the other, so that pieces are handed on while the caller computes. NCCL (CUDA): each round
 is one group call on a side stream; the host waits for nothing.
+
+Why group calls cannot wait for each other in a circle: NCCL ends one when all its peers have entered the one that has
+the other half of each message, on first use of a connection also on the host. Both halves of a hop are in the group
+call of the same call and round, and every rank enters its own in ascending order of (call, round), whichever of them
+it takes part in. So of all that are not done, the first one everywhere is entered by all its ranks, and ends.
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ class Routed(Transport):
         row = next(iter(rows.values()))
         route = gather_route(schedule.src, schedule.dst, self.topology, self.links, row.numel() * row.itemsize)
         parts = route.part(self._rank)
-        if row.is_cuda:
+        if self._by_group_calls(row):
             return self._on_stream(lambda: self._gather_in_rounds(parts, rows), row.device)
         sends, receives = _hops(parts)
         if self._idle and all(h.expert in sent for h in sends):
@@ -61,7 +66,7 @@ class Routed(Transport):
         route = reduce_route(schedule.src, schedule.dst, self.topology, self.links, *sizes)
         parts = route.part(self._rank)
         state = _Reduction(self._rank, self.topology, parts, contributed, sums, wire, self._staging)
-        if rows[0].is_cuda:
+        if self._by_group_calls(rows[0]):
             # On NCCL a receive before the sends of its round would keep the stream from them.
             return self._on_stream(lambda: self._reduce(parts, state, ahead=0), rows[0].device)
         sends, receives = _hops(parts)
@@ -98,15 +103,37 @@ class Routed(Transport):
 
         return Work(finish)
 
+    def _by_group_calls(self, row: Tensor) -> bool:
+        """Whether a round is one operation of the backend, which starts and ends as a whole."""
+        return row.is_cuda
+
     def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
+        """`run` on the side stream, behind what the caller's stream was given so far.
+
+        The rows belong to the caller's stream: once freed, they are that stream's next tensors, whatever the side
+        stream still does with them. So the work holds them, by `run`, until `wait()`. `Tensor.record_stream` would be
+        safe too, but gives memory back when the device gets there, at another moment on every rank and in every step;
+        FSDP2 holds references as well. What is staged is allocated for the side stream, and used only there.
+        """
+        caller = torch.cuda.current_stream(device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-            done = torch.cuda.Event()
-            done.record()
-        return Work(lambda: torch.cuda.current_stream().wait_event(done))
+        side = self._stream
+        side.wait_stream(caller)
+        try:
+            with torch.cuda.stream(side):
+                run()
+        except BaseException:
+            caller.wait_stream(side)  # what was started before the error still uses the rows
+            raise
+        done = side.record_event()
+
+        def finish(held: object = run) -> None:
+            # Memory goes back to the caller's stream, also where another one waits for the results.
+            for stream in {caller, torch.cuda.current_stream(device)}:
+                stream.wait_event(done)
+
+        return Work(finish)
 
     def _gather_when_ready(self, parts: Sequence[Part], rows: Rows) -> None:
         """Receives go to their final place, so all are open from the start; a send waits only for what it carries."""
@@ -121,6 +148,7 @@ class Routed(Transport):
             wait()
 
     def _gather_in_rounds(self, parts: Sequence[Part], rows: Rows) -> None:
+        """Each round's sends and receives together, as one group call; the next round is behind it on the stream."""
         for part in parts:
             sends, receives = ([(h, _piece(rows[h.expert], h)) for h in hops] for hops in (part.sends, part.receives))
             for wait in self._post(sends, receives):

@@ -1,0 +1,249 @@
+"""The way of CUDA without it: its rounds over gloo, its group calls under NCCL's rules, its streams by their record."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hecate.collectives import routed
+from hecate.collectives.order import Staging
+from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.route import Hop, gather_route, reduce_route
+from hecate.collectives.routed import Routed
+from hecate.collectives.transport import Work
+from hecate.placement import Placement, Topology
+from tests.collectives.test_route import LINKS
+from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
+from tests.workers import Groups
+
+
+class Rounds(Routed):
+    """On CPU what is done on CUDA, the host in place of the side stream."""
+
+    def _by_group_calls(self, row: Tensor) -> bool:
+        return True
+
+    def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
+        run()
+        return Work(lambda: None)
+
+
+class OneWork:
+    """Of all operations of a batch, as NCCL has it."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self.wait = lambda: [work.wait() for work in works]
+
+
+def compare(devices: int, per_node: int, dtype: torch.dtype) -> int:
+    """How many batches there were, all under one work each."""
+    topology, batch, batches = Topology(devices, per_node), dist.batch_isend_irecv, 0
+
+    def coalesced(operations: list[dist.P2POp]) -> list[OneWork]:
+        nonlocal batches
+        batches += 1
+        return [OneWork(batch(operations))]
+
+    for links in (FINE, PORTS):
+        plain, rounds = PointToPoint(dist.group.WORLD, topology), Rounds(dist.group.WORLD, topology, links)
+        for seed in range(4):
+            case = case_of(devices, per_node, seed)
+            for start in (start_gather, start_reduce):
+                expected, work = start(plain, case, dtype)
+                work.wait()
+                with mock.patch.object(routed.dist, "batch_isend_irecv", coalesced):
+                    got, work = start(rounds, case, dtype)
+                work.wait()
+                assert torch.equal(got, expected), f"{start.__name__}, seed {seed}, {links}"
+    return batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("devices", "per_node"), [(1, 1), (2, 1), (3, 3), (4, 2), (5, 1), (5, 5)])
+def test_same_bits_as_plain_sends(groups: Groups, devices: int, per_node: int, dtype: torch.dtype) -> None:
+    batches = groups(devices).run(compare, devices, per_node, dtype)
+    assert devices == 1 or max(batches) > 0
+
+
+# Group calls: a rank is in one until the other half of each of its messages is in one that its peer has entered.
+
+Call = tuple[list[Hop], list[Hop]]
+
+
+class Recorder(Routed):
+    """One rank's group calls, with nobody to talk to."""
+
+    def __init__(self, rank: int, topology: Topology) -> None:
+        self._rank, self.topology, self._stream = rank, topology, None
+        self.calls: list[Call] = []
+
+    def _post(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> list:
+        if sends or receives:
+            self.calls.append(([h for h, _ in sends], [h for h, _ in receives]))
+        return [lambda: None] * (len(sends) + len(receives))
+
+
+def group_calls(devices: int, per_node: int, seed: int) -> list[list[Call]]:
+    """Of every rank, over a sequence of gathers and reductions between random placements."""
+    topology, rng = Topology(devices, per_node), np.random.default_rng([devices, per_node, seed])
+    recorders = [Recorder(rank, topology) for rank in range(devices)]
+    for _ in range(3):
+        experts = int(rng.integers(1, 12))
+        owners = Placement.from_owners(rng.integers(0, devices, experts), devices)
+        holders = Placement(rng.random((experts, devices)) < rng.choice([0.1, 0.5, 1.0], (experts, 1)))
+        links, numel = LINKS[rng.integers(len(LINKS))], int(rng.choice([1000, 1 << 18]))
+        gather = gather_route(owners, holders, topology, links, 4 * numel)
+        reduce = reduce_route(holders, owners, topology, links, 4 * numel, 4 * numel)
+        row = torch.zeros(1).expand(numel)
+        for recorder in recorders:
+            rank = recorder._rank
+            held, owned = (dict.fromkeys(p.held_by(rank).tolist(), row) for p in (holders, owners))
+            recorder._gather_in_rounds(gather.part(rank), held | owned)
+            sums = {e: torch.zeros(numel) for e in owned}
+            parts = reduce.part(rank)
+            state = routed._Reduction(rank, topology, parts, held, sums, torch.float32, Staging())
+            recorder._reduce(parts, state, ahead=0)
+    return [recorder.calls for recorder in recorders]
+
+
+def finished(ranks: list[list[Call]]) -> bool:
+    """Whether all group calls end. Messages of a pair match in order; matched ones must be of the same hop."""
+    place = [0] * len(ranks)
+    sent: dict[tuple[int, int], deque[Hop]] = defaultdict(deque)
+    received: dict[tuple[int, int], deque[Hop]] = defaultdict(deque)
+    open_halves = [0] * len(ranks)
+
+    def enter(rank: int) -> None:
+        for mine, theirs, hops in zip((sent, received), (received, sent), ranks[rank][place[rank]], strict=True):
+            for hop in hops:
+                pair = (hop.src, hop.dst)
+                if theirs[pair]:
+                    assert theirs[pair].popleft() == hop, "a message is taken for another one"
+                    open_halves[hop.src + hop.dst - rank] -= 1
+                else:
+                    mine[pair].append(hop)
+                    open_halves[rank] += 1
+
+    waiting = deque(rank for rank, calls in enumerate(ranks) if calls)
+    for rank in waiting:
+        enter(rank)
+    while any(open_halves[rank] == 0 for rank in waiting):
+        for rank in [r for r in waiting if open_halves[r] == 0]:
+            place[rank] += 1
+            if place[rank] == len(ranks[rank]):
+                waiting.remove(rank)
+            else:
+                enter(rank)
+    return not waiting
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([(2, 1), (3, 3), (4, 2), (6, 2), (8, 4), (9, 3)]), st.integers(0, 10**6))
+def test_group_calls_of_all_ranks_end(layout: tuple[int, int], seed: int) -> None:
+    calls = group_calls(*layout, seed)
+    assert finished(calls)
+
+
+def test_group_calls_in_another_order_would_not_end() -> None:
+    there, back = Hop(0, 0, 1, 0, 1, 0, False, True, True), Hop(1, 0, 1, 1, 0, 1, False, True, True)
+    one: list[Call] = [([there], []), ([], [back])]
+    other: list[Call] = [([], [there]), ([back], [])]
+    assert finished([one, other])
+    assert not finished([one, other[::-1]])
+
+
+# Streams: what waits for what, and how long rows are held.
+
+
+class FakeStream:
+    """Writes down what it is told."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return f"{self.name}'s event"
+
+
+class FakeCuda:
+    """`torch.cuda` with a current stream that tests set."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.current = FakeStream("caller", self.log)
+
+    def current_stream(self, device: torch.device) -> FakeStream:
+        return self.current
+
+    def Stream(self, device: torch.device) -> FakeStream:  # noqa: N802  # torch's name
+        return FakeStream("side", self.log)
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    fake = FakeCuda()
+    with mock.patch.object(torch, "cuda", fake):
+        yield fake
+
+
+def test_rows_are_held_until_both_streams_are_behind(cuda: FakeCuda) -> None:
+    transport, row, seen = Recorder(0, Topology(1, 1)), torch.zeros(4), []
+    alive = weakref.ref(row)
+
+    def run(row: Tensor = row) -> None:
+        seen.append(cuda.current.name)
+
+    work = transport._on_stream(run, row.device)
+    del run, row
+    gc.collect()
+    assert alive() is not None
+    cuda.current = FakeStream("other", cuda.log)
+    work.wait()
+    assert seen == ["side"]
+    assert cuda.log[0] == "side waits for caller"
+    assert sorted(cuda.log[1:]) == ["caller waits for side's event", "other waits for side's event"]
+    gc.collect()
+    assert alive() is None
+
+
+def test_one_wait_where_the_caller_waits_itself(cuda: FakeCuda) -> None:
+    transport = Recorder(0, Topology(1, 1))
+    for _ in range(2):
+        transport._on_stream(lambda: None, torch.device("cpu")).wait()
+    assert cuda.log == ["side waits for caller", "caller waits for side's event"] * 2
+
+
+def test_after_an_error_the_callers_stream_is_behind_what_was_started(cuda: FakeCuda) -> None:
+    def run() -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        Recorder(0, Topology(1, 1))._on_stream(run, torch.device("cpu"))
+    assert cuda.log == ["side waits for caller", "caller waits for side"]
+    assert cuda.current.name == "caller"
