@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -12,12 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.fsdp import fully_shard as fsdp2
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hecate.adapters.base import FoundExperts, find_experts
 from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.full import full_experts, full_tensor
@@ -29,28 +27,19 @@ from hecate.collectives.group_seam import default_store
 from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
 from hecate.policies import get_policy
-from hecate.runtime.build import (
-    check_mesh,
-    check_model,
-    check_same,
-    default_mesh,
-    device_of,
-    free_slots,
-    make_comms,
-    resolve_dtypes,
-)
-from hecate.runtime.chunk import ChunkLayout
-from hecate.runtime.copies import CopiesMemory, PoolLayer, SharedBuffers
+from hecate.runtime.build import check_same, default_mesh, device_of, make_comms
+from hecate.runtime.copies import CopiesMemory, SharedBuffers
 from hecate.runtime.engine import Engine
 from hecate.runtime.finite import non_finite
 from hecate.runtime.fsdp_seam import forget_step
 from hecate.runtime.heartbeat import Heartbeat
-from hecate.runtime.initialize import Stack, initialize, materialize, on_meta
+from hecate.runtime.initialize import Stack, initialize, on_meta
 from hecate.runtime.layer import FSSDPExperts
-from hecate.runtime.planner import LayerPlanner, layer_cost
-from hecate.runtime.pool import POOL_PREFIX, ExpertPool, local_tensor
-from hecate.runtime.replicate import ReplicatedDense
+from hecate.runtime.planner import LayerPlanner
+from hecate.runtime.pool import local_tensor
 from hecate.runtime.reshard import OptimizerWatch, Resharder
+from hecate.runtime.stats import PeakMemory
+from hecate.wrap import inspect_model, make_planners, make_pools, move_dense, shard_dense
 
 __all__ = ["FSSDP", "fully_shard"]
 
@@ -65,7 +54,8 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
 
     For parameter groups by name: the experts of all layers with equal weights are one parameter a kind, called
     `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_down_proj`; `engine.pools[number].specs` names the layers.
-    So experts can have settings of their own, a weight kind too, but not a single layer or expert, unless it is frozen.
+    So experts can have settings of their own, a weight kind too; with `FSSDPConfig(pools="layer")` each layer has
+    parameters of its own, `number` being the layer's. A single expert cannot have any.
 
     Args:
         model: any module with MoE layers that an adapter knows (`hecate.adapters.base`), on every rank the same.
@@ -95,7 +85,7 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
-        found = agree(lambda: self._inspect(model, mesh, config))
+        found = agree(lambda: inspect_model(model, mesh, config))
         check_same([f.spec for f in found], config, mesh)
         self.model = model
         self.config = config
@@ -104,30 +94,45 @@ class FSSDP:
         self._names = list(model.state_dict(keep_vars=True))
         self._format = format_of(model)
         self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks, config.cost_model(self.device.type))
-        self._copies_memory = CopiesMemory()
-        self._policy = get_policy(config.policy)
         self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
         self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
         self._saves = Saves()
         self._sync = True
-        self._peak_memory = {"owned": 0, "optimizer": 0, "gradients": 0}
+        self._copies_memory, self._memory = CopiesMemory(), PeakMemory()
         self._without_values = on_meta(model)
-        self._move_dense(found)
-        self.pools = self._make_pools(found)
-        self._engine = self._make_engine(found)
+        move_dense(model, found, self.device, config.master_dtype)
+        self.pools = make_pools(model, found, config, self._comms, self.device, self.mesh)
+        sparse = config.rematerialize and self._comms.topology.num_devices > 1
+        shared = SharedBuffers(self._copies_memory) if sparse else None
+        planners = make_planners(model, found, self.pools, config, self._comms, shared, self._copies_memory)
+        self._engine = self._make_engine(planners, shared)
         for index, f in enumerate(found):
             FSSDPExperts.take_over(f.module, self._engine, index, f.spec)
-        self._dense = self._shard_dense(found)
+        self._dense = shard_dense(model, found, self.pools, config, self.mesh)
         if self.mesh is not None:
             generate_in_step(model)
         if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
         self._watch = OptimizerWatch(model, self.pools, self._after_step)
-        self._resharder = Resharder(
-            self._engine.layers, self._policy, self._watch, self._comms.experts, self._replicas, config.reshard_interval
-        )
+        policy, interval = get_policy(config.policy), config.reshard_interval
+        self._resharder = Resharder(planners, policy, self._watch, self._comms.experts, self._replicas, interval)
         model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
         self._engine.attach(model)
+
+    def _make_engine(self, planners: list[LayerPlanner], shared: SharedBuffers | None) -> Engine:
+        return Engine(
+            planners,
+            self._comms,
+            shared,
+            torch.zeros(
+                (), device=self.device, requires_grad=any(True for pool in self.pools for _ in pool.trainable())
+            ),
+            before_step=lambda: self._resharder.before_step(self._engine.step),
+            enter=lambda: self._dense.enter() if self._dense is not None else None,
+            leave=self._leave_dense,
+            end_of_backward=self._reduce_replicas,
+            abandon=lambda: self._dense.drop_gradients() if self._dense is not None else None,
+        )
 
     # What a training loop calls.
 
@@ -210,16 +215,21 @@ class FSSDP:
             `copies`, `bytes` (over all links), `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`,
             `optimizer`, `gradients`, `copies`.
         """
-        copies = {"copies": self._copies_memory.peak}
         return {
             "step": self._engine.step,
             "policy": self.config.policy,
             "layers": self._engine.report(),
-            "memory_bytes": self._peak_memory | copies,
+            "memory_bytes": self._memory.peaks | {"copies": self._copies_memory.peak},
         }
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All parameters and buffers under their original names and shapes, on CPU, on every rank. Collective."""
+        """All parameters and buffers under their original names and shapes, on CPU, on every rank. Collective.
+
+        Raises:
+            RuntimeError: the model was built on the meta device and has no values yet.
+        """
+        self._check_values()
+        self._leave_dense()
         experts = {
             f"{spec.name}.{kind}": (pool, row, parameter)
             for pool in self.pools
@@ -338,6 +348,7 @@ class FSSDP:
         save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)
 
     def _fill(self, seed: int, rule: Callable[[nn.Module], None] | None) -> None:
+        self._leave_dense()
         given = initialize(self.model, self._stacks(), seed, rule)
         first = first_names(self.model)
         filled = {first.get(name, name) for name in given}
@@ -355,121 +366,9 @@ class FSSDP:
         ]
 
     def _training_state(self) -> TrainingState:
+        self._leave_dense()
         replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())
         return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
-
-    # Building.
-
-    @staticmethod
-    def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> list[FoundExperts]:
-        """What one rank can check by itself."""
-        check_mesh(mesh)
-        check_model(model, mesh)
-        found = find_experts(model)
-        for f in found:
-            resolve_dtypes(f.spec, config)
-        buffers = on_meta(model) - model.state_dict().keys()
-        if buffers and (missing := buffers - initialize(model, [], config.seed, wanted=buffers)):
-            raise ValueError(
-                f"fully_shard: buffers {listed(missing)} are on the meta device and not in the state dict; the "
-                "model's `_init_weights` must compute them, or build the model with them elsewhere"
-            )
-        config.cost_model(device_of(model, mesh).type)
-        return found
-
-    def _move_dense(self, found: Sequence[FoundExperts]) -> None:
-        """The dense part to the device and `master_dtype`; pools are made there. Meta tensors stay."""
-        experts = _stacked(found)
-        for parameter in self.model.parameters():
-            if id(parameter) not in experts:
-                device = parameter.device if parameter.is_meta else self.device
-                parameter.data = parameter.data.to(device, self.config.master_dtype or parameter.dtype)
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer if buffer.is_meta else buffer.to(self.device))
-
-    def _make_pools(self, found: Sequence[FoundExperts]) -> list[ExpertPool]:
-        """One pool for all layers with equal weights, filled from the model's own and registered on it."""
-        pools = []
-        for number, weights in enumerate(dict.fromkeys(f.spec.weights for f in found)):
-            layers = [f for f in found if f.spec.weights == weights]
-            pool = ExpertPool(
-                [f.spec for f in layers],
-                resolve_dtypes(layers[0].spec, self.config).master,
-                self.device,
-                self._comms.rank,
-                self._comms.topology.num_devices,
-                self.mesh,
-            )
-            for row, f in enumerate(layers):
-                pool.fill(row, f.module)
-            for kind, parameter in pool.parameters.items():
-                self.model.register_parameter(f"{POOL_PREFIX}{number}_{kind}", parameter)
-            pools.append(pool)
-        return pools
-
-    def _make_engine(self, found: Sequence[FoundExperts]) -> Engine:
-        config, comms = self.config, self._comms
-        shared = SharedBuffers(self._copies_memory) if config.rematerialize and comms.topology.num_devices > 1 else None
-        cost_model = config.cost_model(self.device.type)
-        trained = any(w.trainable for f in found for w in f.spec.weights)
-        planners = []
-        for index, f in enumerate(found):
-            pool = next(p for p in self.pools if f.spec in p.specs)
-            dtypes = resolve_dtypes(f.spec, config)
-            chunk_bytes = ChunkLayout(f.spec.weights).numel * dtypes.param.itemsize
-            slots = self._slots(chunk_bytes, len(found))
-            row = pool.specs.index(f.spec)
-            storage = PoolLayer(index, pool, row, dtypes, comms, slots, shared, self._copies_memory)
-            cost = layer_cost(cost_model, f.spec, storage, self._dense_flops(found))
-            planners.append(LayerPlanner(f.spec, storage, self._policy, config, cost))
-        return Engine(
-            planners,
-            comms,
-            shared,
-            torch.zeros((), device=self.device, requires_grad=trained),
-            before_step=lambda: self._resharder.before_step(self._engine.step),
-            enter=lambda: self._dense.enter() if self._dense is not None else None,
-            leave=lambda: self._dense.leave() if self._dense is not None else None,
-            end_of_backward=self._reduce_replicas,
-            abandon=lambda: self._dense.drop_gradients() if self._dense is not None else None,
-        )
-
-    def _slots(self, chunk_bytes: int, layers: int) -> int:
-        topology = self._comms.topology
-        if topology.num_devices == 1 or self.config.policy == "ep":
-            return 0
-        return free_slots(self.config, chunk_bytes, layers, self.device, topology.devices_per_node)
-
-    def _dense_flops(self, found: Sequence[FoundExperts]) -> int:
-        """Forward operations a token of the dense part before one MoE layer: 2 a weight, embeddings only look up."""
-        apart = {id(p) for pool in self.pools for p in pool.parameters.values()}
-        apart |= _stacked(found)
-        apart |= {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        return 2 * sum(p.numel() for p in self.model.parameters() if id(p) not in apart) // len(found)
-
-    def _shard_dense(self, found: Sequence[FoundExperts]) -> ReplicatedDense | None:
-        """FSDP2 on the blocks and the model, or replicas; None where nothing of ours acts between passes."""
-        pools = {p for pool in self.pools for p in pool.parameters.values()}
-        config = self.config
-        if self.mesh is None or config.dense != "fsdp":
-            materialize(self.model, self.device)
-        if self.mesh is None or config.dense == "none":
-            return None
-        if config.dense == "replicate":
-            return ReplicatedDense(self.model, self.mesh, pools, config.param_dtype, config.reduce_dtype)
-        precision = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
-        for block in [*self._blocks(found), self.model]:
-            fsdp2(block, mesh=self.mesh, mp_policy=precision, ignored_params=pools)
-        materialize(self.model, self.device)
-        return None
-
-    def _blocks(self, found: Sequence[FoundExperts]) -> list[nn.Module]:
-        """Modules that the model says must not be split, else those that hold an MoE layer; innermost first."""
-        named = tuple(getattr(self.model, "_no_split_modules", None) or ())
-        blocks = [m for m in self.model.modules() if type(m).__name__ in named]
-        blocks = blocks or list(dict.fromkeys(f.parent for f in found))
-        return [m for m in reversed(blocks) if m is not self.model]
 
     # Between passes.
 
@@ -498,27 +397,12 @@ class FSSDP:
                     dist.all_reduce(gradient, group=self._replicas)
                     gradient.div_(self._replicas.size())
 
+    def _leave_dense(self) -> None:
+        """Parameters are where the optimizer and the checkpoint look for them, also after a pass that did not end."""
+        if self._dense is not None:
+            self._dense.leave()
+
     def _after_step(self) -> None:
         self._engine.end_step()
         if self._engine.step <= STEPS_TO_MEASURE:
-            self._measure_memory()
-
-    def _measure_memory(self) -> None:
-        parameters = list(self.model.parameters())
-        states = [state for optimizer in self._watch.optimizers for state in optimizer.state.values()]
-        now = {
-            "owned": _num_bytes(parameters),
-            "optimizer": _num_bytes([v for state in states for v in state.values() if isinstance(v, Tensor)]),
-            "gradients": _num_bytes([p.grad for p in parameters if p.grad is not None]),
-        }
-        self._peak_memory = {kind: max(now[kind], peak) for kind, peak in self._peak_memory.items()}
-
-
-def _stacked(found: Sequence[FoundExperts]) -> set[int]:
-    """Ids of the parameters that go to the pools."""
-    return {id(getattr(f.module, w.kind)) for f in found for w in f.spec.weights}
-
-
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes on this device."""
-    return sum(local.numel() * local.element_size() for local in map(local_tensor, tensors))
+            self._memory.measure(self.model, self._watch.optimizers)

@@ -14,6 +14,7 @@ __all__ = ["FSSDPConfig", "PolicyName"]
 PolicyName = Literal["balanced", "hecate", "ep"]
 Dense = Literal["fsdp", "replicate", "none"]
 Calibrate = Literal["pays", "always", False]
+Pools = Literal["shared", "layer"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class FSSDPConfig:
         reduce_dtype: dtype that gradients travel in; None takes `param_dtype`.
         wire_dtype: dtype that tokens, their results and their gradients travel in between devices, at most as wide as
             `param_dtype`; None sends them as computed.
+        pools: which owned experts are one parameter: "shared" (of all layers with equal weights; re-sharding may move
+            them between layers' devices as it likes) or "layer" (each layer's by itself, for optimizers that look at
+            whole tensors and for settings per layer; every device then owns equally many of each layer).
         dense: the rest of the model: "fsdp" (FSDP2), "replicate", "none" (left to the caller).
         seed: of `FSSDP.init_weights` where no other is passed.
     """
@@ -55,11 +59,13 @@ class FSSDPConfig:
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
+    pools: Pools = "shared"
     dense: Dense = "fsdp"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, get_args(PolicyName))
+        _one_of("pools", self.pools, get_args(Pools))
         _one_of("dense", self.dense, get_args(Dense))
         _one_of("calibrate", self.calibrate, get_args(Calibrate))
         if isinstance(self.max_imbalance, bool) or not self.max_imbalance >= 1:

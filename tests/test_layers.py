@@ -24,6 +24,7 @@ ORDER = (
     "checkpoint",
     "models",
     "adapters",
+    "wrap",
     "api",
     "sim",
     "report",

@@ -69,9 +69,10 @@ def test_our_models_have_the_same_values_before_and_after_sharding(groups: Group
 def test_forward_without_values_is_refused() -> None:
     with torch.device("meta"):
         model = GPTMoE(TINY)
-    hecate.fully_shard(model)
-    with pytest.raises(RuntimeError, match=r"no values yet; call init_weights, load_pretrained or load first"):
-        model(torch.zeros(1, 4, dtype=torch.int64))
+    engine = hecate.fully_shard(model)
+    for use in (lambda: model(torch.zeros(1, 4, dtype=torch.int64)), engine.full_state_dict):
+        with pytest.raises(RuntimeError, match=r"no values yet; call init_weights, load_pretrained or load first"):
+            use()
 
 
 class Scaled(nn.Module):

@@ -36,6 +36,7 @@ def _batch() -> Tensor:
     [
         ("policy", "best", "must be one of 'balanced', 'hecate', 'ep'"),
         ("dense", "ddp", "must be one of 'fsdp', 'replicate', 'none'"),
+        ("pools", "expert", "must be one of 'shared', 'layer'"),
         ("calibrate", True, "must be one of 'pays', 'always', False"),
         ("max_imbalance", 0.9, "must be a number >= 1"),
         ("memory_slots", -1, "must be an integer >= 0"),

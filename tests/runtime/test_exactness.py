@@ -52,6 +52,10 @@ CASES = {
     "2-one-expert": (2, Case(config("balanced"), model=replace(TINY, top_k=1), router="one")),
     "2-unpicked": (2, Case(config("hecate", reshard_interval=1), router="unpicked")),
     "3-balanced-reshard": (3, Case(config("balanced", reshard_interval=1))),
+    "3-pool-a-layer": (
+        3,
+        Case(config("balanced", reshard_interval=1, pools="layer"), model=replace(TINY, num_experts=7)),
+    ),
     "3-uneven-experts": (3, Case(config("balanced", reshard_interval=1), model=replace(TINY, num_experts=7))),
     "3-few-tokens": (3, Case(config("balanced", rematerialize=True), model=NON_REENTRANT, batch=(2, 1, 0))),
     "3-hecate-few-tokens": (3, Case(config("hecate", calibrate=False), batch=(0, 3, 1), accumulate=2)),

@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +271,29 @@ def _opaque_output(rematerialize: bool) -> None:
 @pytest.mark.parametrize("rematerialize", [False, True])
 def test_output_that_cannot_be_looked_into(groups: Groups, rematerialize: bool) -> None:
     groups(2).run(_opaque_output, rematerialize)
+
+
+def _state_after_a_pass_without_end(path: str) -> None:
+    """Its plain leaves, in another dtype, must not be taken for the parameters."""
+    model = _Wrapped(GPTMoE(TINY).double())
+    replicate = config("balanced", dense="replicate", param_dtype=torch.bfloat16)
+    engine = hecate.fully_shard(model, None, replicate)
+    engine.init_weights(7)
+    before = engine.full_state_dict()
+    engine.save(path)
+    for act in (lambda: engine.load(path), lambda: engine.init_weights(7), lambda: engine.save(path)):
+        model(*_batch(1))
+        act()
+        model(*_batch(1))
+        state = engine.full_state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in state.items())
+    engine.init_weights(8)
+    engine.load(path)
+    assert all(torch.equal(value, before[name]) for name, value in engine.full_state_dict().items())
+
+
+def test_state_after_a_pass_without_end(groups: Groups, tmp_path: Path) -> None:
+    groups(2).run(_state_after_a_pass_without_end, str(tmp_path / "checkpoint"))
 
 
 def _inference_mode() -> None:
