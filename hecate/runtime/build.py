@@ -122,7 +122,7 @@ def make_comms(
     exposed = ExposedTime()
     lanes = (Lane(device, exposed), Lane(device, exposed))
     if mesh is None:
-        return Comms(0, Topology(1, 1), None, None, *lanes, exposed, 1.0, guard)
+        return Comms(0, Topology(1, 1), None, None, *lanes, exposed, 1.0, False, guard)
     shard = mesh.get_group(mesh.ndim - 1)
     topology = Topology.detect(shard.size())
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
@@ -136,6 +136,7 @@ def make_comms(
         gradients=lanes[1],
         exposed=exposed,
         gradient_scale=1.0 / shard.size(),
+        replicated=mesh.size() > shard.size(),
         guard=guard,
     )
 

@@ -52,6 +52,7 @@ class Comms:
         gradients: lane of spRS, so that a reduction does not queue behind the next layer's copies.
         exposed: what compute waited for.
         gradient_scale: 1 / number of these devices, as DDP and FSDP average; replicas are averaged on top.
+        replicated: whether other devices train the same experts on other tokens.
         guard: makes a context in which a failed collective names the ranks that are missing.
     """
 
@@ -63,6 +64,7 @@ class Comms:
     gradients: Lane
     exposed: ExposedTime
     gradient_scale: float
+    replicated: bool
     guard: Callable[[], AbstractContextManager[None]]
 
 

@@ -155,13 +155,8 @@ class Engine:
     def _plan(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
         planner = self.layers[layer]
         self._launch(layer)
-        counts = count_tokens(
-            Pass(planner.name, layer, self.step, self._recording),
-            index,
-            weights,
-            planner.num_experts,
-            self.comms.tokens,
-        )
+        where = Pass(planner.name, layer, self.step, self._recording)
+        counts = count_tokens(where, index, weights, planner.num_experts, self.comms)
         copies = self._launched.pop(layer)
         placement = planner.calibrate(counts, copies.placement, index.shape[1])
         if placement != copies.placement:

@@ -69,9 +69,7 @@ class Pass:
         return (self.step << 16 | self.number) << 1 | self.with_grad
 
 
-def count_tokens(
-    where: Pass, index: Tensor, weights: Tensor, num_experts: int, group: dist.ProcessGroup | None
-) -> NDArray[np.int64]:
+def count_tokens(where: Pass, index: Tensor, weights: Tensor, num_experts: int, comms: Comms) -> NDArray[np.int64]:
     """Exchange how many tokens each device routes to each expert.
 
     Args:
@@ -79,31 +77,33 @@ def count_tokens(
         index: `[T, k]` expert of each token copy.
         weights: `[T, k]`.
         num_experts: E.
-        group: None for one device.
+        comms: the ranks that share the experts.
 
     Returns:
         int64 `[D, E]`, on the host: the one place of a layer where an accelerator is waited for.
 
     Raises:
         ValueError: on every rank, naming layer and rank, where an index is outside [0, E).
-        NonFiniteError: likewise, where a weight is not finite.
+        NonFiniteError: likewise, where a weight is not finite; not with several replicas, as the others would wait for
+            this one: there the loss and the gradients' norm become NaN, which all see.
         RuntimeError: likewise, where ranks stand in different forward passes or layers.
     """
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
-    not_finite = (~torch.isfinite(weights.detach())).sum()
     row = torch.zeros(num_experts + 3, dtype=torch.int64, device=index.device)
     row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
-    row[num_experts + 1] = not_finite
+    row[num_experts + 1] = (~torch.isfinite(weights.detach())).sum()
     row[num_experts + 2].fill_(where.code)
-    table = row.new_empty(1 if group is None else group.size(), row.numel())
-    if group is None:
+    table = row.new_empty(comms.topology.num_devices, row.numel())
+    if comms.tokens is None:
         table[0] = row
     else:
-        dist.all_gather(list(table.unbind(0)), row, group=group)
+        dist.all_gather(list(table.unbind(0)), row, group=comms.tokens)
     counts = table.cpu().numpy()
     _check_pass(where, counts[:, num_experts + 2])
-    _check_router(where.layer, counts[:, : num_experts + 2], num_experts)
+    _check_range(where.layer, counts[:, num_experts], num_experts)
+    if not comms.replicated:
+        _check_finite(where.layer, counts[:, num_experts + 1])
     return counts[:, :num_experts]
 
 
@@ -121,15 +121,19 @@ def _said(code: int) -> str:
     return f"MoE layer {code >> 1 & 0xFFFF} {kind} gradients after {code >> 17} optimizer steps"
 
 
-def _check_router(layer: str, counts: NDArray[np.int64], num_experts: int) -> None:
-    for rank in np.flatnonzero(counts[:, num_experts:].any(axis=1)):
-        outside, not_finite = counts[rank, num_experts:]
-        if outside:
-            raise ValueError(
-                f"{layer}: the router of rank {rank} chose {outside} experts outside [0, {num_experts}); "
-                f"the layer has {num_experts} experts"
-            )
-        raise NonFiniteError(f"{layer}: the router of rank {rank} gave {not_finite} weights that are NaN or infinite")
+def _check_range(layer: str, outside: NDArray[np.int64], num_experts: int) -> None:
+    for rank in np.flatnonzero(outside):
+        raise ValueError(
+            f"{layer}: the router of rank {rank} chose {outside[rank]} experts outside [0, {num_experts}); "
+            f"the layer has {num_experts} experts"
+        )
+
+
+def _check_finite(layer: str, not_finite: NDArray[np.int64]) -> None:
+    for rank in np.flatnonzero(not_finite):
+        raise NonFiniteError(
+            f"{layer}: the router of rank {rank} gave {not_finite[rank]} weights that are NaN or infinite"
+        )
 
 
 def dispatch_of(

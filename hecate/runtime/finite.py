@@ -20,9 +20,7 @@ Place = tuple[str, int]
 
 
 class NonFiniteError(ValueError):
-    """A forward pass met a value that is NaN or infinite; raised at the same place on all ranks that share
-    experts; with several replicas, only on those of one.
-    """
+    """A forward pass met a value that is NaN or infinite; raised at the same place on all ranks."""
 
 
 def non_finite(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -104,6 +105,19 @@ def backward_that_raises(run: Run) -> list[str]:
     return run.engine.non_finite(loss)
 
 
+def router_of_one_rank(run: Run) -> list[str]:
+    """Nothing is raised where other replicas would wait for this one; the norm tells all of them."""
+    rank = dist.get_rank()
+    handle = run.model.blocks[1].moe.register_forward_pre_hook(
+        lambda module, args: (args[0] * (NAN if rank == 0 else 1.0), *args[1:])
+    )
+    loss = run.loss(50)
+    handle.remove()
+    loss.backward()
+    assert not torch.isfinite(run.engine.clip_grad_norm_(0.5))
+    return run.engine.non_finite(loss)
+
+
 ACCIDENTS: dict[Callable[[Run], list[str]], list[str]] = {
     bad_gradient: [f"gradient of blocks.1.moe.experts.up, expert {EXPERT}"],
     bad_dense_gradient: ["gradient of head.weight"],
@@ -140,6 +154,16 @@ def test_skipped_step_leaves_no_trace(groups: Groups, variant: str) -> None:
             assert run == same, accident
             assert state.keys() == same_state.keys()
             assert all(torch.equal(value, same_state[name]) for name, value in state.items()), accident
+
+
+def test_one_of_two_replicas(groups: Groups) -> None:
+    settings = {"config": BALANCED, "mesh": (2, 1)}
+    undisturbed = groups(2).run(with_accident, None, settings)
+    disturbed = groups(2).run(with_accident, router_of_one_rank, settings)
+    for (names, *run, state), (_, *same, same_state) in zip(disturbed, undisturbed, strict=True):
+        assert names[0] == "loss of rank 0"
+        assert run == same
+        assert all(torch.equal(value, same_state[name]) for name, value in state.items())
 
 
 def test_on_one_device() -> None:
