@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
 from hecate.checkpoint.state import Entry, TrainingState, compare_names, expert_rows, listed
@@ -201,11 +202,16 @@ class OptimizerTarget:
             return pool.distribute(torch.zeros(pool.slots, *size[1:], dtype=dtype, device=parameter.device))
         if size == parameter.shape:
             return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        zeros = torch.zeros(size, dtype=dtype, device=parameter.device)
         if not isinstance(parameter, DTensor):
-            return zeros
-        mesh = parameter.device_mesh
-        return DTensor.from_local(zeros, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            return torch.zeros(size, dtype=dtype, device=parameter.device)
+        placements = [_with_size(p, parameter.shape, size) for p in parameter.placements]
+        return dtensor_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+
+
+def _with_size(placement: Placement, shape: torch.Size, size: torch.Size) -> Placement:
+    """That of a state tensor: sharded where it has the parameter's rows, e.g. a mean over its columns; else whole."""
+    rows = isinstance(placement, Shard) and len(size) == len(shape) and size[placement.dim] == shape[placement.dim]
+    return placement if rows else Replicate()
 
 
 def _like(present: Any, value: Any) -> Any:

@@ -7,17 +7,13 @@ moves with the experts. Muon: https://kellerjordan.github.io/posts/muon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM
 
-import hecate
-from hecate.collectives.ranks import rank_and_world
-from hecate.examples.shared import Text, join, say, tiny_config
+from hecate.examples.optimizers import EachParameter, train_tiny
 from hecate.runtime.pool import local_tensor
 
 __all__ = ["BatchedMuon", "orthogonal", "split_parameters"]
@@ -26,7 +22,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration, from the page above."""
 
 
-class BatchedMuon(torch.optim.Optimizer):
+class BatchedMuon(EachParameter):
     """Muon with Nesterov momentum over stacks of matrices.
 
     Args:
@@ -44,24 +40,12 @@ class BatchedMuon(torch.optim.Optimizer):
             if flat := [tuple(p.shape) for p in group["params"] if p.ndim != 3]:
                 raise ValueError(f"BatchedMuon: parameters of shapes {flat}; must be stacks [stack, outputs, inputs]")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` does."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return result
-
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step of one stack."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, momentum, weight = map(local_tensor, (parameter.grad, state["momentum_buffer"], parameter))
+        gradient, momentum, weight = map(local_tensor, (gradient, state["momentum_buffer"], parameter))
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = orthogonal(gradient.lerp(momentum, group["momentum"]))
         outputs, inputs = weight.shape[1:]
@@ -92,22 +76,11 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 def main() -> None:
     """Train a tiny random model."""
-    device = join()
-    torch.manual_seed(0)  # the same model on every rank
-    model = AutoModelForCausalLM.from_config(tiny_config()).to(device)
-    hecate.fully_shard(model)
-    matrices, others = split_parameters(model)
-    optimizers = [BatchedMuon(matrices, lr=0.01), torch.optim.AdamW(others, lr=1e-3)]
-    rank, world = rank_and_world()
-    text = Text(length=128, size=30 * 8 * world)
-    for step, batch in enumerate(DataLoader(text, 8, sampler=DistributedSampler(text, world, rank))):
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 10 == 9:
-            say(f"step {step}: loss {loss.item():.4f}")
+    train_tiny(lambda model: _optimizers(*split_parameters(model)))
+
+
+def _optimizers(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    return [BatchedMuon(matrices, lr=0.01), torch.optim.AdamW(others, lr=1e-3)]
 
 
 if __name__ == "__main__":

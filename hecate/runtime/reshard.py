@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hecate.collectives.agreement import check_placements
 from hecate.collectives.schedule import gather_schedule
@@ -29,11 +29,15 @@ from hecate.runtime.pool import ExpertPool, local_tensor
 __all__ = ["OptimizerWatch", "Resharder"]
 
 
+WHOLE_TENSORS = ("torch.optim.Adafactor", "transformers.optimization.Adafactor")
+"""Optimizers whose steps depend on norms of whole tensors, and that take those of this rank's part."""
+
+
 class OptimizerWatch:
     """Knows the optimizers that train the experts, and calls `after_step` when one has made a step.
 
     Where all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer
-    that steps as gradients come) is not the end of a step.
+    that steps as gradients come) is not the end of a step. Before a step of `WHOLE_TENSORS` it raises ValueError.
     """
 
     def __init__(self, model: nn.Module, pools: Sequence[ExpertPool], after_step: Callable[[], None]) -> None:
@@ -41,16 +45,23 @@ class OptimizerWatch:
         self._trained = {id(p) for p in experts or model.parameters()}
         self._after_step = after_step
         self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
-        # The hook is global: it must not keep the model alive. It stays when this object goes, doing nothing: taking it
-        # away then could fall into a step of another optimizer, while torch iterates over the hooks.
+        self._sharded = any(pool.num_devices > 1 for pool in pools)
+        # The hooks are global: they must not keep the model alive. They stay when this object goes, doing nothing:
+        # taking them away then could fall into a step of another optimizer, while torch iterates over the hooks.
         watch = weakref.ref(self)
 
-        def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            alive = watch()
+            if alive is not None and alive._sharded and alive.add(optimizer):
+                _refuse_whole_tensors(optimizer)
+
+        def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
             alive = watch()
             if alive is not None and not in_backward() and alive.add(optimizer):
                 alive._after_step()
 
-        register_optimizer_step_post_hook(hook)
+        register_optimizer_step_pre_hook(before)
+        register_optimizer_step_post_hook(after)
 
     def add(self, optimizer: Optimizer) -> bool:
         """Take note of an optimizer; whether it trains what is watched."""
@@ -69,6 +80,15 @@ class OptimizerWatch:
         """All that are alive."""
         alive = {id(o): o for o in (reference() for reference in self._latest.values()) if o is not None}
         return list(alive.values())
+
+
+def _refuse_whole_tensors(optimizer: Optimizer) -> None:
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if name in WHOLE_TENSORS:
+        raise ValueError(
+            f"{name} scales updates by norms of whole tensors, but takes those of one rank's part where a tensor is "
+            "sharded; use hecate.examples.adafactor.ShardedAdafactor, which takes those of each expert's matrix"
+        )
 
 
 class Resharder:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForSeq2SeqLM
@@ -93,6 +94,19 @@ def test_tensor_parallel_models(groups: Groups) -> None:
         assert "MixtralForCausalLM was loaded with tp_size=2: tensor parallel training is not supported" in by_size
         assert "parameter lm_head.weight is sharded already" in by_tensor
         assert "(tensor parallel ones are not supported)" in by_tensor
+
+
+def optimizers_of_whole_tensors() -> list[str]:
+    engine = hecate.fully_shard(tiny_model("mixtral"), None, hecate.FSSDPConfig(dense="replicate"))
+    made = [torch.optim.Adafactor(engine.model.parameters()), transformers.Adafactor(engine.model.parameters())]
+    loss_of(engine.model, batch(0, dist.get_rank())).backward()
+    return [error_of(optimizer.step) for optimizer in made]  # type: ignore[arg-type]
+
+
+def test_optimizers_of_whole_tensors(groups: Groups) -> None:
+    for of_torch, of_transformers in groups(2).run(optimizers_of_whole_tensors):
+        assert of_torch.startswith("ValueError: torch.optim.Adafactor scales updates by norms of whole")
+        assert of_transformers.startswith("ValueError: transformers.optimization.Adafactor scales")
 
 
 def expert_parallel() -> str:

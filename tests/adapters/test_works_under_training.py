@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 import hecate
+from hecate.examples.adafactor import ShardedAdafactor
 from tests.adapters.ways import CONFIG, Way, compare_way, loss_of, one_by_one
 from tests.workers import Groups
 
 REMATERIALIZE = replace(CONFIG, rematerialize=True)
 REPLICATE = replace(CONFIG, dense="replicate")
+BY_LAYER = replace(CONFIG, pools="layer")
 
 
 # Passes.
@@ -148,6 +151,20 @@ def in_groups(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, eps=1e-4)
 
 
+def by_layer(model: nn.Module) -> torch.optim.Optimizer:
+    """Layers learn the faster the later, experts included: layer i has the parameters of pool i."""
+    rates: dict[str, list[nn.Parameter]] = {"0": [], "1": [], "": []}
+    for name, p in model.named_parameters():
+        match = re.search(r"layers\.(\d)\.|hecate_pool_(\d)_", name)
+        rates["" if match is None else match[match.lastindex or 0]].append(p)
+    assert all(rates.values())
+    return torch.optim.AdamW([{"params": p, "lr": 1e-3 * (1 + i)} for i, p in enumerate(rates.values())], eps=1e-4)
+
+
+def adafactor(model: nn.Module) -> torch.optim.Optimizer:
+    return ShardedAdafactor(model.parameters(), lr=1e-3)
+
+
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in model.parameters() if p.requires_grad)
 
@@ -185,6 +202,9 @@ WAYS = {
     "adamw-fused": Way(optimizer=adamw_fused),
     "sgd-momentum": Way(optimizer=sgd),
     "groups": Way(model_type="gpt_oss", optimizer=in_groups),
+    "groups-by-layer": Way(config=BY_LAYER, optimizer=by_layer),
+    "adafactor": Way(optimizer=adafactor),
+    "adafactor-replicate": Way(config=REPLICATE, optimizer=adafactor),
     "warm-up": Way(scheduler=warm_up),
     "one-cycle": Way(scheduler=one_cycle),
 }

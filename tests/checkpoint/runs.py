@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import hecate
 from hecate.cost import CostModel
+from hecate.examples.adafactor import ShardedAdafactor
 from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
 from tests.runtime.reference import TINY as REFERENCE
@@ -107,7 +108,7 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
     if name == "Adafactor":
-        return torch.optim.Adafactor(model.parameters(), lr=1e-2)
+        return ShardedAdafactor(model.parameters(), lr=1e-2)
     if name == "groups":
         decayed = [p for n, p in model.named_parameters() if "hecate_pool" in n]
         rest = [p for n, p in model.named_parameters() if "hecate_pool" not in n]

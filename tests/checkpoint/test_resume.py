@@ -145,16 +145,10 @@ def test_room_for_copies_is_the_saved_runs(groups: Groups, tmp_path: Path) -> No
 
 
 def resumed_with_less_memory(path: str, settings: dict[str, object]) -> Resumed:
-    with patch("hecate.api.free_slots", return_value=1) as free:
+    with patch("hecate.wrap.free_slots", return_value=1) as free:
         result = resumed_with(path, settings)
     assert free.called
     return result
-
-
-def test_adafactor_on_one_device(tmp_path: Path) -> None:
-    """Its state has a row per expert in other shapes than the parameter's. Torch's does not take DTensors."""
-    run = unbroken(str(tmp_path / "checkpoint"), optimizer="Adafactor")
-    assert_same_run([resumed(run.path, optimizer="Adafactor")], [run])
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -182,6 +176,9 @@ VARIANTS = {
     "the paper's policy": Variant(2, {"config": replace(BALANCED, policy="hecate")}),
     "after an evaluation": Variant(2, {"evaluate": True}),
     "SGD": Variant(2, {"optimizer": "SGD"}),
+    # Its state has a row per expert in other shapes than the parameter's.
+    "Adafactor": Variant(2, {"optimizer": "Adafactor"}),
+    "a pool a layer": Variant(2, {"config": replace(BALANCED, pools="layer")}),
     "parameter groups": Variant(2, {"optimizer": "groups"}),
     "tied weights": Variant(2, {"tied": True}),
     "frozen experts": Variant(2, {"frozen": "blocks.1.moe.experts"}),
