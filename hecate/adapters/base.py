@@ -105,7 +105,7 @@ def _spec(name: str, module: nn.Module) -> ExpertsSpec | None:
 
 
 def _spec_of(name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertMLP) -> ExpertsSpec:
-    stacked = {kind: getattr(module, kind) for kind in kinds}
+    stacked = {kind: _parameter(name, module, kind) for kind in kinds}
     sizes = {kind: tuple(w.shape) for kind, w in stacked.items()}
     if len({shape[0] for shape in sizes.values()}) != 1:
         raise ValueError(f"{name}: stacked weights {sizes} must have the same number of experts as first dimension")
@@ -117,6 +117,19 @@ def _spec_of(name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertML
     weights = tuple(WeightSpec(k, tuple(w.shape[1:]), w.dtype, w.requires_grad) for k, w in stacked.items())
     num_experts = next(iter(sizes.values()))[0]
     return ExpertsSpec(name, num_experts, _width(name, weights), weights, mlp)
+
+
+def _parameter(name: str, module: nn.Module, kind: str) -> nn.Parameter:
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if kind in own and own[kind].ndim:
+        return own[kind]
+    found = getattr(module, kind, None)
+    shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+    what = f"a {type(found).__name__}{shape}" if hasattr(module, kind) else "not there"
+    raise ValueError(
+        f"{name} ({type(module).__name__}): the stacked weight {kind!r} is {what}; must be an nn.Parameter "
+        f"[experts, ...] of this module itself, which has {', '.join(own) or 'none'}"
+    )
 
 
 def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,30 @@ def test_quantized_experts_are_refused() -> None:
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match=r"experts\.down_proj: dtype torch\.float8_e4m3fn is quantized"):
+        hecate.fully_shard(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("gone", None, "is not there"),
+        ("fixed", torch.ones(8, 16, 32), r"is a Tensor of shape \(8, 16, 32\)"),
+        ("scale", nn.Parameter(torch.ones(())), r"is a Parameter of shape \(\)"),
+        ("fixed.weight", None, "is not there"),
+    ],
+)
+def test_names_of_what_is_no_stacked_parameter(name: str, value: Tensor | None, what: str) -> None:
+    model = GPTMoE(TINY)
+    experts: Any = model.blocks[1].moe.experts
+    if isinstance(value, nn.Parameter):
+        experts.register_parameter(name, value)
+    elif value is not None:
+        experts.register_buffer(name, value)
+    experts.expert_weights = ("up", "down", name)
+    message = (
+        rf"blocks\.1\.moe\.experts \(\w+\): the stacked weight '{name}' {what}; must be an nn\.Parameter \[experts"
+    )
+    with pytest.raises(ValueError, match=message):
         hecate.fully_shard(model)
 
 
