@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,11 +90,11 @@ def test_signal_to_torchrun_saves(root: Path) -> None:
 SRUN = f"""#!{sys.executable}
 # SLURM's srun as the script uses it: the command once a task, signals to every task, the highest exit code.
 import os, signal, subprocess, sys
-words = [w for w in sys.argv[1:]]
-tasks = [
-    subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)
-]
+tasks = []
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+for i in range(2):
+    env = {{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
+    tasks.append(subprocess.Popen(sys.argv[1:], env=env))
 sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -101,7 +102,15 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
 """
 
 
-def slurm(root: Path, restarts: int) -> dict[str, object]:
+# As much of the trainer as the script sees.
+TRAINER = """#!/usr/bin/env bash
+trap 'exit 85' USR1
+touch "ready$RANK"
+while true; do sleep 0.01; done
+"""
+
+
+def slurm(root: Path, restarts: int) -> dict[str, Any]:
     """`command` for the batch script, with the job's variables and stand-ins for srun and scontrol."""
     bin_folder = root / "bin"
     bin_folder.mkdir(exist_ok=True)
@@ -134,6 +143,30 @@ def test_slurm_job_is_requeued_and_goes_on(root: Path) -> None:
         job.end(expect=0)
     assert (root / "requeued").read_text() == "requeue 17\n"
     assert_like_unbroken(root, "slurm")
+
+
+@pytest.mark.parametrize(
+    ("signals", "requeued"),
+    [
+        ([signal.SIGUSR1], True),
+        ([signal.SIGTERM], False),  # scancel
+        ([signal.SIGUSR1, signal.SIGTERM], True),  # the time limit
+    ],
+    ids=["asked", "cancelled", "out of time"],
+)
+def test_slurm_job_that_was_cancelled_stays_so(tmp_path: Path, signals: list[signal.Signals], requeued: bool) -> None:
+    trainer = tmp_path / "trainer"
+    trainer.write_text(TRAINER)
+    trainer.chmod(stat.S_IRWXU)
+    start = slurm(tmp_path, restarts=0)
+    start["env"]["PYTHON"] = str(trainer)
+    with Job(tmp_path, "slurm", start) as job:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            assert job.process.poll() is None
+        for sign in signals:
+            os.kill(job.process.pid, sign)
+        job.end(expect=85)
+    assert (tmp_path / "requeued").exists() == requeued
 
 
 def test_scripts_are_valid_bash() -> None:
