@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from hecate.checkpoint.folder import resolved
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import collect, write
 
@@ -31,6 +32,10 @@ class SaveHandle:
     def done(self) -> bool:
         """Whether `wait` returns at once, on this rank."""
         return self._future.done()
+
+    def failed(self) -> bool:
+        """Whether `wait` raises at once, on this rank; it then does so soon on the others."""
+        return self._future.done() and self._future.exception() is not None
 
     def wait(self) -> None:
         """Return when the checkpoint is in place. OSError where it could not be written, on all ranks."""
@@ -56,6 +61,7 @@ class Saves:
     ) -> SaveHandle | None:
         """See `FSSDP.save`."""
         self.finish()
+        path = resolved(path)
         contents = collect(path, state, optimizer, extra or {}, copy=async_op)
         if not async_op:
             write(path, contents, None, in_thread=False)

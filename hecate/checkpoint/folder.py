@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,17 +28,23 @@ __all__ = [
     "MANIFEST",
     "ChecksumWriter",
     "aside",
+    "delete",
     "find",
     "prepare",
     "publish",
     "read_record",
+    "replace_file",
     "replace_folder",
+    "resolved",
+    "sync",
     "verify",
 ]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 RECORD = "hecate.json"
+OWN = re.compile(r".*\.distcp|\.metadata|hecate\.json|manifest\.json")
+"""Names of a checkpoint's files."""
 BLOCK = 1 << 22
 
 Checksums = dict[str, tuple[int, int]]
@@ -87,31 +95,56 @@ class ChecksumWriter(FileSystemWriter):
         return cast(_ChecksumFiles, self.fs).checksums
 
 
+def resolved(path: Path) -> Path:
+    """Where `path` leads, by whatever links: what is renamed must lie beside that, on its file system."""
+    return Path(os.path.realpath(path))
+
+
 def aside(path: Path) -> Path:
     """Where the checkpoint `path` is written until it is complete."""
     return path.with_name(path.name + ".tmp")
 
 
-def prepare(temporary: Path) -> None:
-    """Make that folder empty; what a crash left there is dropped. OSError if that is not allowed."""
+def prepare(path: Path) -> None:
+    """Make an empty folder aside of `path`; what a crash left there is dropped.
+
+    Raises:
+        OSError: that is not allowed, or `path` is nothing that a folder can be put in the place of.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if os.path.ismount(path):
+        raise OSError(errno.EBUSY, "a mount point cannot be replaced, save to a folder in it", str(path))
+    temporary = aside(path)
     if temporary.exists():
-        shutil.rmtree(temporary)
+        delete(temporary)
     temporary.mkdir(parents=True)
+
+
+def delete(path: Path) -> None:
+    """A folder and all that is in it, or a file or link; OSError that names `path` where something stays."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot delete {path}: {error.strerror}", error.filename) from error
 
 
 def publish(temporary: Path, path: Path, record: Mapping[str, Any], checksums: Checksums) -> None:
     """Complete the checkpoint in `temporary` and put it in the place of `path`.
 
-    A crash at any point leaves the one before at `path` or at `path.old`, where `find` looks.
+    A crash at any point leaves the one before at `path` or at `path.old`, where `find` looks. Other files stay.
     """
     text = json.dumps(record)
     _write(temporary / RECORD, text)
     checksums = {**checksums, RECORD: (len(text.encode()), zlib.crc32(text.encode()))}
     _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": checksums}, indent=1))
-    replace_folder(temporary, path)
+    replace_folder(temporary, path, keep=lambda name: OWN.fullmatch(name) is None)
 
 
-def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool] = lambda _: False) -> None:
+def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool]) -> None:
     """Put the complete folder `temporary` in the place of `path`, which may exist.
 
     A crash at any point leaves the one before at `path` or at `path.old`, and the new one at `path` or `temporary`;
@@ -122,14 +155,22 @@ def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool] = la
         path: what lies there is deleted.
         keep: which of it, by name, is moved to the new folder instead.
     """
-    _sync(temporary)
+    sync(temporary)
     old = _old(path)
     if path.exists():
         _drop(old, path, keep)
         os.rename(path, old)
     os.rename(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
     _drop(old, path, keep)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `path` at once: a crash, of the machine too, leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".part")
+    _write(partial, text)
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def _drop(old: Path, path: Path, keep: Callable[[str], bool]) -> None:
@@ -139,12 +180,12 @@ def _drop(old: Path, path: Path, keep: Callable[[str], bool]) -> None:
     for entry in list(old.iterdir()):
         if keep(entry.name) and not (path / entry.name).exists():
             os.rename(entry, path / entry.name)
-    shutil.rmtree(old)
+    delete(old)
 
 
 def find(path: Path) -> Path:
     """Where the checkpoint `path` is: there, or aside where saving its successor was interrupted. ValueError if not."""
-    for folder in (path, _old(path)):
+    for folder in (path, _old(resolved(path))):
         if (folder / MANIFEST).exists() or (folder / ".metadata").exists():
             return folder
     raise ValueError(f"checkpoint {path}: no such checkpoint; it must be a folder with {MANIFEST} or .metadata")
@@ -212,9 +253,9 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Make renames and new files in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or renames and new files in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

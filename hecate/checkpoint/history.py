@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import warnings
 from pathlib import Path
 
-from hecate.checkpoint.folder import MANIFEST, aside, read_record, verify
+from hecate.checkpoint.folder import MANIFEST, aside, delete, read_record, verify
 from hecate.collectives.ranks import agree, on_rank_0, rank_and_world
 
 __all__ = ["latest", "prune"]
@@ -21,8 +21,8 @@ UNREADABLE = sys.maxsize
 def latest(folder: Path) -> Path | None:
     """The checkpoint anywhere below `folder` with the most steps whose files are all whole; None if there is none.
 
-    Found by what is in it, not by its name. One that is damaged is passed over with a warning that names the file.
-    Collective.
+    Found by what is in it, not by its name; it may be a link. One that is damaged is passed over with a warning that
+    names the file. Collective. OSError where a folder cannot be listed.
     """
     steps = agree(lambda: _steps(folder))
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
@@ -40,7 +40,7 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all checkpoints below `folder` but the `keep` >= 1 with the most steps and the newest. Collective.
 
     The newest is kept because those of more steps may be damaged: a run that passed over them is behind them. One whose
-    step cannot be read is neither counted nor deleted.
+    step cannot be read is neither counted nor deleted. Of one that is a link, only the link goes.
     """
     if keep < 1:
         raise ValueError(f"prune: keep={keep} must be >= 1")
@@ -53,19 +53,40 @@ def _prune(folder: Path, keep: int) -> None:
     for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
         if path == newest:
             continue
-        path.rename(path.with_name(path.name + DELETED))  # at once, so that no part of it is taken for a checkpoint
-    for path in list(folder.rglob(f"*{DELETED}")):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            path.rename(path.with_name(path.name + DELETED))  # at once: no part of it is taken for a checkpoint
+    for path in _folders(folder):
+        if path.name.endswith(DELETED):
+            delete(path)
 
 
 def _steps(folder: Path) -> dict[Path, tuple[int, int]]:
     """Complete checkpoints and their order: by step, at equal steps by when they were written."""
-    paths = [manifest.parent for manifest in folder.rglob(MANIFEST)]
+    paths = [path for path in _folders(folder) if (path / MANIFEST).exists()]
     return {
         path: (_step(path), (path / MANIFEST).stat().st_mtime_ns)
         for path in paths
         if not path.name.endswith((aside(path).suffix, DELETED))
     }
+
+
+def _folders(folder: Path) -> list[Path]:
+    """`folder`, all below it, and of links there those that lead elsewhere."""
+    found: dict[str, Path] = {}
+    links: list[Path] = []
+    for parent, names, _ in os.walk(folder, onerror=_raise_unless_gone):
+        found[os.path.realpath(parent)] = Path(parent)
+        links += [link for name in names if (link := Path(parent, name)).is_symlink()]
+    for link in links:
+        found.setdefault(os.path.realpath(link), link)
+    return list(found.values())
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _step(path: Path) -> int:

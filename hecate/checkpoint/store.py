@@ -63,13 +63,13 @@ def write(path: Path, contents: Contents, group: dist.ProcessGroup | None, in_th
     """Put a checkpoint in the place of `path`, over `group` (None: the default one). Collective.
 
     Args:
-        path: the folder.
+        path: the folder; no link, see `resolved`.
         contents: of it.
         group: of all ranks.
         in_thread: whether other threads of the process go on meanwhile.
     """
     temporary = aside(path)
-    agree(lambda: on_rank_0(lambda: prepare(temporary)), group)
+    agree(lambda: on_rank_0(lambda: prepare(path)), group)
     try:
         writer = ChecksumWriter(temporary)
         with _dcp(f"FSSDP.save({str(path)!r})"), nullcontext() if in_thread else _one_checksum():

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,51 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     run = Run()
     with pytest.raises(OSError, match="file"):
         run.engine.save(tmp_path / "file" / "checkpoint", run.optimizer)
+
+
+def test_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="checkpoint"):
+        Run().engine.save(tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder.os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(OSError, match="a mount point cannot be replaced, save to a folder in it"):
+        Run().engine.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_of_the_folder_stay(checkpoint: Path) -> None:
+    """A whole project, if somebody saves into its folder."""
+    (checkpoint / "code").mkdir()
+    (checkpoint / "code" / "train.py").write_text("mine")
+    (checkpoint / "__7_0.distcp").write_text("of a larger world")
+    run = Run(seed=7)
+    run.engine.save(checkpoint, run.optimizer)
+    assert (checkpoint / "code" / "train.py").read_text() == "mine"
+    assert not (checkpoint / "__7_0.distcp").exists()
+    again = Run()
+    again.engine.load(checkpoint, again.optimizer)
+    assert all(torch.equal(value, everything(run)[name]) for name, value in everything(again).items())
+
+
+def test_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+
+        def record(first: Any, *rest: Any, name: str = name, call: Callable[..., None] = call) -> None:
+            path = first if isinstance(first, Path) else Path(os.readlink(f"/proc/self/fd/{first}"))
+            done.append((name, path.name))
+            call(first, *rest)
+
+        monkeypatch.setattr(folder.os, name, record)
+    folder.replace_file(tmp_path / "file", "text")
+    assert done == [("fsync", "file.part"), ("replace", "file.part"), ("fsync", tmp_path.name)]
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("renames", [0, 1])

@@ -6,7 +6,7 @@ import json
 import re
 import resource
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     Transpose,
     WeightConverter,
+    WeightRenaming,
 )
 
 import hecate
@@ -263,6 +264,36 @@ def test_a_conversion_that_mixes_experts(folder: Path, converter: WeightConverte
 
 
 # Saving.
+
+
+@dataclass
+class Writes:
+    """A transform that only writes."""
+
+    renaming: WeightRenaming
+
+    def reverse_transform(self) -> WeightRenaming:
+        return self.renaming
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "message"),
+    [
+        # Two dense tensors, a dense one and an expert's, the experts of a layer, both halves of one's gate_up_proj.
+        (r"^model\.norm\.weight", ATTENTION, "both make"),
+        (r"^model\.norm\.weight", EXPERT, f"{re.escape(EXPERT)} would be written twice"),
+        (r"experts\.\d+\.w1", "experts.5.w1", r"layers\.0\.\S+\.experts\.5\.w1\.weight.* would be written twice"),
+        (r"(\d+)\.w3", r"\1.w1", r"\.w3\.weight become \S+\.w1\.weight; names must be distinct"),
+    ],
+)
+def test_names_that_are_equal(folder: Path, pattern: str, name: str, message: str) -> None:
+    engine = build()
+    wrong = Writes(WeightRenaming(pattern, name))
+    engine._format = replace(engine._format, writes=(*engine._format.writes, wrong))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        engine.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("size", ["5 apples", "0", -1, "1.5GB"])

@@ -95,7 +95,10 @@ class Step:
             for tensor in several:
                 self.converter.add_tensor(self.target, self.target, pattern, tensor)
         results = self.converter.convert(self.target, model=_Shapes(shapes), config=config)
-        return {self.renamed(name): t[0] if isinstance(t, list) else t for name, t in results.items()}
+        named = {self.renamed(name): t[0] if isinstance(t, list) else t for name, t in results.items()}
+        if len(named) < len(results):
+            raise ValueError(f"{', '.join(results)} become {', '.join(named)}; names must be distinct")
+        return named
 
     def of_expert(self, expert: int) -> Step:
         """Where the results are one tensor an expert: this step for the only expert `expert` `[1, ...]`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hecate.checkpoint.folder import aside, prepare, replace_folder
+from hecate.checkpoint.folder import aside, prepare, replace_folder, resolved, sync
 from hecate.checkpoint.pretrained.conversion import Format, steps_to_write
 from hecate.checkpoint.pretrained.entries import first_names, shapes_of
 from hecate.checkpoint.pretrained.files import INDEX, SINGLE, ShardFile, TensorMeta, num_bytes
@@ -45,14 +45,15 @@ def save_pretrained(
         group: of the devices that share experts; None for a single one.
         max_shard_size: of one file.
     """
+    folder = resolved(folder)
     where = f"FSSDP.save_pretrained({str(folder)!r})"
     writing = agree(lambda: _planned(where, state, form, group))
-    own = agree(lambda: _split(dict(writing.tensors()), _limit(where, max_shard_size)))
+    own = agree(lambda: _split(_distinct(where, writing.tensors()), _limit(where, max_shard_size)))
     by_rank = gather(own)
     files = _named(where, list(chain.from_iterable(by_rank)))
     first = sum(map(len, by_rank[: rank_and_world()[0]]))
     temporary = aside(folder)
-    agree(lambda: on_rank_0(lambda: prepare(temporary)))
+    agree(lambda: on_rank_0(lambda: prepare(folder)))
     try:
         _write(writing, {temporary / name: files[name] for name in list(files)[first : first + len(own)]})
         agree(lambda: on_rank_0(lambda: _finish(temporary, folder, state, form, files)))
@@ -103,11 +104,21 @@ def _split(tensors: Tensors, limit: int) -> list[Tensors]:
     return files
 
 
+def _distinct(where: str, tensors: Iterable[tuple[str, TensorMeta]]) -> Tensors:
+    """By name; ValueError where one occurs twice."""
+    pairs = list(tensors)
+    _refuse_twice(where, (name for name, _ in pairs))
+    return dict(pairs)
+
+
+def _refuse_twice(where: str, names: Iterable[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{where}: {listed(twice)} would be written twice; names must be distinct")
+
+
 def _named(where: str, files: list[Tensors]) -> dict[str, Tensors]:
     """By file name, as transformers has them."""
-    times = Counter(chain.from_iterable(files))
-    if twice := [name for name, count in times.items() if count > 1]:
-        raise ValueError(f"{where}: {listed(twice)} would be written twice; names must be distinct")
+    _refuse_twice(where, chain.from_iterable(files))
     if len(files) == 1:
         return {SINGLE: files[0]}
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
@@ -145,4 +156,6 @@ def _finish(temporary: Path, folder: Path, state: TrainingState, form: Format, f
         model: Any = state.model
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
+    for file in temporary.glob("*.json"):
+        sync(file)
     replace_folder(temporary, folder, keep=lambda name: REPLACED.fullmatch(name) is None)
