@@ -72,8 +72,12 @@ class Checkpoints:
         if self._last != position:
             self._begin(position, background=False)
 
+    def failed(self) -> bool:
+        """Whether the one that was being written could not be, as far as this rank knows; not collective."""
+        return self._pending is not None and self._pending.failed()
+
     def finish(self) -> None:
-        """Wait for the one that is being written."""
+        """Wait for the one that is being written; where that has failed, say so."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -111,5 +115,8 @@ class Checkpoints:
 
 
 def _report(position: Position, error: OSError) -> None:
-    text = f"checkpoint of step {position.step} could not be written, the one before is kept: {error}"
+    text = (
+        f"checkpoint of step {position.step} could not be written, the one before is kept: {error}; the next one is "
+        "tried when it is due"
+    )
     on_rank_0(lambda: print(text, file=sys.stderr, flush=True))

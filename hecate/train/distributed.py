@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from hecate.runtime.heartbeat import MissingRankError
 from hecate.train.settings import Settings
-from hecate.train.signals import StopRequest, forwarding, listening, was_restarted
+from hecate.train.signals import StopRequest, forwarding, launches, listening
 
 __all__ = ["World", "launch"]
 
@@ -41,7 +41,7 @@ class World:
         mesh: all devices, one-dimensional.
         store: the group's key-value store.
         stop: whether this process was asked to stop.
-        restarted: whether it goes on with what an earlier process of the same launch began.
+        launches: by what it was started, and whether that is a restart, see `signals.launches`.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class World:
     mesh: DeviceMesh
     store: dist.Store
     stop: StopRequest
-    restarted: bool
+    launches: Mapping[str, bool]
 
     def gather(self, values: list[float]) -> Tensor:
         """Everybody's `values`: float64 `[size, len(values)]` on CPU."""
@@ -83,9 +83,12 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
             raise ValueError(f"devices={settings.devices}: must equal torchrun's WORLD_SIZE={world_size}")
         with listening(settings.requeue_exit_code) as stop:
             store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+            name = os.environ.get("TORCHELASTIC_RUN_ID")
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                name = launch_name(store)
                 store = _of_this_attempt(store, rank, settings)
-            with _group(settings, store, rank, int(os.environ.get("LOCAL_RANK", rank)), stop) as world:
+            local_rank = int(os.environ.get("LOCAL_RANK", rank))
+            with _group(settings, store, rank, local_rank, stop, launches(name)) as world:
                 run(config, world)
         return
     # The store lives in this process, so that it outlasts every rank: the others can ask it who is missing.
@@ -102,6 +105,11 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
         if error.exit_code == settings.requeue_exit_code or (forwarder.signal and error.exit_code == -forwarder.signal):
             sys.exit(settings.requeue_exit_code)
         raise
+
+
+def launch_name(store: dist.Store) -> str:
+    """The same for all processes that share torchrun's store, restarted ones too; run ids may be equal."""
+    return store.compare_set("hecate/launch", "", uuid.uuid4().hex).decode()
 
 
 def _of_this_attempt(store: dist.Store, rank: int, settings: Settings) -> dist.Store:
@@ -135,7 +143,10 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
     try:
-        with listening(settings.requeue_exit_code) as stop, _group(settings, store, rank, rank, stop) as world:
+        with (
+            listening(settings.requeue_exit_code) as stop,
+            _group(settings, store, rank, rank, stop, launches(None)) as world,
+        ):
             run(config, world)
     except MissingRankError as error:
         # The parent reports the process that failed first, which is the one that can say the least.
@@ -144,7 +155,14 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
 
 
 @contextmanager
-def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int, stop: StopRequest) -> Iterator[World]:
+def _group(
+    settings: Settings,
+    store: dist.Store,
+    rank: int,
+    local_rank: int,
+    stop: StopRequest,
+    launched: Mapping[str, bool],
+) -> Iterator[World]:
     torch.set_num_threads(settings.threads)
     device = _device(settings, local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -158,7 +176,7 @@ def _group(settings: Settings, store: dist.Store, rank: int, local_rank: int, st
     )
     try:
         mesh = init_device_mesh(device.type, (settings.devices,))
-        yield World(rank, settings.devices, device, mesh, store, stop, was_restarted())
+        yield World(rank, settings.devices, device, mesh, store, stop, launched)
     finally:
         dist.destroy_process_group()
 

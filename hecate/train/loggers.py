@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from hecate.train.folder import replace_file
+from hecate.checkpoint.folder import replace_file
 
-__all__ = ["JsonLines", "Logger", "make_loggers", "read_metrics"]
+__all__ = ["JsonLines", "Logger", "loggers", "read_metrics"]
 
 
 class Logger(Protocol):
-    """Rank 0 calls `log` once a step, in order, and `close` at the end."""
+    """Rank 0 calls `log` once a step, in order, and `close` at the end, also where that is an error."""
 
     def log(self, metrics: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class JsonLines:
@@ -33,7 +34,7 @@ class JsonLines:
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._file.close()
 
 
@@ -49,7 +50,7 @@ class TensorBoard:
         for name, value in _scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._writer.close()
 
 
@@ -64,21 +65,32 @@ class WeightsAndBiases:
     def log(self, metrics: Mapping[str, Any]) -> None:
         self._run.log(_scalars(metrics), step=metrics["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
-def make_loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> list[Logger]:
-    """`metrics.jsonl` in `folder` and the logger that `section["kind"]` names: none, tensorboard or wandb."""
-    loggers: list[Logger] = [JsonLines(folder / "metrics.jsonl", first_step)]
-    kind = section["kind"]
-    if kind == "tensorboard":
-        loggers.append(TensorBoard(folder, first_step))
-    elif kind == "wandb":
-        loggers.append(WeightsAndBiases(folder, section["project"], section["mode"]))
-    elif kind != "none":
-        raise ValueError(f"logger.kind={kind!r}: must be one of none, tensorboard, wandb")
-    return loggers
+@contextmanager
+def loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> Iterator[list[Logger]]:
+    """`metrics.jsonl` in `folder` and the logger that `section["kind"]` names: none, tensorboard or wandb.
+
+    Each is closed at the end, whatever happens meanwhile and to the others.
+    """
+    with ExitStack() as stack:
+        made: list[Logger] = []
+
+        def add(logger: Logger) -> None:
+            stack.push(lambda kind, error, trace: logger.close(failed=error is not None))
+            made.append(logger)
+
+        add(JsonLines(folder / "metrics.jsonl", first_step))
+        kind = section["kind"]
+        if kind == "tensorboard":
+            add(TensorBoard(folder, first_step))
+        elif kind == "wandb":
+            add(WeightsAndBiases(folder, section["project"], section["mode"]))
+        elif kind != "none":
+            raise ValueError(f"logger.kind={kind!r}: must be one of none, tensorboard, wandb")
+        yield made
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

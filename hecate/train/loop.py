@@ -6,7 +6,7 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hecate.api import fully_shard
+from hecate.checkpoint.folder import replace_file
 from hecate.collectives.ranks import agree, on_rank_0
 from hecate.models import Output, mask_tokens
 from hecate.placement import Topology
@@ -24,8 +25,8 @@ from hecate.runtime.finite import NonFiniteError
 from hecate.train.checkpoints import Checkpoints, Position
 from hecate.train.data import load_corpus
 from hecate.train.distributed import World
-from hecate.train.folder import RunFolder, replace_file
-from hecate.train.loggers import Logger, make_loggers, read_metrics
+from hecate.train.folder import RunFolder
+from hecate.train.loggers import Logger, loggers, read_metrics
 from hecate.train.progress import Progress, print_table
 from hecate.train.settings import OptimizerSettings, Settings
 from hecate.train.summary import summarize
@@ -43,7 +44,7 @@ def run(config: Mapping[str, Any], world: World) -> None:
         SystemExit: with `requeue_exit_code`, where the process was asked to stop and all ranks have saved.
     """
     settings = Settings.from_config(config)
-    folder = RunFolder(settings.folder, config, settings.resume, world.restarted)
+    folder = RunFolder(settings.folder, config, settings.resume, world.launches)
     if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
         return
     trainer = Trainer(settings, world, folder)
@@ -80,7 +81,9 @@ class Trainer:
             folder.checkpoints, self.engine, self.optimizer, settings.save_keep, settings.save_async
         )
         self.position = Position(step=0, sequences=0)
-        self._stop = False  # after this step, on all ranks
+        # Known from the last step, the same on all ranks:
+        self._stop = False  # whether to end after it
+        self._save_failed = False  # whether the checkpoint that was being written could not be
         self._skipped = 0  # steps in a row
 
     def resume(self) -> None:
@@ -88,44 +91,54 @@ class Trainer:
         self.position = self.checkpoints.resume() or self.position
 
     def train(self) -> bool:
-        """Steps up to `settings.steps`, then validation and summary; False where it was asked to stop before."""
-        settings, self.world.stop.deferred = self.settings, True
-        loggers = self._loggers()
-        bar = Progress(settings.steps, self.position.step, shown=self.world.rank == 0)
-        with bar as progress, self._trace() as trace:
-            while self.position.step < settings.steps:
-                metrics = self._step_or_finish_saving()
-                if trace is not None and "loss" in metrics:
-                    trace.append(self.position.step, [layer["counts"] for layer in self.engine.stats()["layers"]])
-                if settings.validation.interval and self.position.step % settings.validation.interval == 0:
-                    metrics["validation_loss"] = self.validate()
-                for logger in loggers:
-                    logger.log(metrics)
-                progress.advance(metrics)
-                if self._stop and self.position.step < settings.steps:
-                    self.checkpoints.save_now(self.position)
-                    progress.say(f"asked to stop: saved step {self.position.step}, exit {settings.requeue_exit_code}")
-                    return False
-                if settings.save_interval and self.position.step % settings.save_interval == 0:
-                    if trace is not None:
-                        trace.flush()
-                    self.checkpoints.save(self.position)
-        validation_loss = self.validate()
-        for logger in loggers:
-            logger.close()
-        self.checkpoints.finish()
-        if settings.save_interval:
-            self.checkpoints.save_now(self.position)
-        self._finish(validation_loss)
-        return True
+        """Steps up to `settings.steps`, then validation and summary; False where it was asked to stop before.
 
-    def _step_or_finish_saving(self) -> dict[str, Any]:
-        """`step`; where it ends the run, the checkpoint that is being written is completed first."""
+        Raises:
+            NonFiniteError: see `step` and `validate`; after the checkpoint that was being written is complete.
+            OSError: a checkpoint that ends the run cannot be written.
+        """
+        self.world.stop.deferred = True
+        bar = Progress(self.settings.steps, self.position.step, shown=self.world.rank == 0)
         try:
-            return self.step()
+            with self._loggers() as logs, bar as progress, self._trace() as trace:
+                while self.position.step < self.settings.steps:
+                    self._step_and_record(logs, progress, trace)
+                    if self._stop and self.position.step < self.settings.steps:
+                        self.checkpoints.save_now(self.position)
+                        code = self.settings.requeue_exit_code
+                        progress.say(f"asked to stop: saved step {self.position.step}, exit {code}")
+                        return False
+                    self._save_if_due(trace)
+                validation = self.validate()
+                if "validation_non_finite" in validation:
+                    progress.say(validation["validation_non_finite"])
         except NonFiniteError:
             self.checkpoints.finish()
             raise
+        self.checkpoints.finish()
+        if self.settings.save_interval:
+            self.checkpoints.save_now(self.position)
+        self._finish(validation)
+        return True
+
+    def _step_and_record(self, logs: Sequence[Logger], progress: Progress, trace: TraceWriter | None) -> None:
+        """One step, validation where it is due, and what is kept and shown of both."""
+        metrics = self.step()
+        if trace is not None and "loss" in metrics:
+            trace.append(self.position.step, [layer["counts"] for layer in self.engine.stats()["layers"]])
+        if self.settings.validation.interval and self.position.step % self.settings.validation.interval == 0:
+            metrics |= self.validate()
+        for logger in logs:
+            logger.log(metrics)
+        progress.advance(metrics)
+
+    def _save_if_due(self, trace: TraceWriter | None) -> None:
+        if self._save_failed:
+            self.checkpoints.finish()  # which says so
+        if self.settings.save_interval and self.position.step % self.settings.save_interval == 0:
+            if trace is not None:
+                trace.flush()
+            self.checkpoints.save(self.position)
 
     def step(self) -> dict[str, Any]:
         """One step, taken or skipped by all ranks together; its metrics, equal on all but for what only rank 0 needs.
@@ -139,8 +152,9 @@ class Trainer:
             group["lr"] = rate
         losses, raised = self._losses()
         norm = math.nan if raised else float(self.engine.clip_grad_norm_(settings.optimizer.max_grad_norm))
-        table = self.world.gather([*losses.tolist(), self.world.stop.signal is not None])
-        self._stop = bool(table[:, 2].any())
+        flags = [self.world.stop.signal is not None, self.checkpoints.failed()]
+        table = self.world.gather([*losses.tolist(), *flags])
+        self._stop, self._save_failed = table[:, 2:].any(0).tolist()
         sequences = self._sequences_per_micro_batch * settings.accumulate
         self.position = Position(self.position.step + 1, self.position.sequences + sequences)
         if not (math.isfinite(norm) and bool(table.isfinite().all())):
@@ -148,7 +162,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._skipped = 0
-        loss, lm_loss, _ = table.mean(0).tolist()
+        loss, lm_loss = table[:, :2].mean(0).tolist()
         found = {"loss": loss, "lm_loss": lm_loss, "grad_norm": norm, "learning_rate": rate}
         return self._metrics(found, sequences * settings.sequence_length, begin)
 
@@ -161,10 +175,8 @@ class Trainer:
 
     def _skip(self, losses: Tensor, norm: float, raised: NonFiniteError | None) -> dict[str, Any]:
         """Leave parameters and optimizer as they are on all ranks; the data goes on. See `step` for what it raises."""
-        names = [str(raised)] if raised else []
-        names += self.engine.non_finite(None if raised else losses) or [f"the gradient norm {norm}"]
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        text = f"step {self.position.step}: NaN or infinite: {'; '.join(names[:MOST_NAMES])}{more}"
+        names = self._not_finite(losses, raised) or f"the gradient norm {norm}"
+        text = f"step {self.position.step}: NaN or infinite: {names}"
         self.engine.skip_step()
         self._skipped += 1
         if self.settings.on_non_finite == "stop":
@@ -172,6 +184,13 @@ class Trainer:
         if self._skipped > self.settings.max_skipped:
             raise NonFiniteError(f"{text}; {self._skipped} steps in a row, max_skipped={self.settings.max_skipped}")
         return {"step": self.position.step, "skipped": text}
+
+    def _not_finite(self, losses: Tensor, raised: NonFiniteError | None) -> str:
+        """What is not, the cause first; of `losses` of this rank only where no pass raised."""
+        names = [str(raised)] if raised else []
+        names += self.engine.non_finite(None if raised else losses)
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return "; ".join(names[:MOST_NAMES]) + more
 
     def _micro_batch(self, micro: int) -> Tensor:
         """Forward and backward; `[2]`: loss and language-model loss, as shares of the step's mean."""
@@ -219,31 +238,57 @@ class Trainer:
             "loads": [layer["loads"].tolist() for layer in layers],
         }
 
+    def validate(self) -> dict[str, Any]:
+        """Of the validation sequences `validation_loss`, mean cross entropy in nats over the predicted tokens.
+
+        Where that is NaN or infinite, also `validation_non_finite`, which says what is.
+
+        Raises:
+            NonFiniteError: that, and `on_non_finite` says to stop.
+        """
+        raised: NonFiniteError | None = None
+        try:
+            sums = self._validation_sums()
+        except NonFiniteError as error:  # on all ranks
+            sums, raised = (math.nan, 1.0), error
+        nats, count = self.world.gather(list(sums)).sum(0).tolist()
+        found = {"validation_loss": nats / count}
+        if math.isfinite(nats):
+            return found
+        names = self._not_finite(torch.tensor(sums), raised)
+        text = f"validation after step {self.position.step}: NaN or infinite: {names}"
+        if raised is not None:
+            self.engine.skip_step()  # the pass that raised
+        if self.settings.on_non_finite == "stop":
+            raise NonFiniteError(f"{text}; on_non_finite=stop ends the run")
+        return {**found, "validation_non_finite": text}
+
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean cross entropy in nats over the predicted tokens of the validation sequences."""
+    def _validation_sums(self) -> tuple[float, float]:
+        """Of this rank's sequences: nats, and the number of predicted tokens."""
         settings, world = self.settings, self.world
-        self.model.eval()
         total = settings.validation.sequences
         # Every rank runs the same number of batches; one that has no sequence left joins with an empty one.
         own = range(world.rank, total, world.size)
         nats = count = 0.0
-        for begin in range(0, -(-total // world.size), settings.batch_size):
-            indices = own[begin : begin + settings.batch_size]
-            batch = self.corpus.validation_batch(indices, total, settings.sequence_length)
-            inputs, targets = self._inputs_and_targets(batch, seed=indices.start)
-            output = self.model(inputs.to(world.device), targets.to(world.device))
-            predicted = int((targets != -100).sum())
-            nats += float(output.lm_loss) * predicted
-            count += predicted
-        self.model.train()
-        nats, count = world.gather([nats, count]).sum(0).tolist()
-        return nats / count
+        self.model.eval()
+        try:
+            for begin in range(0, -(-total // world.size), settings.batch_size):
+                indices = own[begin : begin + settings.batch_size]
+                batch = self.corpus.validation_batch(indices, total, settings.sequence_length)
+                inputs, targets = self._inputs_and_targets(batch, seed=indices.start)
+                output = self.model(inputs.to(world.device), targets.to(world.device))
+                predicted = int((targets != -100).sum())
+                nats += float(output.lm_loss) * predicted
+                count += predicted
+        finally:
+            self.model.train()
+        return nats, count
 
-    def _loggers(self) -> list[Logger]:
+    def _loggers(self) -> AbstractContextManager[Sequence[Logger]]:
         if self.world.rank != 0:
-            return []
-        return make_loggers(self.settings.logger, self.folder.path, first_step=self.position.step + 1)
+            return nullcontext(())
+        return loggers(self.settings.logger, self.folder.path, first_step=self.position.step + 1)
 
     def _trace(self) -> AbstractContextManager[TraceWriter | None]:
         if not self.settings.trace or self.world.rank != 0:
@@ -253,7 +298,7 @@ class Trainer:
             path.rename(path.with_suffix(".damaged.npz"))
         return TraceWriter(path, Topology.detect(self.world.size), [model.num_experts] * model.num_layers)
 
-    def _finish(self, validation_loss: float) -> None:
+    def _finish(self, validation: Mapping[str, Any]) -> None:
         memory = self.engine.stats()["memory_bytes"]
         peak = self.world.gather([memory[kind] for kind in KINDS_OF_MEMORY]).max(0).values.tolist()
         if self.world.rank != 0:
@@ -262,7 +307,9 @@ class Trainer:
         taken = [m for m in metrics if "loss" in m]
         if not taken:
             raise NonFiniteError(f"name={self.settings.name!r}: all {len(metrics)} steps were skipped")
-        summary = summarize(taken, self.settings, validation_loss)
+        summary = summarize(taken, self.settings, validation["validation_loss"])
+        if "validation_non_finite" in validation:
+            summary["validation_non_finite"] = validation["validation_non_finite"]
         summary["skipped_steps"] = len(metrics) - len(taken)
         summary["memory_bytes"] = {kind: int(value) for kind, value in zip(KINDS_OF_MEMORY, peak, strict=True)}
         plot_run(taken, self.folder.path / "run.png", title=f"{self.settings.name}: policy {summary['policy']}")

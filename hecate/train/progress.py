@@ -34,6 +34,8 @@ class Progress:
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of one more step, or why it was skipped."""
+        if "validation_non_finite" in metrics:
+            self.say(metrics["validation_non_finite"])
         if "skipped" in metrics:
             self.say(f"skipped {metrics['skipped']}")
             self._bar.update(self._task, advance=1)

@@ -117,8 +117,8 @@ class Settings:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
-            raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
+        if not isinstance(self.name, str) or self.name in ("", ".", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r}: must be the plain name of a folder, and no number")
         for name in ("steps", "devices", "threads", "batch_size", "sequence_length", "accumulate", "save_keep"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

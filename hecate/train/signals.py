@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["Forwarder", "StopRequest", "forwarding", "listening", "was_restarted"]
+__all__ = ["Forwarder", "StopRequest", "forwarding", "launches", "listening"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class StopRequest:
@@ -79,9 +78,21 @@ def forwarding() -> Iterator[Forwarder]:
         yield forwarder
 
 
-def was_restarted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun has restarted the processes of this launch, or SLURM requeued its job."""
-    return any(int(environment.get(name) or 0) for name in RESTART_COUNTS)
+def launches(torchrun: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
+    """What started this process -> whether it did so before: torchrun restarts its processes, SLURM requeues its job.
+
+    Args:
+        torchrun: a name of its launch that no other has; None without it.
+        environment: of the process.
+    """
+    found = {}
+    for launcher, name, count in (
+        ("torchrun", torchrun, "TORCHELASTIC_RESTART_COUNT"),
+        ("slurm", environment.get("SLURM_JOB_ID"), "SLURM_RESTART_COUNT"),
+    ):
+        if name:
+            found[f"{launcher} {name}"] = int(environment.get(count) or 0) > 0
+    return found
 
 
 @contextmanager

@@ -69,8 +69,8 @@ def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root:
     settings = Settings.from_config(plain)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     cpu = torch.device("cpu")
-    world = World(dist.get_rank(), dist.get_world_size(), cpu, mesh, default_store(), StopRequest(), False)
-    folder = RunFolder(settings.folder, plain, settings.resume, False)
+    world = World(dist.get_rank(), dist.get_world_size(), cpu, mesh, default_store(), StopRequest(), {})
+    folder = RunFolder(settings.folder, plain, settings.resume, {})
     agree(lambda: on_rank_0(folder.prepare))
     return kind(settings, world, folder)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from hecate.checkpoint.history import latest
 from hecate.runtime.finite import NonFiniteError
+from hecate.train import loggers
 from hecate.train.checkpoints import Position
 from hecate.train.loggers import read_metrics
 from hecate.train.loop import Trainer
@@ -69,12 +74,53 @@ class Accidental(Trainer):
         return losses
 
 
+class BadValidation(Trainer):
+    """A weight of one expert, on the rank that owns it, is NaN in each validation but the last."""
+
+    def __init__(self, kind: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.kind = kind
+
+    def validate(self) -> dict[str, Any]:
+        row = row_of_expert(self, KINDS.index(self.kind), lambda parameter: parameter)  # type: ignore[arg-type]
+        if row is None or self.position.step == STEPS:
+            return super().validate()
+        before = row.clone()
+        row[0, 0] = torch.nan
+        try:
+            return super().validate()
+        finally:
+            row.copy_(before)
+
+
+class Recorder:
+    """A logger that says how it was closed."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.path = folder / "closed"
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool = False) -> None:
+        self.path.write_text(f"failed={failed}")
+
+
 def run(kind: str, lasting: bool, root: str, *overrides: str) -> End:
     """A run in the processes of the test group."""
-    trainer = make_trainer(partial(Accidental, kind, lasting), root, f"steps={STEPS}", *overrides)
+    return end_of(make_trainer(partial(Accidental, kind, lasting), root, f"steps={STEPS}", *overrides))
+
+
+def run_with_validation(kind: str, root: str, *overrides: str) -> End:
+    """Likewise, but for what is NaN."""
+    return end_of(make_trainer(partial(BadValidation, kind), root, f"steps={STEPS}", *overrides))
+
+
+def end_of(trainer: Trainer) -> End:
     error = None
     try:
-        trainer.train()
+        with patch.object(loggers, "TensorBoard", Recorder):
+            trainer.train()
     except NonFiniteError as raised:
         error = str(raised)
     moments = [v.detach().clone() for state in trainer.optimizer.state.values() for v in state.values()]
@@ -111,7 +157,7 @@ def test_step_is_skipped_on_all_ranks_together(groups: Groups, tmp_path: Path, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_stops_on_all_ranks(groups: Groups, tmp_path: Path, kind: str, dense: str) -> None:
     write_text(tmp_path)
-    overrides = ("name=stop", f"fssdp.dense={dense}", "save_interval=2", "on_non_finite=stop")
+    overrides = ("name=stop", f"fssdp.dense={dense}", "save_interval=2", "on_non_finite=stop", "logger=tensorboard")
     ranks: list[End] = groups(2).run(run, kind, False, str(tmp_path), *overrides)
     assert ranks[0].error == ranks[1].error
     assert ranks[0].error is not None
@@ -119,6 +165,7 @@ def test_run_stops_on_all_ranks(groups: Groups, tmp_path: Path, kind: str, dense
     assert names(kind) in ranks[0].error
     assert "on_non_finite=stop" in ranks[0].error
     assert latest(tmp_path / "stop" / "checkpoints") == tmp_path / "stop" / "checkpoints" / "step-00000002"
+    assert (tmp_path / "stop" / "closed").read_text() == "failed=True"
 
 
 def test_run_stops_where_it_does_not_recover(groups: Groups, tmp_path: Path) -> None:
@@ -129,3 +176,34 @@ def test_run_stops_where_it_does_not_recover(groups: Groups, tmp_path: Path) -> 
         assert names(KINDS[1]) in end.error
         assert f"step {BAD + 2}:" in end.error
         assert "3 steps in a row, max_skipped=2" in end.error
+
+
+@pytest.mark.parametrize("dense", ["fsdp", "replicate"])
+def test_validation_is_logged_by_layer_and_training_goes_on(groups: Groups, tmp_path: Path, dense: str) -> None:
+    write_text(tmp_path)
+    common = ("validation.interval=3", "save_interval=0", f"fssdp.dense={dense}")
+    for kind in KINDS[:2]:
+        ends = groups(2).run(run_with_validation, kind, str(tmp_path), f"name=run{KINDS.index(kind)}", *common)
+        assert [end.error for end in ends] == [None, None]
+        metrics = read_metrics(tmp_path / f"run{KINDS.index(kind)}" / "metrics.jsonl")
+        found = {m["step"]: m["validation_non_finite"] for m in metrics if "validation_non_finite" in m}
+        assert list(found) == [3, 6]
+        assert all(f"validation after step {step}: " in text and names(kind) in text for step, text in found.items())
+        assert all(math.isnan(metrics[step - 1]["validation_loss"]) for step in found)
+        assert [m["step"] for m in metrics if "loss" in m] == list(range(1, STEPS + 1))
+    before, after = ([m["loss"] for m in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("run0", "run1"))
+    assert before == after  # where a pass raised, nothing is left of it
+    assert math.isfinite(json.loads((tmp_path / "run0" / "summary.json").read_text())["val_bits_per_token"])
+
+
+def test_validation_ends_the_run_where_that_is_asked_for(groups: Groups, tmp_path: Path) -> None:
+    write_text(tmp_path)
+    overrides = ("name=stop", "validation.interval=3", "save_interval=2", "on_non_finite=stop")
+    ranks: list[End] = groups(2).run(run_with_validation, KINDS[0], str(tmp_path), *overrides)
+    for end in ranks:
+        assert end.error is not None
+        assert end.error == ranks[0].error
+        assert "validation after step 3: NaN or infinite: blocks.1.moe.experts: the router of rank" in end.error
+        assert names(KINDS[0]) in end.error
+        assert "on_non_finite=stop ends the run" in end.error
+    assert latest(tmp_path / "stop" / "checkpoints") == tmp_path / "stop" / "checkpoints" / "step-00000002"

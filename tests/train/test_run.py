@@ -69,7 +69,7 @@ def test_a_run_leaves_its_files_and_nothing_else(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["runs", "text"]
     run = folder / "runs" / "first"
     assert {p.name for p in run.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "summary.json", "run.png", "trace.npz", "checkpoints"),
+        *("config.yaml", "launches.json", "metrics.jsonl", "summary.json", "run.png", "trace.npz", "checkpoints"),
     }
     assert (run / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "policy: balanced" in (run / "config.yaml").read_text()

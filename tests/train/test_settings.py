@@ -15,11 +15,8 @@ from omegaconf import OmegaConf
 from hecate.config import FSSDPConfig
 from hecate.models import GPTMoE
 from hecate.train.__main__ import check_keys
-from hecate.train.folder import RunFolder
-from hecate.train.loggers import JsonLines, make_loggers, read_metrics
 from hecate.train.loop import learning_rate
 from hecate.train.settings import MODELS, OptimizerSettings, Settings, conf_dir
-from hecate.train.signals import was_restarted
 
 
 def config(*overrides: str) -> dict[str, Any]:
@@ -68,6 +65,7 @@ def test_policy_seed_and_dtypes_reach_fssdp() -> None:
         ("sequence_length=512", r"sequence_length=512: must be <= model.max_length=256"),
         ("name=a/b", r"name='a/b': must be the plain name of a folder"),
         ("name=..", r"name='..': must be"),
+        ("name=17", r"name=17: must be the plain name of a folder, and no number"),
         ("devices=0", r"devices=0: must be an integer >= 1"),
         ("fssdp.param_dtype=float16", r"fssdp.param_dtype='float16': must be null or one of float64"),
         ("model.kind=rnn", r"model.kind='rnn': must be one of gpt, bert"),
@@ -120,92 +118,3 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     assert rates[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in pairwise(rates[3:]))
     assert learning_rate(1, 10, replace(optimizer, warmup=0)) < 2.0
-
-
-def run_folder(path: Path, *overrides: str, resume: bool = True, restarted: bool = False) -> RunFolder:
-    return RunFolder(path, config(*overrides), resume, restarted)
-
-
-def make_checkpoint(folder: RunFolder, name: str) -> Path:
-    """As far as `RunFolder` looks at it."""
-    path = folder.checkpoints / name
-    path.mkdir(parents=True)
-    (path / "manifest.json").write_text("")
-    return path
-
-
-def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "r")
-    assert folder.prepare()
-    (folder.path / "metrics.jsonl").write_text("")
-    (folder.path / "mine.txt").write_text("not a file of a run")
-    kept, partial = make_checkpoint(folder, "step-9"), make_checkpoint(folder, "step-12.tmp")
-    assert folder.prepare()
-    assert kept.exists()
-    assert not partial.exists()
-    (folder.path / "summary.json").write_text("{}")
-    assert folder.prepare()
-    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "mine.txt"]
-
-
-def test_resume_false_starts_an_unfinished_run_again(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, resume=False)
-    checkpoint = make_checkpoint(folder, "step-9")
-    assert folder.prepare()
-    assert not checkpoint.exists()
-
-
-def test_restarted_process_goes_on_whatever_resume_says(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, resume=False, restarted=True)
-    checkpoint = make_checkpoint(folder, "step-9")
-    assert folder.prepare()
-    assert checkpoint.exists()
-    (folder.path / "summary.json").write_text("{}")
-    assert not folder.prepare()
-    assert checkpoint.exists()
-
-
-def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path)
-    folder.prepare()
-    make_checkpoint(folder, "step-1")
-    run_folder(tmp_path, "policy=ep", "steps=9").prepare()
-    with pytest.raises(ValueError, match="the unfinished run has seed=0, this one seed=1"):
-        run_folder(tmp_path, "seed=1").prepare()
-
-
-@pytest.mark.parametrize(
-    ("environment", "restarted"),
-    [
-        ({}, False),
-        ({"TORCHELASTIC_RESTART_COUNT": "0"}, False),
-        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
-        ({"SLURM_RESTART_COUNT": "1"}, True),
-    ],
-)
-def test_launchers_say_that_they_restarted(environment: dict[str, str], restarted: bool) -> None:
-    assert was_restarted(environment) == restarted
-
-
-def test_json_lines_drop_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = JsonLines(path, first_step=3)
-    log.log({"step": 3, "loss": 0.5})
-    log.close()
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
-
-
-@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
-def test_loggers_work_without_an_account(tmp_path: Path, kind: str) -> None:
-    section = config(f"logger={kind}")["logger"]
-    for logger in make_loggers(section, tmp_path, first_step=1):
-        logger.log({"step": 1, "loss": 0.5, "loads": [[1, 2]]})
-        logger.close()
-    assert any(p.is_file() for p in (tmp_path / kind).rglob("*"))
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5, "loads": [[1, 2]]}]
-
-
-def test_unknown_logger_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"logger.kind='paper': must be one of none, tensorboard, wandb"):
-        make_loggers({"kind": "paper"}, tmp_path, first_step=1)

@@ -1,0 +1,155 @@
+"""The folder of a run: what is kept, what is dropped, and whose run it is after a restart."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from hecate.train.distributed import launch_name
+from hecate.train.folder import RunFolder
+from hecate.train.signals import launches
+from tests.train.test_settings import config
+
+FIRST, AGAIN = {"torchrun a": False}, {"torchrun a": True}
+
+
+def run_folder(
+    path: Path, *overrides: str, resume: bool = True, launched: Mapping[str, bool] | None = None
+) -> RunFolder:
+    return RunFolder(path, config(*overrides), resume, launched or {})
+
+
+def make_checkpoint(folder: RunFolder, name: str) -> Path:
+    """As far as `RunFolder` looks at it."""
+    path = folder.checkpoints / name
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("")
+    return path
+
+
+def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "r")
+    assert folder.prepare()
+    (folder.path / "metrics.jsonl").write_text("")
+    (folder.path / "mine.txt").write_text("not a file of a run")
+    kept, partial = make_checkpoint(folder, "step-9"), make_checkpoint(folder, "step-12.tmp")
+    assert folder.prepare()
+    assert kept.exists()
+    assert not partial.exists()
+    (folder.path / "summary.json").write_text("{}")
+    assert folder.prepare()
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "launches.json", "mine.txt"]
+
+
+def test_resume_false_starts_an_unfinished_run_again(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, resume=False)
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_restart_goes_on_with_the_run_of_its_launch(tmp_path: Path, resume: bool) -> None:
+    assert run_folder(tmp_path, resume=resume, launched=FIRST).prepare()
+    folder = run_folder(tmp_path, resume=resume, launched=AGAIN)
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert checkpoint.exists()
+    (folder.path / "summary.json").write_text("{}")
+    assert not folder.prepare()
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("others", [None, {"torchrun b": False}])
+def test_restart_before_the_folder_was_cleared_clears_it(tmp_path: Path, others: Mapping[str, bool] | None) -> None:
+    folder = run_folder(tmp_path, resume=False, launched=AGAIN)
+    if others is not None:
+        run_folder(tmp_path, launched=others).prepare()
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert not checkpoint.exists()
+    ours = make_checkpoint(folder, "step-1")
+    assert folder.prepare()
+    assert ours.exists()
+
+
+def test_restart_does_not_take_a_finished_run_of_another_launch_for_its_own(tmp_path: Path) -> None:
+    run_folder(tmp_path, launched={"torchrun b": False}).prepare()
+    (tmp_path / "summary.json").write_text("{}")
+    assert run_folder(tmp_path, launched=AGAIN).prepare()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_requeued_job_goes_on_under_a_new_torchrun(tmp_path: Path) -> None:
+    run_folder(tmp_path, resume=False, launched={"torchrun a": False, "slurm 7": False}).prepare()
+    folder = run_folder(tmp_path, resume=False, launched={"torchrun b": False, "slurm 7": True})
+    checkpoint = make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert checkpoint.exists()
+    # In another allocation, where torchrun restarts, the job of the old run is not what was restarted.
+    assert run_folder(tmp_path, resume=False, launched={"torchrun c": True, "slurm 7": False}).prepare()
+    assert not checkpoint.exists()
+
+
+def test_linked_checkpoints_are_dropped_where_they_are(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "r", resume=False)
+    (tmp_path / "elsewhere").mkdir()
+    folder.path.mkdir()
+    folder.checkpoints.symlink_to(tmp_path / "elsewhere")
+    make_checkpoint(folder, "step-9")
+    assert folder.prepare()
+    assert folder.checkpoints.is_symlink()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.fixture
+def undeletable(tmp_path: Path) -> Iterator[RunFolder]:
+    """An old run with a checkpoint on which a file system is mounted, so that nobody can delete it."""
+    folder = run_folder(tmp_path / "r", resume=False)
+    checkpoint = make_checkpoint(folder, "step-9")
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(checkpoint)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(checkpoint)], check=True)
+
+
+def test_what_cannot_be_deleted_is_named(undeletable: RunFolder) -> None:
+    with pytest.raises(OSError, match=rf"cannot delete {undeletable.checkpoints}: .*'step-9'"):
+        undeletable.prepare()
+
+
+def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    folder.prepare()
+    make_checkpoint(folder, "step-1")
+    run_folder(tmp_path, "policy=ep", "steps=9").prepare()
+    with pytest.raises(ValueError, match="the unfinished run has seed=0, this one seed=1"):
+        run_folder(tmp_path, "seed=1").prepare()
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        (None, {}, {}),
+        ("a", {"TORCHELASTIC_RESTART_COUNT": "0"}, {"torchrun a": False}),
+        ("a", {"TORCHELASTIC_RESTART_COUNT": "2"}, {"torchrun a": True}),
+        (None, {"SLURM_JOB_ID": "7"}, {"slurm 7": False}),
+        ("a", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"torchrun a": False, "slurm 7": True}),
+    ],
+)
+def test_launchers_say_that_they_restarted(
+    name: str | None, environment: dict[str, str], expected: dict[str, bool]
+) -> None:
+    assert launches(name, environment) == expected
+
+
+def test_name_of_a_launch_outlives_its_processes() -> None:
+    store, other = HashStore(), HashStore()
+    assert launch_name(PrefixStore("run", store)) == launch_name(PrefixStore("run", store))
+    assert launch_name(PrefixStore("run", store)) != launch_name(PrefixStore("run", other))
