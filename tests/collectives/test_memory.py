@@ -1,0 +1,212 @@
+"""What the routed transport allocates, by torch's own allocations: nothing to gather, and a bounded part to reduce."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hecate.collectives.order import accumulation_dtype
+from hecate.collectives.route import Hop, Part, gather_route, reduce_route
+from hecate.collectives.routed import Routed, _Reduction
+from hecate.collectives.schedule import gather_schedule
+from hecate.placement import Topology
+from tests.collectives.reference import Case
+from tests.collectives.test_rounds import Rounds
+from tests.collectives.test_routed import FINE
+from tests.workers import Groups
+
+TOPOLOGY = Topology(4, 2)
+SIZES = (1 << 15, 50_001, 1 << 17)  # elements of a chunk; pieces have at least 64 KiB
+KINDS = (Routed, Rounds)
+
+
+class Allocations(TorchDispatchMode):
+    """Storages that operations of this thread make and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes: dict[StorageWeakRef, int] = {}
+        self.made = self.peak = self.peak_bytes = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                self._see(StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes(), before)
+        return result
+
+    def alive(self) -> list[int]:
+        """Bytes of each."""
+        self._bytes = {s: n for s, n in self._bytes.items() if not s.expired()}
+        return list(self._bytes.values())
+
+    def _see(self, storage: StorageWeakRef, num_bytes: int, before: set[StorageWeakRef]) -> None:
+        if storage not in before and storage not in self._bytes:
+            self._bytes[storage] = num_bytes
+            self.made += 1
+            self.largest = max(self.largest, num_bytes)
+            self.peak = max(self.peak, len(self.alive()))
+            self.peak_bytes = max(self.peak_bytes, sum(self.alive()))
+
+
+class Inline(Executor):
+    """Runs what it is given at once, where `Allocations` sees it."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        done: Future = Future()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
+def transport_of(kind: type[Routed]) -> Routed:
+    transport = kind(dist.group.WORLD, TOPOLOGY, FINE)
+    transport._thread = Inline()  # type: ignore[assignment]
+    return transport
+
+
+def gather(transport: Routed, case: Case, numel: int, seen: Allocations) -> int:
+    """Hops that this rank hands on."""
+    rank = dist.get_rank()
+    sent = {e: torch.full((numel,), float(e)) for e in case.src.held_by(rank).tolist()}
+    received = {e: torch.empty(numel) for e in (case.dst - case.src).held_by(rank).tolist()}
+    with seen:
+        transport.gather(gather_schedule(case.src, case.dst), sent, received).wait()
+    assert all(bool((row == e).all()) for e, row in received.items())
+    route = gather_route(case.src, case.dst, TOPOLOGY, FINE, 4 * numel)
+    return sum(hop.expert in received for part in route.part(rank) for hop in part.sends)
+
+
+def gather_some(kind: type[Routed]) -> int:
+    transport, seen = transport_of(kind), Allocations()
+    handed_on = [gather(transport, Case.random(4, 2, seed), numel, seen) for seed in range(8) for numel in SIZES]
+    assert seen.made == 0
+    return sum(handed_on)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gather_stages_nothing(groups: Groups, kind: type[Routed]) -> None:
+    assert max(groups(4).run(gather_some, kind)) > 0
+
+
+def reduce(transport: Routed, case: Case, numel: int, wire: torch.dtype, seen: Allocations) -> None:
+    rank, wide = dist.get_rank(), accumulation_dtype(wire)
+    contributed = {e: torch.ones(numel, dtype=wire) for e in case.dst.held_by(rank).tolist()}
+    sums = {e: torch.empty(numel, dtype=wide) for e in case.src.held_by(rank).tolist()}
+    schedule = gather_schedule(case.src, case.dst).reversed
+    with seen:
+        transport.reduce(schedule, contributed, sums, wire).wait()
+    assert all(bool((row == len(case.dst.holders_of(e))).all()) for e, row in sums.items())
+
+
+class Staged:
+    """Pieces that were received, or are being received, and not added yet; by peer."""
+
+    def __init__(self) -> None:
+        self._now: Counter[int] = Counter()
+        self.most = 0
+
+    @contextmanager
+    def counted(self):  # type: ignore[no-untyped-def]
+        stage, add = _Reduction.stage, _Reduction.add
+
+        def staged(state: _Reduction, hop: Hop) -> Tensor:
+            self._now[hop.src] += 1
+            self.most = max(self.most, self._now[hop.src])
+            return stage(state, hop)
+
+        def added(state: _Reduction, hop: Hop, piece: Tensor) -> None:
+            self._now[hop.src] -= 1
+            add(state, hop, piece)
+
+        with mock.patch.multiple(_Reduction, stage=staged, add=added):
+            yield
+
+
+def sums_under_way(parts: tuple[Part, ...]) -> int:
+    """Most sums that one rank has open at once: from the round that brings the first contribution on until the round
+    after the one that carries the sum away, or in which the owner's is complete.
+    """
+    first: dict[tuple[int, int, bool], int] = {}
+    last: dict[tuple[int, int, bool], int] = {}
+    for i, part in enumerate(parts):
+        for hop in part.receives:
+            key = (hop.expert, hop.piece, hop.final)
+            first.setdefault(key, i)
+            last[key] = i
+        for hop in part.sends:
+            if hop.partial:
+                last[hop.expert, hop.piece, False] = i + 1
+    open_in: dict[int, int] = defaultdict(int)
+    for key in first:
+        for i in range(first[key], last[key] + 1):
+            open_in[i] += 1
+    return max(open_in.values(), default=0)
+
+
+def check_reductions(kind: type[Routed], wire: torch.dtype) -> int:
+    """Every call on a new transport; the most pieces of a peer that were staged."""
+    rank, wide, staged = dist.get_rank(), accumulation_dtype(wire), Staged()
+    for seed in range(8):
+        for numel in SIZES:
+            case, seen = Case.random(4, 2, seed), Allocations()
+            with staged.counted():
+                reduce(transport_of(kind), case, numel, wire, seen)
+            route = reduce_route(case.dst, case.src, TOPOLOGY, FINE, numel * wire.itemsize, numel * wide.itemsize)
+            parts = route.part(rank)
+            received = [hop for part in parts for hop in part.receives]
+            # A piece in accumulation dtype; a sum is of the nodes before and of the present one.
+            piece = max((-(-numel // hop.pieces) for hop in received), default=0) * wide.itemsize
+            peers = len({hop.src for hop in received})
+            assert seen.peak_bytes <= (2 * peers + 2 * sums_under_way(parts)) * piece, f"seed {seed}, {numel}"
+            assert not seen.alive()
+    return staged.most
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reduction_stages_two_pieces_a_peer(groups: Groups, kind: type[Routed], wire: torch.dtype) -> None:
+    most = max(groups(4).run(check_reductions, kind, wire))
+    assert most == (2 if kind is Routed else 1)
+
+
+def check_changing_placements(kind: type[Routed]) -> list[int]:
+    """Allocations of each pass over placements, chunk sizes and dtypes that change from call to call."""
+    calls = [
+        (Case.random(4, 2, seed), SIZES[seed % len(SIZES)], wire)
+        for seed in range(16)
+        for wire in (torch.float32, torch.bfloat16)
+    ]
+    buffers = largest = 0
+    for call in calls:
+        alone = Allocations()
+        reduce(transport_of(kind), *call, alone)
+        buffers, largest = max(buffers, alone.peak), max(largest, alone.largest)
+    transport, seen, made = transport_of(kind), Allocations(), []
+    for _ in range(8):
+        before = seen.made
+        for call in calls:
+            reduce(transport, *call, seen)
+        made.append(seen.made - before)
+        assert len(seen.alive()) <= buffers, "more buffers than any of the calls needs by itself"
+        assert max(seen.alive()) <= largest
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changing_placements_share_memory(groups: Groups, kind: type[Routed]) -> None:
+    for made in groups(4).run(check_changing_placements, kind):
+        assert made[0] > 0
+        assert made[-1] == 0  # buffers only grow, so this comes
