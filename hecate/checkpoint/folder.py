@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST",
+    "RECORD",
     "ChecksumWriter",
     "aside",
     "delete",
@@ -197,7 +198,7 @@ def verify(folder: Path, rank: int, world: int) -> None:
     Raises:
         ValueError: it is of a newer format, or a file is missing or damaged; names the file.
     """
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).is_file():
         if (folder / RECORD).exists():
             raise ValueError(f"checkpoint {folder}: {MANIFEST} is missing, the checkpoint is damaged")
         return  # of another program, without checksums
@@ -211,7 +212,7 @@ def verify(folder: Path, rank: int, world: int) -> None:
         )
     for name in sorted(manifest["files"])[rank::world]:
         expected = tuple(manifest["files"][name])
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder}: file {name} is missing")
         if (found := _checksum(folder / name)) != expected:
             raise ValueError(
@@ -222,7 +223,7 @@ def verify(folder: Path, rank: int, world: int) -> None:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `publish` was given; None in a checkpoint of another program."""
-    return _parse(folder / RECORD) if (folder / RECORD).exists() else None
+    return _parse(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
 def _old(path: Path) -> Path:
@@ -231,9 +232,12 @@ def _old(path: Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(path.read_text()))
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"checkpoint {path.parent}: file {path.name} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path.parent}: file {path.name} is damaged: it holds no mapping")
+    return content
 
 
 def _checksum(path: Path) -> tuple[int, int]:

@@ -7,10 +7,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from hecate.checkpoint.folder import MANIFEST, aside, delete, read_record, verify
+from hecate.checkpoint.folder import MANIFEST, RECORD, aside, delete, read_record, verify
 from hecate.collectives.ranks import agree, on_rank_0, rank_and_world
 
-__all__ = ["latest", "prune"]
+__all__ = ["checkpoints", "latest", "prune"]
 
 
 DELETED = ".deleted"
@@ -24,7 +24,7 @@ def latest(folder: Path) -> Path | None:
     Found by what is in it, not by its name; it may be a link. One that is damaged is passed over with a warning that
     names the file. Collective. OSError where a folder cannot be listed.
     """
-    steps = agree(lambda: _steps(folder))
+    steps = agree(lambda: checkpoints(folder))
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
         try:
             agree(lambda path=path: verify(path, *rank_and_world()))  # type: ignore[misc]
@@ -48,7 +48,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = {path: order for path, order in _steps(folder).items() if order[0] < UNREADABLE}
+    steps = {path: order for path, order in checkpoints(folder).items() if order[0] < UNREADABLE}
     newest = max(steps, key=lambda path: steps[path][1], default=None)
     for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
         if path == newest:
@@ -62,14 +62,14 @@ def _prune(folder: Path, keep: int) -> None:
             delete(path)
 
 
-def _steps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Complete checkpoints and their order: by step, at equal steps by when they were written."""
-    paths = [path for path in _folders(folder) if (path / MANIFEST).exists()]
-    return {
-        path: (_step(path), (path / MANIFEST).stat().st_mtime_ns)
-        for path in paths
-        if not path.name.endswith((aside(path).suffix, DELETED))
-    }
+def checkpoints(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Those below `folder`, complete or damaged, and their order: by step, at equal steps by when they were written."""
+    found = {}
+    for path in _folders(folder):
+        files = [file for name in (MANIFEST, RECORD) if (file := path / name).exists()]
+        if files and not path.name.endswith((aside(path).suffix, DELETED)):
+            found[path] = (_step(path), files[0].stat().st_mtime_ns)
+    return found
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -90,9 +90,9 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _step(path: Path) -> int:
-    """The record's; `UNREADABLE` where that is damaged."""
+    """The record's; `UNREADABLE` where that or the manifest is damaged."""
     try:
         record = read_record(path)
-    except ValueError:
+        return int(record["step"]) if record is not None and (path / MANIFEST).is_file() else UNREADABLE
+    except (ValueError, KeyError, TypeError):
         return UNREADABLE
-    return UNREADABLE if record is None else int(record["step"])

@@ -59,7 +59,12 @@ def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, An
         items = optimizer.state.get(parameter, {}).items()
         plain = {key: _plain(f"{key} of {names[0]}", v) for key, v in items if not isinstance(v, Tensor)}
         scalars |= {name: plain for name in names if plain}
-    return {"groups": groups, "scalars": scalars}
+    return {"settings": sorted(_settings(optimizer)), "groups": groups, "scalars": scalars}
+
+
+def _settings(optimizer: Optimizer) -> set[str]:
+    """Names of what its kind has in every group."""
+    return set(optimizer.defaults) - set(IMPLEMENTATION)
 
 
 def _plain(what: str, value: Any) -> Any:
@@ -97,7 +102,7 @@ class OptimizerTarget:
         saved: the checkpoint's tensors whose names begin with `OPTIMIZER`.
 
     Raises:
-        ValueError: it trains other parameters than the saved one, or groups them otherwise.
+        ValueError: it is of another kind than the saved one, trains other parameters, or groups them otherwise.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class OptimizerTarget:
     ) -> None:
         self._optimizer, self._record, self._saved = optimizer, record, saved
         self._homes = _homes(state, optimizer)
+        self._check_kind()
         self._groups = self._match_groups()
         keys = defaultdict(list)
         for entry in sorted(saved):
@@ -173,6 +179,16 @@ class OptimizerTarget:
         for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
             for key, value in values.items():
                 group[key] = _like(group.get(key), value)
+
+    def _check_kind(self) -> None:
+        """By the settings: state of another kind would be missed in the first step. One side alone may have more."""
+        own = _settings(self._optimizer)
+        saved = set(self._record.get("settings", own))
+        if own - saved and saved - own:
+            raise ValueError(
+                f"optimizer: {type(self._optimizer).__name__} has settings {listed(own - saved)}, the saved one "
+                f"{listed(saved - own)}; must be of the same kind"
+            )
 
     def _match_groups(self) -> list[dict[str, Any]]:
         """Saved values of each of the optimizer's groups."""

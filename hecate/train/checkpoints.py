@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 
 from hecate.api import FSSDP
 from hecate.checkpoint.background import SaveHandle
-from hecate.checkpoint.folder import MANIFEST
-from hecate.checkpoint.history import latest, prune
+from hecate.checkpoint.history import checkpoints, latest, prune
 from hecate.collectives.ranks import agree, on_rank_0
 
 __all__ = ["Checkpoints", "Position"]
@@ -106,7 +105,7 @@ class Checkpoints:
             on_rank_0(lambda: print(text, file=sys.stderr, flush=True))
 
     def _check_none(self) -> None:
-        damaged = sorted(manifest.parent.name for manifest in self._folder.glob(f"*/{MANIFEST}"))
+        damaged = sorted(path.name for path in checkpoints(self._folder))
         if damaged:
             raise ValueError(
                 f"{self._folder}: all checkpoints are damaged ({', '.join(damaged)}); resume=false drops them and "

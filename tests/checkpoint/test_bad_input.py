@@ -137,6 +137,15 @@ def test_another_optimizer(saved: Path) -> None:
     assert_refused(run, saved, r"parameter \d+ of group 0, shape \(3,\), is not of this model")
 
 
+def test_another_kind_of_optimizer(saved: Path) -> None:
+    for kind, there in ((torch.optim.SGD, "amsgrad, betas"), (torch.optim.RMSprop, "amsgrad, betas")):
+        run = Run()
+        run.optimizer = kind(run.model.parameters())
+        assert_refused(
+            run, saved, rf"optimizer: {kind.__name__} has settings .*, the saved one {there}.* the same kind"
+        )
+
+
 def test_groups_that_were_several(tmp_path: Path) -> None:
     run = Run(optimizer="groups")
     run.train(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,41 @@ def test_nothing_to_find(tmp_path: Path) -> None:
 
 
 def test_unfinished_is_not_found(folder: Path) -> None:
-    shutil.copytree(folder / "b/state", folder / "d.tmp")
-    (folder / "b/state/manifest.json").unlink()
-    assert latest(folder) == folder / "a"
+    (folder / "b/state").rename(folder / "d.tmp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert latest(folder) == folder / "a"
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "hecate.json", "manifest.json", ".metadata"])
+FILES = ("__0_0.distcp", "hecate.json", "manifest.json", ".metadata")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, replace_by_a_folder])
+@pytest.mark.parametrize("name", FILES)
+def test_partial_is_passed_over_and_named(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(folder / "b/state" / name)
+    with pytest.warns(UserWarning, match=rf"b/state: .*{name} is (damaged|missing).*passed over"):
+        assert latest(folder) == folder / "a"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"stdp": 3}', '{"step": null}'])
+@pytest.mark.parametrize("name", ["hecate.json", "manifest.json"])
+def test_damage_that_still_reads_as_json(folder: Path, name: str, text: str) -> None:
+    (folder / "b/state" / name).write_text(text)
+    with pytest.warns(UserWarning, match=rf"b/state: file {name} is damaged.*passed over"):
+        assert latest(folder) == folder / "a"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_damaged_is_passed_over_and_named(folder: Path, name: str) -> None:
     damage(folder / "b/state" / name)
     with pytest.warns(UserWarning, match=rf"b/state: file {name} is damaged.*passed over"):
