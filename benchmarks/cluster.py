@@ -31,6 +31,7 @@ LEAST_QUOTA_US = 1000  # the kernel's
 PREFIX = "hecate-"
 SUBNET = "10.77.0"
 PORT = 29500
+MOUNTS = Path("/proc/mounts")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -103,7 +104,10 @@ def emulated(nodes: int, per_node: int, inter_mbit: int, cpu: float | None) -> I
     with ExitStack() as stack:
         stack.callback(_remove, name)
         _make_network(name, nodes, inter_mbit)
-        groups = [None if cpu is None else _make_cgroup(name, r, cpu) for r in range(nodes * per_node)]
+        groups: list[Path | None] = [None] * (nodes * per_node)
+        if cpu is not None:
+            root = _cgroup_root()
+            groups = [_make_cgroup(root, name, r, cpu) for r in range(nodes * per_node)]
         yield [
             Rank(
                 rank_env(r, nodes, per_node, f"{SUBNET}.1", PORT, "eth0"),
@@ -189,7 +193,7 @@ def _make_network(name: str, nodes: int, inter_mbit: int) -> None:
 
 def _cgroup_root() -> Path:
     """Where cpu cgroups are made: version 1, or version 2 with its cpu controller."""
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
     for _, folder, kind, options, *_ in mounts:
         if kind == "cgroup" and "cpu" in options.split(","):
             return Path(folder)
@@ -199,13 +203,13 @@ def _cgroup_root() -> Path:
     raise MissingError("the cpu cgroup (version 1, or version 2 with the cpu controller)")
 
 
-def _make_cgroup(name: str, rank: int, cpu: float) -> Path:
-    """A cgroup with `cpu` cores; returns the file that takes processes."""
-    root = _cgroup_root()
+def _make_cgroup(root: Path, name: str, rank: int, cpu: float) -> Path:
+    """A cgroup with `cpu` cores below `root`; returns the file that takes processes."""
     quota = round(cpu * PERIOD_US)
     folder = root / name / f"rank{rank}"
     try:
         if (root / "cgroup.controllers").exists():
+            # Refused where `root` has processes and is not the machine's, as in a container.
             (root / "cgroup.subtree_control").write_text("+cpu")
             folder.parent.mkdir(exist_ok=True)
             (folder.parent / "cgroup.subtree_control").write_text("+cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from benchmarks import cluster
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = 77
@@ -29,11 +33,11 @@ def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def left_behind(launcher: subprocess.Popen[str]) -> list[str]:
-    """Namespaces, cgroups and processes of this launcher's cluster."""
+    """Namespaces, links and cgroups of this launcher's cluster; links outside its namespaces have no business to be."""
     name = f"hecate-{launcher.pid}"
     spaces = [p.name for p in Path("/run/netns").glob(f"{name}*")]
     groups = [str(p) for p in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}"))]
-    return spaces + groups
+    return spaces + groups + [p.name for p in Path("/sys/class/net").glob("port*")]
 
 
 def wait_for_ready(launcher: subprocess.Popen[str]) -> list[int]:
@@ -102,6 +106,25 @@ def test_code_of_the_rank_that_failed() -> None:
     assert left_behind(launcher) == []
 
 
+def test_a_command_that_fails_under_a_quota() -> None:
+    launcher = start("sh", "-c", f"echo {READY} $$; exit 3", options=("--cpu", "0.5"))
+    pids = wait_for_ready(launcher)
+    code, _, _ = finish(launcher)
+    assert code == 3
+    assert gone(pids)
+    assert left_behind(launcher) == []
+
+
+def test_a_killed_rank_under_a_quota() -> None:
+    launcher = start(*FOREVER, options=("--cpu", "0.5", "--grace", "0.2"))
+    pids = wait_for_ready(launcher)
+    os.kill(pids[2], signal.SIGKILL)
+    code, _, _ = finish(launcher)
+    assert code == 128 + signal.SIGKILL
+    assert gone(pids)
+    assert left_behind(launcher) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(number: signal.Signals) -> None:
     launcher = start(*FOREVER, options=("--cpu", "0.5"))
@@ -124,7 +147,105 @@ def test_next_launcher_removes_what_a_killed_one_left() -> None:
     assert until(lambda: gone(pids))
 
 
-def test_says_in_one_line_what_is_missing() -> None:
+@pytest.fixture
+def cgroup2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a fake cgroup tree of version 2, which the launcher takes for this machine's."""
+    root = tmp_path / "cgroup"
+    root.mkdir()
+    (root / "cgroup.controllers").write_text("cpuset cpu io memory\n")
+    (root / "cgroup.subtree_control").write_text("")
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"proc /proc proc rw 0 0\ncgroup2 {root} cgroup2 rw,nosuid 0 0\n")
+    monkeypatch.setattr(cluster, "MOUNTS", mounts)
+    return root
+
+
+def test_quota_under_cgroup_version_2(cgroup2: Path) -> None:
+    files = [cluster._make_cgroup(cluster._cgroup_root(), "hecate-0", rank, 0.22) for rank in range(2)]
+    assert files == [cgroup2 / "hecate-0" / f"rank{rank}" / "cgroup.procs" for rank in range(2)]
+    assert [(file.parent / "cpu.max").read_text() for file in files] == ["1100 5000"] * 2
+    for folder in (cgroup2, cgroup2 / "hecate-0"):
+        assert (folder / "cgroup.subtree_control").read_text() == "+cpu"
+
+
+def test_removal_under_cgroup_version_2(cgroup2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that left its session and namespace is in its cgroup still."""
+    stale = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    procs = cluster._make_cgroup(cgroup2, "hecate-0", 0, 0.5)
+    procs.write_text(f"{stale.pid}\n")
+    (cgroup2 / "hecate-0" / "cgroup.procs").write_text("")
+    (cgroup2 / "another").mkdir()
+    monkeypatch.setattr(Path, "rmdir", lambda folder: shutil.rmtree(folder))  # control files do not count there
+    cluster._remove("hecate-0")
+    assert stale.wait(10) == -signal.SIGKILL
+    assert not (cgroup2 / "hecate-0").exists()
+    assert (cgroup2 / "another").exists()
+
+
+def test_leftovers_under_cgroup_version_2(cgroup2: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):
+        (cgroup2 / f"hecate-{pid}").mkdir()
+    assert f"hecate-{ended.pid}" in cluster._leftovers()
+    assert f"hecate-{os.getpid()}" not in cluster._leftovers()
+
+
+def no_root(patch: pytest.MonkeyPatch, root: Path) -> None:
+    patch.setattr(os, "geteuid", lambda: 1000)
+
+
+def no_program(name: str) -> Callable[[pytest.MonkeyPatch, Path], None]:
+    def remove(patch: pytest.MonkeyPatch, root: Path) -> None:
+        patch.setattr(shutil, "which", lambda program: None if program == name else f"/sbin/{program}")
+
+    return remove
+
+
+def no_controller(patch: pytest.MonkeyPatch, root: Path) -> None:
+    (root / "cgroup.controllers").write_text("memory pids\n")
+
+
+def no_mount(patch: pytest.MonkeyPatch, root: Path) -> None:
+    cluster.MOUNTS.write_text("proc /proc proc rw 0 0\n")
+
+
+def processes_in_the_root(patch: pytest.MonkeyPatch, root: Path) -> None:
+    (root / "cgroup.subtree_control").unlink()
+    (root / "cgroup.subtree_control").mkdir()  # an error to write to, also for root
+
+
+@pytest.mark.parametrize(
+    ("take_away", "message"),
+    [
+        (no_root, "root (network namespaces and cgroups)"),
+        (no_program("ip"), "ip (package iproute2)"),
+        (no_program("tc"), "tc (package iproute2)"),
+        (no_controller, "the cpu cgroup (version 1, or version 2 with the cpu controller)"),
+        (no_mount, "the cpu cgroup (version 1, or version 2 with the cpu controller)"),
+        (processes_in_the_root, "a writable cpu cgroup (["),
+    ],
+)
+def test_says_in_one_line_what_is_missing(
+    cgroup2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    take_away: Callable[[pytest.MonkeyPatch, Path], None],
+    message: str,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda program: f"/sbin/{program}")
+    monkeypatch.setattr(cluster, "tear_down_on_signals", lambda: None)  # this process keeps its own handlers
+    monkeypatch.setattr(cluster, "_leftovers", set)
+    monkeypatch.setattr(cluster, "_make_network", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["cluster", "--cpu", "0.5", "--", "false"])
+    take_away(monkeypatch, cgroup2)
+    assert cluster.main() == SKIPPED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.cluster: this machine lacks {message}")
+
+
+def test_exits_with_77() -> None:
     command = [sys.executable, "-m", "benchmarks.cluster", "--", "true"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": "/nonexistent"}, capture_output=True, text=True, check=False)
     assert done.returncode == SKIPPED
