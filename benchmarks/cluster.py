@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 __all__ = ["MissingError", "Rank", "emulated", "loopback", "run", "tear_down_on_signals"]
@@ -229,7 +230,7 @@ def _remove(name: str) -> None:
     with suppress(MissingError):
         group = _cgroup_root() / name
         for folder in (*group.glob("rank*"), group):
-            _retry(lambda folder=folder: _end(folder))
+            _retry(partial(_end, folder))
     for space in Path("/run/netns").glob(f"{name}-*"):
         for pid in subprocess.run(["ip", "netns", "pids", space.name], capture_output=True, text=True).stdout.split():
             with suppress(ProcessLookupError):
