@@ -40,6 +40,7 @@ class Routed(Transport):
         self._rank = group.rank()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hecate-collectives")
         self._last: Future[None] | None = None  # that the thread was given
+        self._failure: str | None = None  # of the thread
         self._staging = Staging()
         self._stream: torch.cuda.Stream | None = None
 
@@ -92,16 +93,26 @@ class Routed(Transport):
 
     def _on_thread(self, run: Callable[[], None]) -> Work:
         alone = self._idle
-        mine = self._last = self._thread.submit(run)
+        mine = self._last = self._thread.submit(self._run, run)
 
         def finish() -> None:
             # Who waits at once does it himself: that spares two hand-overs. Nothing queued may be overtaken.
             if alone and self._last is mine and mine.cancel():
-                run()
+                self._run(run)
             else:
                 mine.result()
 
         return Work(finish)
+
+    def _run(self, run: Callable[[], None]) -> None:
+        """`run`, unless one before it failed: what is queued then fails at once, not one timeout after the other."""
+        if self._failure is not None:
+            raise RuntimeError(f"Routed: a collective before this one failed: {self._failure}")
+        try:
+            run()
+        except Exception as error:
+            self._failure = str(error)  # not the error, which holds the rows
+            raise
 
     def _by_group_calls(self, row: Tensor) -> bool:
         """Whether a round is one operation of the backend, which starts and ends as a whole."""

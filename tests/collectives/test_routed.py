@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +17,7 @@ from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport, Work
 from hecate.placement import Placement, Topology
 from tests.collectives.reference import Case
-from tests.workers import Group, Groups, WorkerError
+from tests.workers import Groups
 
 # Free messages: as many pieces as there may be, everything that can be handed on is.
 FINE = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**7, message_ns=0, relay_ns=0)
@@ -122,27 +119,3 @@ def hand_on_without_waiting() -> None:
 
 def test_pieces_are_handed_on_while_the_caller_computes(groups: Groups) -> None:
     groups(3).run(hand_on_without_waiting)
-
-
-def lose_a_rank() -> None:
-    """Rank 1 ends between two calls; whoever is left gets an error from the second."""
-    topology = Topology(3, 3)
-    routed = Routed(dist.group.WORLD, topology, FINE)
-    case = Case(Placement.from_owners([0, 1], 3), Placement(np.ones((2, 3))), topology, CHUNK, 0)
-    for start in (start_gather, start_reduce):
-        _, work = start(routed, case, torch.float32)
-        work.wait()
-    if dist.get_rank() == 1:
-        os._exit(1)
-    for start in (start_gather, start_reduce):
-        _, work = start(routed, case, torch.float32)
-        with pytest.raises(RuntimeError):
-            work.wait()
-
-
-def test_a_killed_rank_is_an_error_on_every_survivor() -> None:
-    group = Group(3, timedelta(seconds=10))
-    with pytest.raises(WorkerError) as caught:
-        group.run(lose_a_rank)
-    group.close()
-    assert str(caught.value) == "--- rank 1\nthe process died"

@@ -1,0 +1,129 @@
+"""A rank that is killed while collectives are under way is an error on all others within the group's timeout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.routed import Routed
+from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.transport import Rows, Transport, Work
+from hecate.placement import Placement, Topology
+from tests.collectives.test_routed import FINE
+from tests.workers import Group, Groups
+
+TIMEOUT = timedelta(seconds=10)
+SLACK = 90.0  # seconds until a busy machine has let everybody run
+LARGE = 4 << 20  # elements of a chunk: more than sockets hold, so that they are on their way for a while
+SMALL = 20_000
+VICTIM = 1
+
+
+def transport_of(kind: type[Transport]) -> Transport:
+    """On a group of its own: the timeout is for collectives, not for the start of the processes."""
+    world = dist.get_world_size()
+    group = dist.new_group(timeout=TIMEOUT)
+    topology = Topology(world, 2 if world == 4 else world)
+    return Routed(group, topology, FINE) if kind is Routed else kind(group, topology)
+
+
+def start_gather(transport: Transport, numel: int) -> Work:
+    """An expert a rank, to all."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    schedule = gather_schedule(Placement.even(world, world), Placement([[True] * world] * world))
+    sent: Rows = {rank: torch.zeros(numel)}
+    return transport.gather(schedule, sent, {e: torch.zeros(numel) for e in range(world) if e != rank})
+
+
+def start_reduce(transport: Transport, numel: int) -> Work:
+    """The mirror."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    schedule = gather_schedule(Placement.even(world, world), Placement([[True] * world] * world)).reversed
+    contributed: Rows = {e: torch.zeros(numel) for e in range(world)}
+    return transport.reduce(schedule, contributed, {rank: torch.zeros(numel)}, torch.float32)
+
+
+def survive(kind: type[Transport], collectives: Callable[[Transport], None]) -> str:
+    """What a survivor's collectives raised."""
+    transport = transport_of(kind)
+    start_gather(transport, SMALL).wait()  # all are connected
+    dist.barrier()
+    try:
+        collectives(transport)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def large_ones(transport: Transport) -> None:
+    """The victim dies in the first; it has no part in the others any more."""
+    works = [start_gather(transport, LARGE)]
+    if dist.get_rank() == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    works += [start(transport, LARGE) for start in (start_reduce, start_gather)]
+    for work in works:
+        work.wait()
+
+
+def many_small_ones(transport: Transport) -> None:
+    """The victim dies when the clock says so, in the middle of any of them."""
+    if dist.get_rank() == VICTIM:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        for start in (start_gather, start_reduce):
+            start(transport, SMALL).wait()
+
+
+@pytest.mark.parametrize("collectives", [large_ones, many_small_ones])
+@pytest.mark.parametrize(("kind", "world"), [(Routed, 4), (PointToPoint, 3)])
+def test_a_killed_rank_is_an_error_on_every_survivor(
+    kind: type[Transport], world: int, collectives: Callable[[Transport], None]
+) -> None:
+    group = Group(world)
+    try:
+        for pipe in group.pipes:
+            pipe.send((survive, (kind, collectives)))
+        group.processes[VICTIM].join()
+        assert group.processes[VICTIM].exitcode == -signal.SIGKILL
+        deadline = time.monotonic() + TIMEOUT.total_seconds() + SLACK
+        survivors = [rank for rank in range(world) if rank != VICTIM]
+        for rank in survivors:
+            assert group.pipes[rank].poll(deadline - time.monotonic()), f"rank {rank} has no error yet"
+            worked, answer = group.pipes[rank].recv()
+            assert worked, answer
+            assert answer != "no error"
+            group.pipes[rank].send(None)
+        for rank in survivors:
+            group.processes[rank].join(SLACK)
+            assert group.processes[rank].exitcode == 0, f"rank {rank} does not end by itself"
+    finally:
+        for process in group.processes:
+            process.kill()
+
+
+def test_what_is_queued_behind_a_failure_fails_with_it(groups: Groups) -> None:
+    groups(1).run(queue_behind_a_failure)
+
+
+def queue_behind_a_failure() -> None:
+    transport, go, ran = Routed(dist.group.WORLD, Topology(1, 1), FINE), threading.Event(), []
+
+    def fail() -> None:
+        go.wait()
+        raise RuntimeError("rank 7 is gone")
+
+    works = [transport._on_thread(run) for run in (fail, lambda: ran.append(1))]
+    go.set()
+    for work in works:
+        with pytest.raises(RuntimeError, match="rank 7 is gone"):
+            work.wait()
+    assert not ran
