@@ -22,8 +22,10 @@ from hecate.collectives.order import Staging
 from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.route import Hop, gather_route, reduce_route
 from hecate.collectives.routed import Routed
-from hecate.collectives.transport import Work
+from hecate.collectives.transport import Transport, Work
+from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
+from hecate.runtime.build import _transport
 from tests.collectives.test_route import LINKS
 from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
 from tests.workers import Groups
@@ -247,3 +249,21 @@ def test_after_an_error_the_callers_stream_is_behind_what_was_started(cuda: Fake
         Recorder(0, Topology(1, 1))._on_stream(run, torch.device("cpu"))
     assert cuda.log == ["side waits for caller", "caller waits for side"]
     assert cuda.current.name == "caller"
+
+
+class FourRanks:
+    """As much of a process group as transports need to be made."""
+
+    def size(self) -> int:
+        return 4
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("device", "per_node", "kind"), [("cuda", 4, PointToPoint), ("cuda", 2, Routed), ("cpu", 4, Routed)]
+)
+def test_engines_follow_routes_where_they_save_something(device: str, per_node: int, kind: type[Transport]) -> None:
+    transport = _transport(FourRanks(), Topology(4, per_node), CostModel(), torch.device(device))  # type: ignore[arg-type]
+    assert type(transport) is kind
