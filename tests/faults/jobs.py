@@ -85,7 +85,7 @@ class Job:
     """
 
     def __init__(self, root: Path, name: str, start: dict[str, Any]) -> None:
-        self.run = root / "runs" / name
+        self.root, self.run = root, root / "runs" / name
         self.process = subprocess.Popen(
             **start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )

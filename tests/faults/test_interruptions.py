@@ -7,12 +7,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.jobs import TINY, TORCHRUN, Job, command, differences, last_step, write_text
+from tests.faults.jobs import POLL_SECONDS, TINY, TORCHRUN, Job, command, differences, last_step, write_text
 from tests.workers import free_port
 
 STEPS, INTERVAL = 60, 20
@@ -67,8 +68,14 @@ def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
     start = command(root, "name=elastic", "resume=false", *RUN, launcher=launcher)
     with Job(root, "elastic", start) as job:
         job.wait_for_step(INTERVAL + 3)
+        while not (job.run / "checkpoints" / f"step-{INTERVAL:08d}").exists():
+            assert job.process.poll() is None
+        log = job.run / "metrics.jsonl"
+        before = log.read_text().splitlines()[:INTERVAL]
         os.kill(job.ranks()[1], signal.SIGKILL)
         job.end(expect=0)
+    # With the seconds that each step took: none of them was made again.
+    assert log.read_text().splitlines()[:INTERVAL] == before
     assert_like_unbroken(root, "elastic")
 
 
@@ -104,7 +111,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
 
 # As much of the trainer as the script sees.
 TRAINER = """#!/usr/bin/env bash
-trap 'exit 85' USR1
+trap 'touch "saving$RANK"; while [ ! -e saved ]; do sleep 0.01; done; exit 85' USR1
 touch "ready$RANK"
 while true; do sleep 0.01; done
 """
@@ -161,12 +168,20 @@ def test_slurm_job_that_was_cancelled_stays_so(tmp_path: Path, signals: list[sig
     start = slurm(tmp_path, restarts=0)
     start["env"]["PYTHON"] = str(trainer)
     with Job(tmp_path, "slurm", start) as job:
-        while len(list(tmp_path.glob("ready*"))) < 2:
-            assert job.process.poll() is None
+        wait_for_files(job, "ready*")
         for sign in signals:
             os.kill(job.process.pid, sign)
+            wait_for_files(job, "saving*")  # bash may lose one of two signals that come at once
+        (tmp_path / "saved").touch()
         job.end(expect=85)
     assert (tmp_path / "requeued").exists() == requeued
+
+
+def wait_for_files(job: Job, pattern: str) -> None:
+    """Of both tasks."""
+    while len(list(job.root.glob(pattern))) < 2:
+        assert job.process.poll() is None
+        time.sleep(POLL_SECONDS)
 
 
 def test_scripts_are_valid_bash() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore, PrefixStore
+from torch.distributed import PrefixStore, TCPStore
 
 from hecate.train.distributed import launch_name
 from hecate.train.folder import RunFolder
@@ -150,6 +150,6 @@ def test_launchers_say_that_they_restarted(
 
 
 def test_name_of_a_launch_outlives_its_processes() -> None:
-    store, other = HashStore(), HashStore()
+    store, other = (TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2))
     assert launch_name(PrefixStore("run", store)) == launch_name(PrefixStore("run", store))
     assert launch_name(PrefixStore("run", store)) != launch_name(PrefixStore("run", other))
