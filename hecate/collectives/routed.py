@@ -208,8 +208,11 @@ class Routed(Transport):
         return [_nothing] * len(operations)
 
     def _operation(self, operation: Callable[..., object], hop: Hop, piece: Tensor, peer: int) -> dist.P2POp:
-        # Bytes, so that every dtype travels on every backend. A tag apart for what is received before its turn.
-        return dist.P2POp(operation, piece.view(torch.uint8), group=self.group, tag=int(hop.alone), group_peer=peer)
+        # Bytes, so that every dtype travels on every backend. A tag apart for what is received before its turn, and one
+        # a size: gloo takes a shorter message for a longer one, whereas ranks that disagree on a tag time out.
+        data = piece.view(torch.uint8)
+        tag = 2 * (data.numel() % 2**30) + int(hop.alone)
+        return dist.P2POp(operation, data, group=self.group, tag=tag, group_peer=peer)
 
 
 class _Reduction:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import hecate
 from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
@@ -127,3 +128,17 @@ def queue_behind_a_failure() -> None:
         with pytest.raises(RuntimeError, match="rank 7 is gone"):
             work.wait()
     assert not ran
+
+
+def disagree_on_known_sizes() -> None:
+    """Both sizes were agreed on before, so nobody asks again."""
+    rank, group = dist.get_rank(), dist.new_group(timeout=TIMEOUT)
+    src, dst = Placement.from_owners([0], 2), Placement([[True, True]])
+    for numel in (1000, 1001):
+        hecate.sparse_all_gather(torch.ones(1 - rank, numel), src, dst, group)
+    with pytest.raises(RuntimeError, match=r"Timed out|closed|reset"):
+        hecate.sparse_all_gather(torch.ones(1 - rank, 1000 + rank), src, dst, group)
+
+
+def test_a_chunk_size_that_differs_is_an_error_also_later(groups: Groups) -> None:
+    groups(2).run(disagree_on_known_sizes)
