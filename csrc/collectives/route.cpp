@@ -2,6 +2,8 @@
 #include "collectives/route.hpp"
 
 #include <algorithm>
+#include <limits>
+#include <map>
 #include <numeric>
 #include <set>
 #include <tuple>
@@ -14,6 +16,39 @@ constexpr std::int64_t kLeastPiece = 64 * 1024;  // bytes
 constexpr int kMostPieces = 64;
 
 using Hops = std::vector<Hop> (*)(const Request&, const Shape&);
+
+// What devices send and receive in each round.
+class Loads {
+ public:
+  explicit Loads(int devices) : devices_(devices), most_(2 * static_cast<std::size_t>(devices)) {}
+
+  void add(const Hop& hop, int round) {
+    pairs_.emplace(hop.src, hop.dst, round);
+    for (int port : {hop.src, devices_ + hop.dst}) most_[port] = std::max(most_[port], ++now_[{port, round}]);
+  }
+
+  bool has_room(const Hop& hop, int round) const {
+    return !pairs_.count({hop.src, hop.dst, round}) && below_most(hop.src, round) && below_most(devices_ + hop.dst, round);
+  }
+
+  void move(const Hop& hop, int from, int to) {
+    if (from == to) return;
+    pairs_.erase({hop.src, hop.dst, from});
+    for (int port : {hop.src, devices_ + hop.dst}) --now_[{port, from}];
+    add(hop, to);
+  }
+
+ private:
+  bool below_most(int port, int round) const {
+    const auto it = now_.find({port, round});
+    return it == now_.end() || it->second < most_[port];
+  }
+
+  const int devices_;
+  std::set<std::tuple<int, int, int>> pairs_;  // sender, receiver, round
+  std::map<std::pair<int, int>, int> now_;     // (port, round) -> pieces; a device's receiving port is numbered after all
+  std::vector<int> most_;                      // per port, of any round
+};
 
 class Choice {
  public:
@@ -50,6 +85,7 @@ class Choice {
 
  private:
   std::vector<int> rounds(const std::vector<int>& order, bool staged) const;
+  void delay(const std::vector<int>& order, std::vector<int>& round) const;
 
   const Request& request_;
   const Hops hops_of_;
@@ -77,11 +113,33 @@ std::vector<int> Choice::rounds(const std::vector<int>& order, bool staged) cons
   return round;
 }
 
+// Moves each hop to the latest round that what waits for it allows, so that sums are under way, and in memory, for a
+// shorter time. No device sends or receives more in a round than in its busiest one before, and one piece of each peer.
+void Choice::delay(const std::vector<int>& order, std::vector<int>& round) const {
+  constexpr int kNever = std::numeric_limits<int>::max();
+  std::vector<int> latest(hops_.size(), kNever), by_round = order;
+  std::stable_sort(by_round.begin(), by_round.end(), [&](int a, int b) { return round[a] < round[b]; });
+  Loads loads(request_.devices);
+  for (int i : order) loads.add(hops_[i], round[i]);
+  for (auto it = by_round.rbegin(); it != by_round.rend(); ++it) {
+    const Hop& hop = hops_[*it];
+    if (latest[*it] != kNever) {
+      int to = latest[*it];
+      while (to > round[*it] && !loads.has_room(hop, to)) --to;
+      loads.move(hop, round[*it], to);
+      round[*it] = to;
+    }
+    for (int before : hop.after) latest[before] = std::min(latest[before], round[*it] - 1);
+    if (hop.behind >= 0) latest[hop.behind] = std::min(latest[hop.behind], round[*it]);
+  }
+}
+
 Route Choice::route(bool staged) const {
   std::vector<int> order(hops_.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return timing_.start[a] < timing_.start[b]; });
-  const std::vector<int> round = rounds(order, staged);
+  std::vector<int> round = rounds(order, staged);
+  if (staged) delay(order, round);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return round[a] < round[b]; });
   Route result;
   result.shape = shape_;

@@ -17,8 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.collectives_rank import placements
 from hecate.collectives.order import accumulation_dtype
-from hecate.collectives.route import Hop, Part, gather_route, reduce_route
+from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
 from hecate.collectives.routed import Routed, _Reduction
 from hecate.collectives.schedule import gather_schedule
 from hecate.placement import Topology
@@ -28,6 +29,8 @@ from tests.collectives.test_routed import FINE
 from tests.workers import Groups
 
 TOPOLOGY = Topology(4, 2)
+CLUSTER = Links(600_000_000, 900_000_000, 48_000_000, 48_000_000, 200_000, 400_000)
+"""About what `benchmarks.collectives` measures on its emulated cluster."""
 SIZES = (1 << 15, 50_001, 1 << 17)  # elements of a chunk; pieces have at least 64 KiB
 KINDS = (Routed, Rounds)
 
@@ -180,6 +183,35 @@ def check_reductions(kind: type[Routed], wire: torch.dtype) -> int:
 def test_a_reduction_stages_two_pieces_a_peer(groups: Groups, kind: type[Routed], wire: torch.dtype) -> None:
     most = max(groups(4).run(check_reductions, kind, wire))
     assert most == (2 if kind is Routed else 1)
+
+
+def most_pieces(parts: tuple[Part, ...]) -> int:
+    """Most pieces that one rank has at once: received and not added, and sums that it is to hand on."""
+    arriving = [[h for h in part.receives if not h.alone] for part in parts] + [[]]
+    sums: set[tuple[int, int]] = set()
+    leaving: list[Hop] = []
+    most = 0
+    for i, part in enumerate(parts):
+        most = max(most, len(arriving[i]) + len(arriving[i + 1]) + len(sums))
+        sums -= {(h.expert, h.piece) for h in leaving}
+        leaving = [h for h in part.sends if h.partial]
+        sums |= {(h.expert, h.piece) for h in arriving[i] if not h.final}
+        # One more may have been received: it is the sum itself, or added to it.
+        most = max(most, len(arriving[i + 1]) + len(sums))
+    return most
+
+
+@pytest.mark.parametrize("mib", [0.25, 1, 4, 16])
+def test_two_pieces_a_peer(mib: float) -> None:
+    """Of the benchmark's placements, sums under way included; peers that bring pieces and that get sums."""
+    topology, size = Topology(8, 4), int(mib * 2**20)
+    for name, src, dst in placements(topology):
+        route = reduce_route(dst, src, topology, CLUSTER, size, size)
+        for rank in range(topology.num_devices):
+            parts = route.part(rank)
+            hops = [h for part in parts for h in (*part.receives, *part.sends)]
+            peers = {h.src for h in hops} | {h.dst for h in hops if h.partial}
+            assert most_pieces(parts) <= 2 * len(peers - {rank}), f"{name}, rank {rank}"
 
 
 def check_changing_placements(kind: type[Routed]) -> list[int]:
