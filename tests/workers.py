@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -111,11 +113,21 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
             return
         if task is None:
             return
+        _destroy_subgroups()  # of the function before, which all ranks have ended
         function, args = task
         try:
             pipe.send((True, function(*args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+def _destroy_subgroups() -> None:
+    """Every gloo group has a thread that wakes a hundred times a second: a thousand of them stop a machine."""
+    gc.collect()
+    for group in list(distributed_c10d._world.pg_map):  # there is no public list
+        if group is not dist.group.WORLD and not group.group_desc.startswith("mesh_"):  # DTensor keeps those by name
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def free_port() -> int:
