@@ -55,18 +55,33 @@ LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+RELATIVE_ATTENTION = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "unpadded_vocab_size": 64,
+}
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "afmoe": {},
     "aria_text": {},
     "axk1": LATENT_ATTENTION,
     "axk2": LATENT_ATTENTION,
+    "bailing_hybrid": {**LATENT_ATTENTION, **MIXED},
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "cohere2_moe": {},
     "deepseek_v2": LATENT_ATTENTION,
     "deepseek_v3": LATENT_ATTENTION,
     "deepseek_v32": INDEXED_ATTENTION,
     "deepseek_v4": {},
+    "dots3_note_text": {
+        **INDEXED_ATTENTION,
+        "layer_types": ["indexed_attention", "indexed_attention"],
+        "use_sliding_window": False,
+        "shared_experts_intermediate_size": 16,
+    },
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_moe": {},
     "exaone_moe": {},
@@ -88,6 +103,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": INDEXED_ATTENTION,
+    "inkling_text": RELATIVE_ATTENTION,
+    "inkling2_text": {**RELATIVE_ATTENTION, "n_layers_per_attn_res_block": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
     "kimi_linear": {**LATENT_ATTENTION, "linear_head_dim": 8, "linear_num_heads": 4, **MIXED},
     "kolibri1": {},
@@ -112,6 +129,16 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_moe_text": LINEAR_ATTENTION,
     "qwen3_moe": {},
     "qwen3_next": LINEAR_ATTENTION,
+    "qwen4_exp_text": {
+        **LINEAR_ATTENTION,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+    },
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -122,8 +149,15 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     """The config class of `model_type` with `SIZES`, what it needs, and `changes`."""
     cls = CONFIG_MAPPING[model_type]
     default = cls()
-    sizes = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    sizes = {name: value for name, value in SIZES.items() if _has(default, name)}
     return cls(**(sizes | dict(ARCHITECTURES[model_type]) | changes))
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # it has one a layer, and takes one for all
+        return True
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
