@@ -1,7 +1,7 @@
 """Routed transport: follows `collectives.route`, over torch.distributed point-to-point calls.
 
-gloo (CPU): a rank that hands nothing on starts all it has to do at the call. Otherwise a thread of the transport
-follows the routes, one after the other, so that pieces are handed on while the caller computes. NCCL (CUDA): each round
+gloo (CPU): a rank that hands nothing on starts all it has to do at the call. Otherwise a thread of the group follows
+the routes, one after the other, so that pieces are handed on while the caller computes. NCCL (CUDA): each round
 is one group call on a side stream; the host waits for nothing.
 
 Why group calls cannot wait for each other in a circle: NCCL ends one when all its peers have entered the one that has
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from hecate.collectives.order import OrderedSum, Staging, accumulation_dtype
 from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
 from hecate.collectives.schedule import Schedule
 from hecate.collectives.transport import Rows, Transport, Work
+from hecate.collectives.turns import Turns
 from hecate.placement import Topology
 
 __all__ = ["Routed"]
@@ -38,9 +38,7 @@ class Routed(Transport):
         super().__init__(group, topology)
         self.links = links
         self._rank = group.rank()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hecate-collectives")
-        self._last: Future[None] | None = None  # that the thread was given
-        self._failure: str | None = None  # of the thread
+        self._turns = Turns.of(group)
         self._staging = Staging()
         self._stream: torch.cuda.Stream | None = None
 
@@ -54,9 +52,9 @@ class Routed(Transport):
         if self._by_group_calls(row):
             return self._on_stream(lambda: self._gather_in_rounds(parts, rows), row.device)
         sends, receives = _hops(parts)
-        if self._idle and all(h.expert in sent for h in sends):
+        if self._turns.idle and all(h.expert in sent for h in sends):
             return self._at_once(*([(h, _piece(rows[h.expert], h)) for h in hops] for hops in (sends, receives)))
-        return self._on_thread(lambda: self._gather_when_ready(parts, rows))
+        return self._turns.start(lambda: self._gather_when_ready(parts, rows))
 
     def reduce(self, schedule: Schedule, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
         rows = [*contributed.values(), *sums.values()]
@@ -71,16 +69,11 @@ class Routed(Transport):
             # On NCCL a receive before the sends of its round would keep the stream from them.
             return self._on_stream(lambda: self._reduce(parts, state, ahead=0), rows[0].device)
         sends, receives = _hops(parts)
-        if self._idle and not any(h.partial for h in sends) and all(map(state.in_place, receives)):
+        if self._turns.idle and not any(h.partial for h in sends) and all(map(state.in_place, receives)):
             work = self._at_once([(h, state.payload(h)) for h in sends], [(h, state.place(h)) for h in receives])
             state.finish()
             return work
-        return self._on_thread(lambda: self._reduce(parts, state, ahead=1))
-
-    @property
-    def _idle(self) -> bool:
-        """Messages between two ranks match in the order they are started in: nothing may overtake the thread."""
-        return self._last is None or self._last.done()
+        return self._turns.start(lambda: self._reduce(parts, state, ahead=1))
 
     def _at_once(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> Work:
         waits = self._post(sends, receives)
@@ -90,29 +83,6 @@ class Routed(Transport):
                 wait()
 
         return Work(finish)
-
-    def _on_thread(self, run: Callable[[], None]) -> Work:
-        alone = self._idle
-        mine = self._last = self._thread.submit(self._run, run)
-
-        def finish() -> None:
-            # Who waits at once does it himself: that spares two hand-overs. Nothing queued may be overtaken.
-            if alone and self._last is mine and mine.cancel():
-                self._run(run)
-            else:
-                mine.result()
-
-        return Work(finish)
-
-    def _run(self, run: Callable[[], None]) -> None:
-        """`run`, unless one before it failed: what is queued then fails at once, not one timeout after the other."""
-        if self._failure is not None:
-            raise RuntimeError(f"Routed: a collective before this one failed: {self._failure}")
-        try:
-            run()
-        except Exception as error:
-            self._failure = str(error)  # not the error, which holds the rows
-            raise
 
     def _by_group_calls(self, row: Tensor) -> bool:
         """Whether a round is one operation of the backend, which starts and ends as a whole."""

@@ -116,13 +116,13 @@ def test_what_is_queued_behind_a_failure_fails_with_it(groups: Groups) -> None:
 
 
 def queue_behind_a_failure() -> None:
-    transport, go, ran = Routed(dist.group.WORLD, Topology(1, 1), FINE), threading.Event(), []
+    transport, go, ran = Routed(dist.new_group(), Topology(1, 1), FINE), threading.Event(), []
 
     def fail() -> None:
         go.wait()
         raise RuntimeError("rank 7 is gone")
 
-    works = [transport._on_thread(run) for run in (fail, lambda: ran.append(1))]
+    works = [transport._turns.start(run) for run in (fail, lambda: ran.append(1))]
     go.set()
     for work in works:
         with pytest.raises(RuntimeError, match="rank 7 is gone"):

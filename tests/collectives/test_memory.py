@@ -22,6 +22,7 @@ from hecate.collectives.order import accumulation_dtype
 from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
 from hecate.collectives.routed import Routed, _Reduction
 from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.turns import Turns
 from hecate.placement import Topology
 from tests.collectives.reference import Case
 from tests.collectives.test_rounds import Rounds
@@ -76,7 +77,7 @@ class Inline(Executor):
 
 def transport_of(kind: type[Routed]) -> Routed:
     transport = kind(dist.group.WORLD, TOPOLOGY, FINE)
-    transport._thread = Inline()  # type: ignore[assignment]
+    transport._turns = Turns(Inline())
     return transport
 
 

@@ -83,24 +83,29 @@ def test_same_bits_as_plain_sends(
     assert min(pieces) > 0
 
 
-def overlap(devices: int) -> None:
-    topology = Topology(devices, 2)
-    plain, routed = PointToPoint(dist.group.WORLD, topology), Routed(dist.group.WORLD, topology, FINE)
-    cases = [case_of(devices, 2, seed) for seed in range(4)]
+def overlap(devices: int, nodes_of: tuple[int, ...]) -> None:
+    """Every case and topology at once, waited for backwards."""
+    calls = [
+        (Topology(devices, per_node), case_of(devices, per_node, seed), start)
+        for seed in range(4)
+        for per_node in nodes_of
+        for start in (start_gather, start_reduce)
+    ]
     expected = []
-    for case in cases:
-        for start in (start_gather, start_reduce):
-            out, work = start(plain, case, torch.float32)
-            work.wait()
-            expected.append(out)
-    got = [start(routed, case, torch.float32) for case in cases for start in (start_gather, start_reduce)]
+    for topology, case, start in calls:
+        out, work = start(PointToPoint(dist.group.WORLD, topology), case, torch.float32)
+        work.wait()
+        expected.append(out)
+    routed = {topology: Routed(dist.group.WORLD, topology, FINE) for topology, _, _ in calls}
+    got = [start(routed[topology], case, torch.float32) for topology, case, start in calls]
     for (out, work), right in zip(got[::-1], expected[::-1], strict=True):
         work.wait()
         assert torch.equal(out, right)
 
 
-def test_many_under_way_at_once(groups: Groups) -> None:
-    groups(4).run(overlap, 4)
+@pytest.mark.parametrize("nodes_of", [(2,), (1, 2, 4)])
+def test_many_under_way_at_once(groups: Groups, nodes_of: tuple[int, ...]) -> None:
+    groups(4).run(overlap, 4, nodes_of)
 
 
 def hand_on_without_waiting() -> None:
