@@ -73,6 +73,12 @@ struct Timing {
 
 Timing simulate(const Request& request, const std::vector<Hop>& hops);
 
+// The round of each hop. `order`: as the simulation starts them; hops of one round take place in that order.
+std::vector<int> gather_rounds(const Request& request, const std::vector<Hop>& hops, const Timing& timing,
+                               const std::vector<int>& order);
+std::vector<int> reduce_rounds(const Request& request, const std::vector<Hop>& hops, const Timing& timing,
+                               const std::vector<int>& order);
+
 struct Route {
   Shape shape;
   std::vector<Hop> hops;    // by round

@@ -85,24 +85,31 @@ class OrderedSum:
         self._partial: Tensor | None = None  # of the present node
         self._total: Tensor | None = None  # of the nodes before it
 
-    def add(self, first: int, row: Tensor, scratch: bool = False) -> None:
+    def add(self, first: int, row: Tensor, scratch: bool = False, last: bool = False) -> None:
         """Add a contribution, or a sum of several.
 
         Args:
             first: the lowest rank whose contribution is in `row`.
             row: in wire or accumulation dtype.
             scratch: whether `row` is staging memory that the sum takes over.
+            last: whether all else that is to be added is of other nodes, except the own row.
         """
-        if self._own is not None and self._own[0] < first:
-            self._add_own()
         node = self._topology.node_of(first)
-        if node == self._node and self._partial is not None:
-            self._partial.add_(row)
-            if scratch:
-                self._staging.give(row)
-            return
-        self._close_node()
-        self._node, self._partial = node, self._begin(row, scratch)
+        if self._own is not None and self._own[0] < first and self._own_node != node:
+            self._add_own()
+        if node != self._node:
+            self._close_node()
+            self._node = node
+        if self._own is not None and self._own[0] < first:
+            if self._partial is None and scratch and row.dtype == accumulation_dtype(row.dtype):
+                row.add_(self._take_own())  # the other way round, with the same bits
+            else:
+                self._accumulate(self._take_own())
+        self._accumulate(row, scratch)
+        if last:
+            if self._own is not None and self._own_node == node:
+                self._accumulate(self._take_own())
+            self._close_node()
 
     def result(self) -> Tensor | None:
         """The sum in `accumulation_dtype`; None where nothing was added. Ends it."""
@@ -111,10 +118,34 @@ class OrderedSum:
         self._close_node()
         return self._total
 
-    def _add_own(self) -> None:
+    @property
+    def _own_node(self) -> int:
         assert self._own is not None
-        own, self._own = self._own, None
-        self.add(*own)
+        return self._topology.node_of(self._own[0])
+
+    def _take_own(self) -> Tensor:
+        assert self._own is not None
+        (_, row), self._own = self._own, None
+        return row
+
+    def _add_own(self) -> None:
+        """The own row, when nothing more of its node comes."""
+        if self._own_node != self._node:
+            self._close_node()
+            self._node = self._own_node
+        row = self._take_own()
+        if self._partial is None and self._total is not None:
+            self._total.add_(row)
+        else:
+            self._accumulate(row)
+
+    def _accumulate(self, row: Tensor, scratch: bool = False) -> None:
+        if self._partial is None:
+            self._partial = self._begin(row, scratch)
+        else:
+            self._partial.add_(row)
+            if scratch:
+                self._staging.give(row)
 
     def _begin(self, row: Tensor, scratch: bool) -> Tensor:
         wide = accumulation_dtype(row.dtype)

@@ -120,7 +120,7 @@ class Route:
         return {}
 
     def part(self, rank: int) -> tuple[Part, ...]:
-        """The rounds that device `rank` takes part in."""
+        """The rounds that device `rank` takes part in; one empty part where it leaves out any between two."""
         if rank not in self._parts:
             self._parts[rank] = self._part(rank)
         return self._parts[rank]
@@ -132,7 +132,14 @@ class Route:
             hop = Hop(expert, piece, pieces, src, dst, first, *map(bool, flags))
             sends, receives = rounds.setdefault(number, ([], []))
             (sends if hop.src == rank else receives).append(hop)
-        return tuple(Part(tuple(sends), tuple(receives)) for sends, receives in rounds.values())
+        parts: list[Part] = []
+        before = None
+        for number, (sends, receives) in rounds.items():
+            if before is not None and number > before + 1:
+                parts.append(Part((), ()))  # what is received after a pause takes no memory before it
+            parts.append(Part(tuple(sends), tuple(receives)))
+            before = number
+        return tuple(parts)
 
 
 @lru_cache(maxsize=1024)

@@ -178,11 +178,8 @@ class Routed(Transport):
         return [_nothing] * len(operations)
 
     def _operation(self, operation: Callable[..., object], hop: Hop, piece: Tensor, peer: int) -> dist.P2POp:
-        # Bytes, so that every dtype travels on every backend. A tag apart for what is received before its turn, and one
-        # a size: gloo takes a shorter message for a longer one, whereas ranks that disagree on a tag time out.
-        data = piece.view(torch.uint8)
-        tag = 2 * (data.numel() % 2**30) + int(hop.alone)
-        return dist.P2POp(operation, data, group=self.group, tag=tag, group_peer=peer)
+        data = piece.view(torch.uint8)  # so that every dtype travels on every backend
+        return dist.P2POp(operation, data, group=self.group, tag=_tag(hop, data.numel()), group_peer=peer)
 
 
 class _Reduction:
@@ -207,10 +204,11 @@ class _Reduction:
         self._handed_on = {(h.expert, h.piece) for part in parts for h in part.sends}
         self._missing = Counter((h.expert, h.piece) for part in parts for h in part.receives if h.final)
         self._untouched = sums.keys() - {expert for expert, _ in self._missing}
+        self._last_of_node = set({self._source(h): h for part in parts for h in part.receives}.values())
 
     def in_place(self, hop: Hop) -> bool:
         """Whether what `hop` brings is the result as it is."""
-        return hop.alone and not hop.partial and self._sums[hop.expert].dtype == self._wire
+        return hop.alone and self._sums[hop.expert].dtype == (self._wide if hop.partial else self._wire)
 
     def place(self, hop: Hop) -> Tensor:
         """Where it goes then."""
@@ -240,7 +238,7 @@ class _Reduction:
         key = (hop.expert, hop.piece, hop.final)
         if key not in self._under_way:
             self._under_way[key] = self._begin(hop)
-        self._under_way[key].add(hop.first, piece, scratch=True)
+        self._under_way[key].add(hop.first, piece, scratch=True, last=hop in self._last_of_node)
         if hop.final:
             self._missing[key[:2]] -= 1
             if not self._missing[key[:2]]:
@@ -253,6 +251,10 @@ class _Reduction:
                 self._sums[expert].copy_(self._contributed[expert])
             else:
                 self._sums[expert].zero_()
+
+    def _source(self, hop: Hop) -> tuple[int, int, bool, int]:
+        """The sum that it adds to, and of which node it adds."""
+        return hop.expert, hop.piece, hop.final, self._topology.node_of(hop.first)
 
     def _begin(self, hop: Hop) -> OrderedSum:
         """With the own contribution, where it belongs to this sum: to the one handed on if there is one."""
@@ -278,6 +280,14 @@ def _hops(parts: Sequence[Part]) -> tuple[list[Hop], list[Hop]]:
 
 def _piece(row: Tensor, hop: Hop) -> Tensor:
     return row[hop.range_of(row.numel())]
+
+
+def _tag(hop: Hop, num_bytes: int) -> int:
+    """Apart for each kind of result that may be received before its turn; messages of one tag keep their order.
+
+    And one a size: gloo takes a shorter message for a longer one, whereas ranks that disagree on a tag time out.
+    """
+    return 4 * (num_bytes % 2**29) + (1 + hop.partial if hop.alone else 0)
 
 
 def _nothing() -> None:

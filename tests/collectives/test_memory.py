@@ -12,20 +12,22 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.collectives_rank import placements
-from hecate.collectives.order import accumulation_dtype
+from hecate.collectives.order import Staging, accumulation_dtype
 from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
 from hecate.collectives.routed import Routed, _Reduction
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.turns import Turns
-from hecate.placement import Topology
+from hecate.placement import Placement, Topology
 from tests.collectives.reference import Case
-from tests.collectives.test_rounds import Rounds
+from tests.collectives.test_rounds import Recorder, Rounds
+from tests.collectives.test_route import settings_of
 from tests.collectives.test_routed import FINE
 from tests.workers import Groups
 
@@ -186,33 +188,56 @@ def test_a_reduction_stages_two_pieces_a_peer(groups: Groups, kind: type[Routed]
     assert most == (2 if kind is Routed else 1)
 
 
-def most_pieces(parts: tuple[Part, ...]) -> int:
-    """Most pieces that one rank has at once: received and not added, and sums that it is to hand on."""
-    arriving = [[h for h in part.receives if not h.alone] for part in parts] + [[]]
-    sums: set[tuple[int, int]] = set()
-    leaving: list[Hop] = []
-    most = 0
-    for i, part in enumerate(parts):
-        most = max(most, len(arriving[i]) + len(arriving[i + 1]) + len(sums))
-        sums -= {(h.expert, h.piece) for h in leaving}
-        leaving = [h for h in part.sends if h.partial]
-        sums |= {(h.expert, h.piece) for h in arriving[i] if not h.final}
-        # One more may have been received: it is the sum itself, or added to it.
-        most = max(most, len(arriving[i + 1]) + len(sums))
-    return most
+class Taken(Staging):
+    """Counts bytes that are taken and not given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.now += numel * dtype.itemsize
+        self.peak = max(self.peak, self.now)
+        return super().take(numel, dtype, device)
+
+    def give(self, piece: Tensor) -> None:
+        self.now -= piece.numel() * piece.itemsize
+        super().give(piece)
+
+
+def check_staging(owners: Placement, holders: Placement, topology: Topology, links: Links, numel: int) -> None:
+    """All that a reduction stages, sums under way included, on every rank: two pieces a peer in accumulation dtype.
+
+    A peer is who brings pieces, and who gets sums.
+    """
+    for wire in (torch.float32, torch.bfloat16):
+        wide = accumulation_dtype(wire)
+        route = reduce_route(holders, owners, topology, links, numel * wire.itemsize, numel * wide.itemsize)
+        for rank in range(topology.num_devices):
+            parts, staging = route.part(rank), Taken()
+            held = {e: torch.empty(numel, dtype=wire, device="meta") for e in holders.held_by(rank).tolist()}
+            sums = {e: torch.empty(numel, dtype=wide, device="meta") for e in owners.held_by(rank).tolist()}
+            state = _Reduction(rank, topology, parts, held, sums, wire, staging)
+            Recorder(rank, topology)._reduce(parts, state, ahead=1)
+            hops = [h for part in parts for h in (*part.receives, *part.sends)]
+            peers = {h.src for h in hops} | {h.dst for h in hops if h.partial}
+            piece = max((-(-numel // h.pieces) for h in hops), default=0) * wide.itemsize
+            assert staging.now == 0
+            assert staging.peak <= 2 * len(peers - {rank}) * piece, f"rank {rank}, {wire}"
 
 
 @pytest.mark.parametrize("mib", [0.25, 1, 4, 16])
-def test_two_pieces_a_peer(mib: float) -> None:
-    """Of the benchmark's placements, sums under way included; peers that bring pieces and that get sums."""
-    topology, size = Topology(8, 4), int(mib * 2**20)
-    for name, src, dst in placements(topology):
-        route = reduce_route(dst, src, topology, CLUSTER, size, size)
-        for rank in range(topology.num_devices):
-            parts = route.part(rank)
-            hops = [h for part in parts for h in (*part.receives, *part.sends)]
-            peers = {h.src for h in hops} | {h.dst for h in hops if h.partial}
-            assert most_pieces(parts) <= 2 * len(peers - {rank}), f"{name}, rank {rank}"
+def test_two_pieces_a_peer_in_the_benchmark(mib: float) -> None:
+    topology = Topology(8, 4)
+    for _, src, dst in placements(topology):
+        check_staging(src, dst, topology, CLUSTER, int(mib * 2**18))
+
+
+@settings(max_examples=150, deadline=None)
+@given(settings_of())
+def test_two_pieces_a_peer(setting: tuple[Placement, Placement, Topology, Links, int]) -> None:
+    owners, holders, topology, links, chunk = setting
+    check_staging(owners, holders, topology, links, chunk // 4)
 
 
 def check_changing_placements(kind: type[Routed]) -> list[int]:

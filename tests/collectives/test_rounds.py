@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hecate.collectives import routed
-from hecate.collectives.order import Staging
+from hecate.collectives.order import Staging, accumulation_dtype
 from hecate.collectives.p2p import PointToPoint
-from hecate.collectives.route import Hop, gather_route, reduce_route
+from hecate.collectives.route import Hop, Links, gather_route, reduce_route
 from hecate.collectives.routed import Routed
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
 from hecate.runtime.build import _transport
-from tests.collectives.test_route import LINKS
+from tests.collectives.test_route import LINKS, settings_of
 from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
 from tests.workers import Groups
 
@@ -164,6 +164,34 @@ def test_group_calls_in_another_order_would_not_end() -> None:
     other: list[Call] = [([], [there]), ([back], [])]
     assert finished([one, other])
     assert not finished([one, other[::-1]])
+
+
+# Messages: those of one sender, receiver and tag match in the order they are started in.
+
+
+@settings(max_examples=150, deadline=None)
+@given(settings_of(), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_messages_of_a_tag_are_received_in_the_order_they_are_sent_in(
+    setting: tuple[Placement, Placement, Topology, Links, int], wire: torch.dtype, narrow: bool
+) -> None:
+    owners, holders, topology, links, chunk = setting
+    numel, wide = chunk // wire.itemsize, accumulation_dtype(wire)
+    route = reduce_route(holders, owners, topology, links, numel * wire.itemsize, numel * wide.itemsize)
+    sent: dict[tuple, list[Hop]] = defaultdict(list)
+    received: dict[tuple, list[Hop]] = defaultdict(list)
+    for rank in range(topology.num_devices):
+        recorder, parts = Recorder(rank, topology), route.part(rank)
+        held = {e: torch.empty(numel, dtype=wire, device="meta") for e in holders.held_by(rank).tolist()}
+        result = wire if narrow else wide
+        sums = {e: torch.empty(numel, dtype=result, device="meta") for e in owners.held_by(rank).tolist()}
+        recorder._reduce(parts, routed._Reduction(rank, topology, parts, held, sums, wire, Staging()), ahead=1)
+        for call in recorder.calls:
+            for hops, messages in zip(call, (sent, received), strict=True):
+                for hop in hops:
+                    span, dtype = hop.range_of(numel), wide if hop.partial else wire
+                    tag = routed._tag(hop, (span.stop - span.start) * dtype.itemsize)
+                    messages[hop.src, hop.dst, tag].append(hop)
+    assert sent == received
 
 
 # Streams: what waits for what, and how long rows are held.
