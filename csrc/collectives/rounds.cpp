@@ -1,10 +1,11 @@
 // Puts the hops of a route into rounds. A hop is in a later round than what it carries; a round is as long as the longest
-// hop. Where receivers stage what they add, a round has one piece of each peer, and no device stages more than two.
+// hop. Where receivers stage what they add, a round has one piece of each peer, and devices stage two of each at most.
 #include <algorithm>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <set>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -14,10 +15,9 @@ namespace hecate {
 
 namespace {
 
-// Results may be received where they belong: contributions are as wide as they are.
-bool in_place(const Request& request, const Hop& hop) {
-  return hop.alone && request.partial_bytes == request.chunk_bytes;
-}
+// Contributions are as wide as sums: results may be received, and added up, where they belong.
+bool same_width(const Request& request) { return request.partial_bytes == request.chunk_bytes; }
+bool in_place(const Request& request, const Hop& hop) { return hop.alone && same_width(request); }
 
 // As the simulation starts them, in the order `order`. `staged`: one piece of each peer in a round.
 std::vector<int> as_simulated(const Request& request, const std::vector<Hop>& hops, const Timing& timing,
@@ -46,20 +46,23 @@ struct Sum {
 
 // What a device has to do with the round at hand and the one after it.
 struct Device {
-  int limit = 0;                         // pieces of memory: two a peer
-  int most_sent = 0, most_received = 0;  // in any round of the simulation
+  int limit = 0;                            // pieces of memory: two a peer, or what one sum and one result take
+  int most_sent = 0, most_received = 0;     // in any round of the simulation
   int sent = 0, received = 0;
-  int staged = 0, staged_after = 0;      // pieces received; while a round is waited for, the next one is open
-  int sums = 0;                          // memory of open ones
-  int used_after = 0;                    // all memory of the round after this one
+  int staged = 0, staged_after = 0;         // pieces received; while a round is waited for, the next one is open
+  int sums = 0, finals = 0;                 // memory of the open ones, and of those of them that are results
+  int largest_sum = 0, largest_result = 0;  // memory of one that is handed on, of one result
+  int closed = 0;                           // memory of sums that are not open in the round before this one
+  int used_after = 0;                       // all memory of the round after this one
 };
 
 // From the last round to the first: each hop in the latest round that what waits for it allows, so that sums are under
 // way, and in memory, for a short time. Devices send and receive in a round no more than in their busiest simulated one.
 //
-// A device opens a sum (backwards: by the hop that carries it away) only while memory for one more piece remains. So
-// each hop that brings it finds room, at the latest after an empty round, once its sender may open the sum that it
-// carries. Sums go from lower devices and nodes to higher ones; the lowest have none. So every hop finds its round.
+// A device opens a sum (backwards: by the hop that carries it away) only while memory for one more piece remains, and a
+// result only while a sum fits in besides. So each hop that brings it finds room, at the latest after an empty round,
+// once its sender may open the sum that it carries: sums go from lower devices and nodes to higher ones, the lowest are
+// brought by hops that carry none, and only then come results. So every hop finds its round.
 class Backwards {
  public:
   Backwards(const Request& request, const std::vector<Hop>& hops, const std::vector<int>& order,
@@ -76,8 +79,12 @@ class Backwards {
     for (int i = 0; i < static_cast<int>(hops_.size()); ++i)
       if (waits_[i] == 0) ready_.emplace(-latest_[i], i);
     std::size_t left = hops_.size();
+    int empty = 0;
     for (int now = hops_.empty() ? 0 : -ready_.begin()->first; left > 0; --now) {
-      left -= fill(now);
+      const std::size_t filled = fill(now);
+      empty = filled > 0 || now_.empty() ? 0 : empty + 1;
+      if (empty > kDrained) throw std::logic_error("rounds: no hop fits");
+      left -= filled;
       next_round();
     }
     const int first = hops_.empty() ? 0 : *std::min_element(round_.begin(), round_.end());
@@ -87,6 +94,7 @@ class Backwards {
 
  private:
   static constexpr int kNone = -1;
+  static constexpr int kDrained = 2;  // empty rounds after which nothing received takes memory any more
 
   void find_waits(const std::vector<int>& simulated);
   void find_sums();
@@ -99,10 +107,11 @@ class Backwards {
 
   bool staged(int i) const { return !in_place(request_, hops_[i]); }
 
-  // Pieces that the open sums of its receiver take more when hop `i` gets a round.
+  // Pieces that the open sums of its receiver take more when hop `i` gets a round. The first hop of a sum, if it is as
+  // wide, becomes the sum.
   int growth(int i) const {
     const Sum& sum = sums_[brings_[i]];
-    if (sum.missing == 1) return sum.open ? -sum.buffers : 0;
+    if (sum.missing == 1) return sum.open && same_width(request_) ? -sum.buffers : 0;
     return sum.open ? 0 : sum.buffers;
   }
 
@@ -129,16 +138,16 @@ void Backwards::find_waits(const std::vector<int>& simulated) {
 }
 
 void Backwards::find_sums() {
-  const bool narrow = request_.partial_bytes == request_.chunk_bytes;  // then a result is added up where it belongs
-  std::map<std::tuple<int, int, int, bool>, int> known;                // expert, piece, device, final
-  std::vector<std::map<int, int>> by_node;                             // of each sum: node -> hops
+  std::map<std::tuple<int, int, int, bool>, int> known;  // expert, piece, device, final
+  std::vector<std::map<int, int>> by_node;               // of each sum: node -> hops
   for (std::size_t i = 0; i < hops_.size(); ++i) {
     const Hop& hop = hops_[i];
     const auto [it, is_new] = known.emplace(std::make_tuple(hop.expert, hop.piece, hop.dst, hop.final), sums_.size());
     if (is_new) {
-      sums_.push_back({hop.final && narrow ? 0 : 1, hop.final});
+      sums_.push_back({hop.final && same_width(request_) ? 0 : 1, hop.final});
       by_node.emplace_back();
-      if (request_.held(hop.expert, hop.dst)) by_node.back()[request_.node_of(hop.dst)] = 0;
+      // Its own contribution is added to a piece that is as wide.
+      if (request_.held(hop.expert, hop.dst)) by_node.back()[request_.node_of(hop.dst)] = same_width(request_) ? 0 : 1;
     }
     brings_[i] = it->second;
     ++sums_[it->second].missing;
@@ -163,7 +172,13 @@ void Backwards::find_limits(const std::vector<int>& simulated) {
     to.most_received = std::max(to.most_received, ++received[{hop.dst, simulated[i]}]);
     if (peers.emplace(hop.dst, hop.src).second) to.limit += 2;
     if (hop.partial && peers.emplace(hop.src, hop.dst).second) from.limit += 2;
+    const Sum& sum = sums_[brings_[i]];
+    if (sum.missing == 1 && sum.final) continue;
+    int& largest = sum.final ? to.largest_result : to.largest_sum;
+    largest = std::max(largest, sum.buffers);
   }
+  for (Device& device : devices_)
+    device.limit = std::max(device.limit, device.largest_sum + device.largest_result + 1);
 }
 
 // How many hops get round `now`.
@@ -195,7 +210,7 @@ bool Backwards::fits(int i) const {
   if (staged(i)) {
     const int more = growth(i), sums = to.sums + more;
     if (pairs_.count({hop.src, hop.dst}) || to.staged + 1 + to.staged_after + sums > to.limit) return false;
-    if (more > 0 && sums == to.limit) return false;
+    if (more > 0 && to.finals + more + to.largest_sum >= to.limit) return false;
   }
   if (carries_[i] == kNone) return true;
   const int more = sums_[carries_[i]].buffers, sums = from.sums + more;
@@ -214,6 +229,9 @@ void Backwards::put(int i, int now) {
   }
   to.sums += growth(i);
   Sum& brought = sums_[brings_[i]];
+  const bool opens = !brought.open && brought.missing > 1, closes = brought.open && brought.missing == 1;
+  if (brought.final) to.finals += opens ? brought.buffers : closes ? -brought.buffers : 0;
+  if (closes && !same_width(request_)) to.closed += brought.buffers;
   brought.open = --brought.missing > 0;
   if (carries_[i] != kNone) {
     Sum& carried = sums_[carries_[i]];
@@ -236,7 +254,8 @@ void Backwards::next_round() {
   for (Device& device : devices_) {
     device.used_after = device.staged + device.staged_after + device.sums;
     device.staged_after = device.staged;
-    device.staged = device.sent = device.received = 0;
+    device.sums -= device.closed;
+    device.staged = device.sent = device.received = device.closed = 0;
   }
 }
 

@@ -105,9 +105,10 @@ class OrderedSum:
                 row.add_(self._take_own())  # the other way round, with the same bits
             else:
                 self._accumulate(self._take_own())
-        self._accumulate(row, scratch)
+        own_follows = self._own is not None and self._own_node == node
+        self._accumulate(row, scratch, alone=last and not own_follows)
         if last:
-            if self._own is not None and self._own_node == node:
+            if own_follows:
                 self._accumulate(self._take_own())
             self._close_node()
 
@@ -133,19 +134,17 @@ class OrderedSum:
         if self._own_node != self._node:
             self._close_node()
             self._node = self._own_node
-        row = self._take_own()
-        if self._partial is None and self._total is not None:
-            self._total.add_(row)
-        else:
-            self._accumulate(row)
+        self._accumulate(self._take_own(), alone=True)
 
-    def _accumulate(self, row: Tensor, scratch: bool = False) -> None:
-        if self._partial is None:
+    def _accumulate(self, row: Tensor, scratch: bool = False, alone: bool = False) -> None:
+        """Add to the present node's; `alone`: it is all of it, unless others came before."""
+        into = self._total if alone and self._partial is None else self._partial
+        if into is None:
             self._partial = self._begin(row, scratch)
-        else:
-            self._partial.add_(row)
-            if scratch:
-                self._staging.give(row)
+            return
+        into.add_(row)
+        if scratch:
+            self._staging.give(row)
 
     def _begin(self, row: Tensor, scratch: bool) -> Tensor:
         wide = accumulation_dtype(row.dtype)
