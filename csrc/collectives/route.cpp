@@ -21,13 +21,13 @@ class Choice {
     direct_ns_ = timing_.total;
   }
 
-  // Keep `shape` if it saves 5 % of the best so far: what the model does not know, more hops make worse.
+  // Keep `shape` if it saves 2 % of the best so far, or 5 % by more hops: what the model does not know, they make worse.
   // Returns how long it takes.
   std::int64_t consider(const Shape& shape) {
     std::vector<Hop> hops = hops_of_(request_, shape);
     Timing timing = simulate(request_, hops);
-    const std::int64_t total = timing.total;
-    if (hops_.empty() || total < timing_.total - timing_.total / 20)
+    const std::int64_t total = timing.total, margin = timing_.total / (hops.size() > hops_.size() ? 20 : 50);
+    if (hops_.empty() || total < timing_.total - margin)
       shape_ = shape, hops_ = std::move(hops), timing_ = std::move(timing);
     return total;
   }
