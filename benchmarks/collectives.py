@@ -26,7 +26,7 @@ from hecate.placement import Topology
 NODES, PER_NODE, INTER_MBIT, CPU = 2, 4, 400, 0.22
 EMULATED, LOOPBACK = "emulated", "loopback"
 CHUNKS = [0.25, 1.0, 4.0, 16.0]
-OFTENER = 7  # loopback is fast, so that noise shows and repeats cost little
+OFTENER = 15  # loopback is fast, so that noise shows and repeats cost little
 CLAIMED = 4.0  # MiB, the chunk size of the claims
 KINDS = ("one expert to all", "4 hottest to all", "2 slots spread", "random", "re-shard permutation")
 COLLECTIVES = ("spAG", "spRS")
@@ -89,9 +89,9 @@ def as_rank(arguments: argparse.Namespace) -> int:
     dist.init_process_group("gloo")
     report = Report()
     topology = Topology.detect(dist.get_world_size())
-    links = measure_links(topology)
+    links, best = measure_links(topology)
     repeats = arguments.repeats * (OFTENER if arguments.rank_of == LOOPBACK else 1)
-    measure(report, arguments.rank_of, topology, links, arguments.chunks, repeats)
+    measure(report, arguments.rank_of, topology, links, best, arguments.chunks, repeats)
     measure_tokens(report, arguments.rank_of, topology, links, repeats)
     if dist.get_rank() == 0:
         report.write(arguments.json)

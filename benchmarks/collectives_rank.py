@@ -18,7 +18,7 @@ from torch import Tensor
 import hecate
 from benchmarks.report import Report
 from hecate.collectives.p2p import PointToPoint
-from hecate.collectives.route import Links, gather_route, reduce_route
+from hecate.collectives.route import Links, Route, gather_route, reduce_route
 from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport
@@ -34,17 +34,30 @@ BOUND, PREDICTED = "lower bound", "predicted"
 DENSE_MOST = 4.0  # MiB; a dense layer of larger chunks does not fit this many ranks of one machine
 
 
-def measure(report: Report, where: str, topology: Topology, links: Links, chunks: list[float], repeats: int) -> None:
-    """Every collective, placement kind and chunk size (MiB) on the running process group. Collective."""
+def measure(
+    report: Report, where: str, topology: Topology, links: Links, best: Links, chunks: list[float], repeats: int
+) -> None:
+    """Every collective, placement kind and chunk size (MiB) on the running process group. Collective.
+
+    Args:
+        report: to add rows to.
+        where: the network's name in it.
+        topology: of the ranks.
+        links: routes are made for.
+        best: the lower bound is stated for.
+        chunks: MiB.
+        repeats: of each measurement.
+    """
     for name in ("device", "fabric", "crossing", "border"):
-        report.add(where, "measured", f"{name} goodput", getattr(links, name) / 1e6, "MB/s")
+        for subject, of in (("typical", links), ("best", best)):
+            report.add(where, subject, f"{name} goodput", getattr(of, name) / 1e6, "MB/s")
     for name in ("message", "relay"):
-        report.add(where, "measured", name, getattr(links, f"{name}_ns") / 1e3, "us")
+        report.add(where, "typical", name, getattr(links, f"{name}_ns") / 1e3, "us")
     subgroups = Subgroups()
     for chunk in chunks:
         dense = dense_seconds(int(chunk * MIB), topology, repeats) if chunk <= DENSE_MOST else {}
         for kind, src, dst in placements(topology):
-            case = Case(src, dst, int(chunk * MIB) // 4, topology, links, subgroups)
+            case = Case(src, dst, int(chunk * MIB) // 4, topology, links, best, subgroups)
             for collective in ("spAG", "spRS"):
                 setting = f"{where}, {collective}, {kind}, {chunk:g} MiB"
                 for subject, seconds in (case.seconds(collective, repeats) | dense.get(collective, {})).items():
@@ -54,23 +67,27 @@ def measure(report: Report, where: str, topology: Topology, links: Links, chunks
 # The links.
 
 
-def measure_links(topology: Topology) -> Links:
-    """Goodput of one device, of a node, and across its border, the best of some; the cost of a small message."""
+def measure_links(topology: Topology) -> tuple[Links, Links]:
+    """Typical ones, that routes are made for, and the best that were seen, for the lower bound."""
     per_node, world = topology.devices_per_node, topology.num_devices
     ring = {d: d - d % per_node + (d + 1) % per_node for d in range(world)}
     others = range(1, per_node)
-    device = min(goodput([(0, d) for d in others]), goodput([(d, 0) for d in others]))
-    fabric = goodput(list(ring.items())) // topology.num_nodes
-    fixed = message_ns(0, 1), relay_ns(ring)
-    if topology.num_nodes == 1:
-        return Links(device, max(device, fabric), device, device * per_node, *fixed)
-    one = goodput([(0, per_node)])
-    border = goodput([(d, d + per_node) for d in range(per_node)])
-    return Links(device, max(device, fabric), one, max(one, border), *fixed)
+    out, into = goodput([(0, d) for d in others]), goodput([(d, 0) for d in others])
+    inside = [rate // topology.num_nodes for rate in goodput(list(ring.items()))]
+    one, together = out, [rate * per_node for rate in out]
+    if topology.num_nodes > 1:
+        one, together = goodput([(0, per_node)]), goodput([(d, d + per_node) for d in range(per_node)])
+    fixed = message_ns(ring, per_node), relay_ns(per_node)
+
+    def links(pick: Callable[[list[int]], float]) -> Links:
+        device, crossing = int(min(pick(out), pick(into))), int(pick(one))
+        return Links(device, max(device, int(pick(inside))), crossing, max(crossing, int(pick(together))), *fixed)
+
+    return links(statistics.median), links(max)
 
 
-def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 8) -> int:
-    """Bytes per second that all `sends` (from, to) carry together."""
+def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 9) -> list[int]:
+    """Bytes per second that all `sends` (from, to) carry together, each time."""
     rank = dist.get_rank()
     out = torch.zeros(num_bytes, dtype=torch.uint8)
     into = {src: torch.zeros_like(out) for src, dst in sends if dst == rank}
@@ -81,24 +98,11 @@ def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int =
         for work in works:
             work.wait()
 
-    return int(len(sends) * num_bytes / min(timed(exchange) for _ in range(tries)))
+    return [int(len(sends) * num_bytes / timed(exchange)) for _ in range(tries)]
 
 
-def message_ns(src: int, dst: int, messages: int = 100) -> int:
-    """What one small message costs who sends many."""
-    rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
-
-    def exchange() -> None:
-        works = [dist.isend(payload, dst) for _ in range(messages) if rank == src]
-        works += [dist.irecv(payload, src) for _ in range(messages) if rank == dst]
-        for work in works:
-            work.wait()
-
-    return int(min(timed(exchange) for _ in range(3)) * 1e9 / messages)
-
-
-def relay_ns(ring: dict[int, int], times: int = 50) -> int:
-    """How long a small message takes from rank to rank, each handing it on, while all ranks are at it."""
+def message_ns(ring: dict[int, int], per_node: int, times: int = 50) -> int:
+    """What one small message costs a node whose ranks all send and receive one at a time."""
     rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
     before = next(src for src, dst in ring.items() if dst == rank)
 
@@ -108,7 +112,22 @@ def relay_ns(ring: dict[int, int], times: int = 50) -> int:
             dist.recv(payload, before)
             work.wait()
 
-    return int(min(timed(exchange) for _ in range(3)) * 1e9 / times)
+    return int(min(timed(exchange) for _ in range(3)) * 1e9 / times / per_node)
+
+
+def relay_ns(per_node: int, times: int = 20) -> int:
+    """How long one small message takes from rank to rank of the first node, each handing it on."""
+    rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
+
+    def exchange() -> None:
+        for _ in range(times if rank < per_node else 0):
+            if rank > 0:
+                dist.recv(payload, rank - 1)
+            dist.isend(payload, (rank + 1) % per_node).wait()
+            if rank == 0:
+                dist.recv(payload, per_node - 1)
+
+    return int(min(timed(exchange) for _ in range(3)) * 1e9 / times / per_node)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -163,6 +182,7 @@ class Case:
     numel: int
     topology: Topology
     links: Links
+    best: Links
     subgroups: Subgroups
 
     def __post_init__(self) -> None:
@@ -196,13 +216,15 @@ class Case:
         for _ in range(repeats):
             for subject, way in ways.items():
                 times[subject].append(timed(way))
+        routes = [self.route(gather, links) for links in (self.links, self.best)]
+        stated = {PREDICTED: routes[0].predicted_ns / 1e9, BOUND: routes[1].bound_ns / 1e9}
+        return {subject: statistics.median(values) for subject, values in times.items()} | stated
+
+    def route(self, gather: bool, links: Links) -> Route:
         size = 4 * self.numel
         if gather:
-            route = gather_route(self.src, self.dst, self.topology, self.links, size)
-        else:
-            route = reduce_route(self.dst, self.src, self.topology, self.links, size, size)
-        stated = {PREDICTED: route.predicted_ns / 1e9, BOUND: route.bound_ns / 1e9}
-        return {subject: statistics.median(values) for subject, values in times.items()} | stated
+            return gather_route(self.src, self.dst, self.topology, links, size)
+        return reduce_route(self.dst, self.src, self.topology, links, size, size)
 
     def check_same_bits(self, move: Callable[[Transport], None], results: dict[int, Tensor]) -> None:
         move(self.plain)
