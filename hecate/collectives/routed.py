@@ -167,19 +167,30 @@ class Routed(Transport):
         state.finish()
 
     def _post(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> Waits:
-        """Start all at once; one wait each, sends first. On CUDA one wait of the stream stands for all of them."""
-        operations = [self._operation(dist.isend, hop, piece, hop.dst) for hop, piece in sends]
-        operations += [self._operation(dist.irecv, hop, piece, hop.src) for hop, piece in receives]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) == len(operations):
-            return [work.wait for work in works]
-        for work in works:
+        """Start all at once; one wait each, sends first. Of a group call one wait of the stream stands for all."""
+        first = next((piece for _, piece in (*sends, *receives)), None)
+        if first is None:
+            return []
+        if self._by_group_calls(first):
+            return self._group_call(sends, receives)
+        group, works = self.group, []
+        for hop, piece in sends:
+            data = piece.view(torch.uint8)  # so that every dtype travels on every backend
+            works.append(dist.isend(data, group=group, tag=_tag(hop, data.numel()), group_dst=hop.dst))
+        for hop, piece in receives:
+            data = piece.view(torch.uint8)
+            works.append(dist.irecv(data, group=group, tag=_tag(hop, data.numel()), group_src=hop.src))
+        return [work.wait for work in works if work is not None]
+
+    def _group_call(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> Waits:
+        def operation(run: Callable[..., object], piece: Tensor, peer: int) -> dist.P2POp:
+            return dist.P2POp(run, piece.view(torch.uint8), group=self.group, group_peer=peer)
+
+        operations = [operation(dist.isend, piece, hop.dst) for hop, piece in sends]
+        operations += [operation(dist.irecv, piece, hop.src) for hop, piece in receives]
+        for work in dist.batch_isend_irecv(operations):
             work.wait()
         return [_nothing] * len(operations)
-
-    def _operation(self, operation: Callable[..., object], hop: Hop, piece: Tensor, peer: int) -> dist.P2POp:
-        data = piece.view(torch.uint8)  # so that every dtype travels on every backend
-        return dist.P2POp(operation, data, group=self.group, tag=_tag(hop, data.numel()), group_peer=peer)
 
 
 class _Reduction:
