@@ -159,7 +159,10 @@ def plot(report: Report, path: Path) -> None:
                 style = "k--" if subject == BOUND else "k:" if subject == PREDICTED else "o-"
                 panel.plot([x for x, _ in points], [y for _, y in points], style, label=subject)
             panel.set(xscale="log", yscale="log", title=f"{network}, {collective}\n{kind}", xlabel="MiB", ylabel="s")
-    axes[0][0].legend()
+            sizes = [x for x, _ in _points(time, f"{network}, {collective}, {kind}, ", OURS)]
+            panel.set_xticks(sizes, [f"{x:g}" for x in sizes], minor=False)
+            panel.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path)
 
 
