@@ -25,12 +25,17 @@ class Balanced:
     """Ahead of time off the critical path, then exact (DESIGN.md, decision 6)."""
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
-        """Robust copies within the hidden bytes; where nothing is hidden, as many as the cost model says pay."""
+        """Robust copies within the hidden bytes; where not even one expert is hidden, as many as pay.
+
+        Where nothing at all is hidden, to be early gains nothing: after the gate fewer copies do (`calibrate`).
+        """
         slots = min(layer.memory_slots, overlap_degree(layer, crosses_node=False))
         if slots:
             foreign = overlap_degree(layer) * layer.topology.devices_per_node
             return robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots, foreign))
         start = Placement.from_owners(owners, layer.topology.num_devices)
+        if layer.calibrate and not layer.cost.hidden_ns(layer.tokens_per_device):
+            return start
         candidates = [start]
         for slots in range(1, layer.memory_slots + 1):
             candidates.append(robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots)))

@@ -243,7 +243,8 @@ class LayerCopies:
             assert buffer is not None
             return [(owned + copies, self.layer.layout.views(buffer[: len(self.experts)]))]
         parts = [(owned, self.layer.pool.weights_of(self.layer.row))]
-        if buffer is not None:
+        if copies:
+            assert buffer is not None
             parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
         return parts
 

@@ -61,7 +61,7 @@ def test_balanced_beats_the_paper_beats_ep() -> None:
     assert left["balanced"] <= 1.01 < left["hecate"] < left["ep"]
 
 
-def test_where_nothing_is_hidden_copies_must_pay() -> None:
+def test_where_nothing_is_hidden_copies_wait_for_the_gate_and_must_pay() -> None:
     topology, owners = Topology(2, 2), initial_owners(8, 2, layer=0)
     counts = np.zeros((2, 8), dtype=np.int64)
     counts[:, 0] = 4000
@@ -69,10 +69,11 @@ def test_where_nothing_is_hidden_copies_must_pay() -> None:
     slow = replace(CostModel.cpu(), message_ns=10**12)
     for model, copies in ((CostModel.cpu(), 1), (slow, 0)):
         layer = setting(topology, model)
-        placement = policy.materialize(layer, history, owners)
         start = Placement.from_owners(owners, 2)
-        assert (placement - start).matrix.sum() == copies
+        assert policy.materialize(layer, history, owners) == start
         assert (policy.calibrate(layer, counts, owners, start) - start).matrix.sum() == copies
+        never = replace(layer, calibrate=False)
+        assert (policy.materialize(never, history, owners) - start).matrix.sum() == copies
     always = policy.calibrate(setting(topology, slow, calibrate="always"), counts, owners, start)
     assert policy.assign(setting(topology), counts, owners, always).imbalance <= 1.02
 
