@@ -65,7 +65,7 @@ def held(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def torch_save(path: Path, tensors: dict[str, Tensor]) -> None:
     """CRC-32 of every tensor, torch.save, fsync."""
     for tensor in tensors.values():
-        zlib.crc32(memoryview(tensor.reshape(-1).numpy()))
+        zlib.crc32(tensor.reshape(-1).numpy().data)
     with path.open("wb") as file:
         torch.save(tensors, file)
         file.flush()

@@ -96,9 +96,14 @@ def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int =
         works = [dist.isend(out, dst) for src, dst in sends if src == rank]
         works += [dist.irecv(memory, src) for src, memory in into.items()]
         for work in works:
-            work.wait()
+            _wait(work)
 
     return [int(len(sends) * num_bytes / timed(exchange)) for _ in range(tries)]
+
+
+def _wait(work: dist.Work | None) -> None:
+    assert work is not None  # this rank is in the group
+    work.wait()
 
 
 def message_ns(ring: dict[int, int], per_node: int, times: int = 50) -> int:
@@ -110,7 +115,7 @@ def message_ns(ring: dict[int, int], per_node: int, times: int = 50) -> int:
         for _ in range(times):
             work = dist.isend(payload, ring[rank])
             dist.recv(payload, before)
-            work.wait()
+            _wait(work)
 
     return int(min(timed(exchange) for _ in range(3)) * 1e9 / times / per_node)
 
@@ -123,7 +128,7 @@ def relay_ns(per_node: int, times: int = 20) -> int:
         for _ in range(times if rank < per_node else 0):
             if rank > 0:
                 dist.recv(payload, rank - 1)
-            dist.isend(payload, (rank + 1) % per_node).wait()
+            _wait(dist.isend(payload, (rank + 1) % per_node))
             if rank == 0:
                 dist.recv(payload, per_node - 1)
 
@@ -187,6 +192,7 @@ class Case:
 
     def __post_init__(self) -> None:
         rank, group = dist.get_rank(), dist.group.WORLD
+        assert group is not None
         self.ours, self.plain = Routed(group, self.topology, self.links), PointToPoint(group, self.topology)
         generator = torch.Generator().manual_seed(rank)
         owners, new = self.src.owners, (self.dst - self.src).matrix

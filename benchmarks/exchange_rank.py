@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,6 +23,8 @@ from hecate.placement import Placement, Topology
 from hecate.planning.assign import exact_quota
 from hecate.planning.plan import Plan
 from hecate.runtime import exchange, node_exchange
+from hecate.runtime.copies import Comms
+from hecate.runtime.overlap import ExposedTime, Lane
 
 __all__ = ["AWARE", "CHOSEN", "PLAIN_EXCHANGE", "SHARED", "measure_tokens"]
 
@@ -47,7 +48,7 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
         ways = {PLAIN_EXCHANGE: partial(_plain, plan), AWARE: partial(_aware, plan)}
         times: dict[str, list[float]] = {subject: [] for subject in ways}
         index = picks[dist.get_rank()]
-        comms = SimpleNamespace(rank=dist.get_rank(), topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
+        comms = _comms(topology)
         hidden, weights = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, top_k)
         for way in ways.values():
             way(index, hidden, weights, comms)
@@ -60,13 +61,30 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
             report.add(f"{where}, tokens, {name}", subject, "exchange time", seconds, "s")
 
 
-def _plain(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: SimpleNamespace) -> Tensor:
+def _comms(topology: Topology) -> Comms:
+    """For tokens alone."""
+    exposed = ExposedTime()
+    return Comms(
+        rank=dist.get_rank(),
+        topology=topology,
+        tokens=dist.group.WORLD,
+        experts=None,
+        copies=Lane(torch.device("cpu"), exposed),
+        gradients=Lane(torch.device("cpu"), exposed),
+        exposed=exposed,
+        gradient_scale=1.0,
+        replicated=False,
+        guard=nullcontext,
+    )
+
+
+def _plain(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: Comms) -> Tensor:
     held = plan.placement.held_by(comms.rank).tolist()
     record = exchange.dispatch_of(plan, index, comms.rank, held)
     return exchange.bring_back(exchange.send_out(hidden, record, comms), weights, record, comms)
 
 
-def _aware(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: SimpleNamespace) -> Tensor:
+def _aware(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: Comms) -> Tensor:
     held = plan.placement.held_by(comms.rank).tolist()
     record = node_exchange.node_dispatch_of(plan, index, comms, held)
     return node_exchange.bring_back(node_exchange.send_out(hidden, record, comms), weights, record, comms)

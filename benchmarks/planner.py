@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from hecate.placement import Placement, Topology, initial_owners
 from hecate.planning.assign import even_quota, holder_loads, min_max_loads
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
-from hecate.planning.loads import predict
+from hecate.planning.loads import Predictor, predict
 from hecate.planning.materialize import robust_copies, sparse_materialization
 from hecate.planning.reshard import few_moves, heterogeneous_sharding
 from hecate.planning.synthetic import synthetic_loads
@@ -307,15 +307,15 @@ def predictors(report: Report, setting: str, history: Int64) -> None:
     devices, experts = history.shape[1:]
     topology, owners = Topology(devices, devices), initial_owners(experts, devices, layer=0)
     every = max(1, len(history) // 100)
-    for predictor in ("window", "recent"):
+    for predictor in get_args(Predictor):
         error, left, before = [], [], []
         for past, counts in windows(history, every):
             loads = counts.sum(axis=0)
             if not loads.sum():
                 continue
-            guess = predict(past, predictor)  # type: ignore[arg-type]
+            guess = predict(past, predictor)
             error.append(np.abs(guess - loads).sum() / loads.sum())
-            copies = robust_copies(past, owners, topology, CopyLimits.of(topology, 1), predictor=predictor)  # type: ignore[arg-type]
+            copies = robust_copies(past, owners, topology, CopyLimits.of(topology, 1), predictor=predictor)
             left.append(imbalance(counts, copies))
             before.append(plain_imbalance(counts, owners))
         report.add(setting, predictor, "prediction error", float(np.mean(error)))
