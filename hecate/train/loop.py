@@ -20,7 +20,6 @@ from hecate.collectives.ranks import agree, on_rank_0
 from hecate.models import Output, mask_tokens
 from hecate.placement import Topology
 from hecate.planning.trace import TraceWriter
-from hecate.report.run import plot_run
 from hecate.runtime.finite import NonFiniteError
 from hecate.train.checkpoints import Checkpoints, Position
 from hecate.train.data import load_corpus
@@ -303,6 +302,8 @@ class Trainer:
         peak = self.world.gather([memory[kind] for kind in KINDS_OF_MEMORY]).max(0).values.tolist()
         if self.world.rank != 0:
             return
+        from hecate.report.run import plot_run  # matplotlib: half a second on every rank at every start
+
         metrics = read_metrics(self.folder.path / "metrics.jsonl")
         taken = [m for m in metrics if "loss" in m]
         if not taken:
