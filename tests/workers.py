@@ -114,6 +114,7 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
         if task is None:
             return
         _destroy_subgroups()  # of the function before, which all ranks have ended
+        gc.freeze()  # a collection that looks at all imported modules takes a second on five ranks
         function, args = task
         try:
             pipe.send((True, function(*args)))
