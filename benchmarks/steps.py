@@ -41,13 +41,14 @@ def main() -> None:
     """Parse, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--policies", nargs="+", default=["ep", "hecate", "balanced"])
+    parser.add_argument("--policies", default="ep,hecate,balanced", help="with commas between")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config = _config([*arguments.overrides, f"output={folder}"])
-        launch(config, partial(measure, policies=arguments.policies, rounds=arguments.rounds, file=arguments.json))
+        policies = arguments.policies.split(",")
+        launch(config, partial(measure, policies=policies, rounds=arguments.rounds, file=arguments.json))
 
 
 def _config(overrides: Sequence[str]) -> dict[str, Any]:
