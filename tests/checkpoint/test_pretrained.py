@@ -319,10 +319,7 @@ def test_values_are_cast_to_the_master_weights_dtype(tmp_path: Path, master: tor
     assert_equal(weights_of(tmp_path / "saved"), expected)
 
 
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [(2, (2,)), (2, (2, 1)), (3, (3,)), (1, None), pytest.param(4, (2, 2), marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("processes", "mesh"), [(2, (2,)), (2, (2, 1)), (3, (3,)), (4, (2, 2)), (1, None)])
 def test_our_own_model(groups: Groups, tmp_path: Path, processes: int, mesh: tuple[int, ...] | None) -> None:
     """Names of the state dict, no config; tied parameters once; any mesh."""
     before = groups(processes).run(train_and_save_ours, mesh, tmp_path / "saved") if mesh else None

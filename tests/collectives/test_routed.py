@@ -73,7 +73,7 @@ def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> in
     return pieces
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.long), torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("links", [FINE, PORTS])
 @pytest.mark.parametrize(("devices", "per_node"), [(3, 3), (4, 2), (5, 1), (5, 5)])
 def test_same_bits_as_plain_sends(

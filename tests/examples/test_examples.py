@@ -73,8 +73,7 @@ def test_the_trainer_trains_as_in_one_process(tmp_path: Path) -> None:
         close(name, sharded[name] - start[name], value - start[name], 1e-3)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("adafactor", marks=pytest.mark.long)])
 def test_optimizer(name: str) -> None:
     found = losses(run(f"hecate.examples.{name}"))
     assert found[-1] < found[0] < math.log(256)

@@ -35,10 +35,7 @@ def assert_like_unbroken(root: Path, name: str) -> None:
     assert differences(root / "runs" / name, root / "runs" / "unbroken") == []
 
 
-@pytest.mark.parametrize(
-    ("sign", "target"),
-    [(signal.SIGTERM, "one rank"), pytest.param(signal.SIGUSR1, "the parent", marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("sign", "target"), [(signal.SIGTERM, "one rank"), (signal.SIGUSR1, "the parent")])
 def test_signal_saves_and_asks_for_a_requeue(root: Path, sign: signal.Signals, target: str) -> None:
     name = sign.name.lower()
     with Job(root, name, command(root, f"name={name}", *RUN)) as job:

@@ -141,9 +141,7 @@ def with_accident(accident: Callable[[Run], list[str]] | None, settings: dict[st
     return names, losses, run.plans[plans:], copies, run.engine.full_state_dict()
 
 
-@pytest.mark.parametrize(
-    "variant", [v if v in ("fsdp", "replicate") else pytest.param(v, marks=pytest.mark.long) for v in VARIANTS]
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_skipped_step_leaves_no_trace(groups: Groups, variant: str) -> None:
     settings = VARIANTS[variant]
     undisturbed = groups(2).run(with_accident, None, settings)
