@@ -52,12 +52,15 @@ def write_text(root: Path) -> Path:
     return root
 
 
+def own_environment() -> dict[str, str]:
+    """Without this process's torchrun variables: a rank of a job is a process of the job's own group."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+
+
 def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
     """Of `hecate.train` in the folder `root`, which has the text; to be given to subprocess."""
-    # A rank is a process of its own group, and must not read this test's torchrun variables.
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     start = (sys.executable, *launcher, "-m", "hecate.train", f"data.path={root / 'text'}", *TINY, *overrides)
-    return {"args": start, "cwd": root, "env": env, "text": True}
+    return {"args": start, "cwd": root, "env": own_environment(), "text": True}
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)

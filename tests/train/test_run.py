@@ -16,6 +16,7 @@ import pytest
 
 from hecate.planning.trace import read_trace
 from hecate.train.loggers import read_metrics
+from tests.faults.jobs import own_environment, write_text
 
 STEPS = 12
 TINY = (
@@ -35,18 +36,14 @@ TINY = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of this module are started: a text to learn, and `first`, a finished run."""
     root = tmp_path_factory.mktemp("train")
-    (root / "text").mkdir()
-    for i in range(12):
-        (root / "text" / f"{i}.txt").write_text(f"The {i}. file of {i * i} words. " * 40)
+    write_text(root)
     train(root, "name=first")
     return root
 
 
 def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
-    # A rank is a process of its own group, and must not read this test's torchrun variables.
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     start = (sys.executable, *launcher, "-m", "hecate.train", f"data.path={root / 'text'}", *TINY, *overrides)
-    return {"args": start, "cwd": root, "env": env, "text": True}
+    return {"args": start, "cwd": root, "env": own_environment(), "text": True}
 
 
 def train(root: Path, *overrides: str, launcher: tuple[str, ...] = (), expect: int = 0) -> str:

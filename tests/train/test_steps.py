@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.steps import even, zipf
 from hecate.models import TopKGate
-from tests.faults.jobs import write_text
+from tests.faults.jobs import own_environment, write_text
 
 TINY = ("model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.max_length=32", "fssdp.calibrate=always")
 
@@ -35,9 +34,9 @@ def test_policies_side_by_side(tmp_path: Path) -> None:
     text = write_text(tmp_path) / "text"
     options = ["--json", str(tmp_path / "out.json"), "--rounds", "2", "--policies", "ep,balanced"]
     words = [sys.executable, "-m", "benchmarks.steps", *options, f"data.path={text}", *TINY]
-    # A rank is a process of its own group, and must not read this test's torchrun variables.
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    done = subprocess.run(words, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=Path(__file__).parents[2], env=own_environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "step time / ceiling" in done.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
