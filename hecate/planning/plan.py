@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ MAX_TOKENS = 2**40
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One layer, one micro-batch. All arrays are int64 and read-only; validated on construction.
+    """One layer, one micro-batch. Arrays are int64 and read-only; what can be derived is computed on first use.
 
     Attributes:
         placement: who holds which expert, owners included.
@@ -28,11 +29,9 @@ class Plan:
         topology: of the devices.
         holders: `[pairs, 2]` (expert, device) of `placement`, ascending.
         quota: `[source device, pair]`, tokens the device sends to that holder.
-        device_loads: `[num_devices]`, tokens each device computes.
-        copies: pairs beyond the owners.
-        crossings: pairs of an expert and a node that holds it but not its owner.
-        bytes: `copies` times the bytes of an expert.
-        lower_bound: the smallest max/mean device load that is provable for the slots the plan was made for.
+        expert_bytes: bytes of one expert, the unit of `bytes`.
+        lower_bound: the smallest max/mean device load that is provable for the slots the plan was made for; 1.0 if
+            nobody computed it.
     """
 
     placement: Placement
@@ -40,11 +39,8 @@ class Plan:
     topology: Topology
     holders: Int64
     quota: Int64
-    device_loads: Int64
-    copies: int
-    crossings: int
-    bytes: int
-    lower_bound: float
+    expert_bytes: int = 1
+    lower_bound: float = 1.0
 
     @classmethod
     def build(
@@ -57,38 +53,52 @@ class Plan:
         expert_bytes: int = 1,
         lower_bound: float = 1.0,
     ) -> Plan:
-        """The plan that follows from `placement` and `quota`."""
+        """The plan that follows from `placement` and `quota`; not validated, see `validate`."""
         holders = _native.holders(placement.matrix)
-        loads, crossings = _native.plan_sums(placement.matrix, owners, holders, quota, topology.devices_per_node)
-        copies = len(holders) - placement.num_experts
-        return cls(
-            placement=placement,
-            owners=owners,
-            topology=topology,
-            holders=holders,
-            quota=quota,
-            device_loads=loads,
-            copies=copies,
-            crossings=crossings,
-            bytes=copies * expert_bytes,
-            lower_bound=lower_bound,
-        )
+        return cls(placement, owners, topology, holders, quota, expert_bytes, lower_bound)
 
     def __post_init__(self) -> None:
-        for name in ("owners", "holders", "quota", "device_loads"):
-            view = np.ascontiguousarray(getattr(self, name), dtype=np.int64).view()
-            view.setflags(write=False)
-            object.__setattr__(self, name, view)
+        for name in ("owners", "holders", "quota"):
+            object.__setattr__(self, name, _read_only(getattr(self, name)))
+
+    def validate(self) -> None:
+        """ValueError that names the first entry that contradicts another; not for the hot path."""
         experts, devices, pairs = self.placement.num_experts, self.placement.num_devices, len(self.holders)
         if devices != self.topology.num_devices:
             raise ValueError(f"Plan: placement has {devices} devices, topology {self.topology.num_devices}")
-        shapes = {"owners": (experts,), "holders": (pairs, 2), "quota": (devices, pairs), "device_loads": (devices,)}
+        shapes = {"owners": (experts,), "holders": (pairs, 2), "quota": (devices, pairs)}
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"Plan: {name} has shape {getattr(self, name).shape}, must be {shape}")
         fault = _native.plan_fault(self.placement.matrix, self.owners, self.holders, self.quota, self.device_loads)
         if fault:
             raise ValueError(f"Plan: {fault}")
+
+    @cached_property
+    def device_loads(self) -> Int64:
+        """`[num_devices]`, tokens each device computes."""
+        return _read_only(self._sums[0])
+
+    @property
+    def copies(self) -> int:
+        """Pairs beyond the owners."""
+        return len(self.holders) - self.placement.num_experts
+
+    @property
+    def crossings(self) -> int:
+        """Pairs of an expert and a node that holds it but not its owner."""
+        return self._sums[1]
+
+    @property
+    def bytes(self) -> int:
+        """`copies` times the bytes of an expert."""
+        return self.copies * self.expert_bytes
+
+    @cached_property
+    def _sums(self) -> tuple[Int64, int]:
+        return _native.plan_sums(
+            self.placement.matrix, self.owners, self.holders, self.quota, self.topology.devices_per_node
+        )
 
     @property
     def imbalance(self) -> float:
@@ -107,6 +117,12 @@ class Plan:
         for array in (self.owners, self.holders, self.quota):
             hashed.update(repr(array.shape).encode() + array.tobytes())
         return hashed.hexdigest()
+
+
+def _read_only(array: Int64) -> Int64:
+    view = np.ascontiguousarray(array, dtype=np.int64).view()
+    view.setflags(write=False)
+    return view
 
 
 def check_counts(counts: object, num_devices: int, num_experts: int) -> Int64:

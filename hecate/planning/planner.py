@@ -65,7 +65,7 @@ def plan(
         target = target_load(int(loads.sum()), topology.num_devices, parts_per_million(max_imbalance))
         start = Placement.from_owners(owner_of, topology.num_devices)
         placement = few_copies(loads, start, topology, limits, target=target, prefer=prefer)
-    return Plan.build(
+    made = Plan.build(
         placement,
         owner_of,
         topology,
@@ -73,6 +73,8 @@ def plan(
         expert_bytes=expert_bytes,
         lower_bound=lower_bound(loads, owner_of, topology, limits),
     )
+    made.validate()
+    return made
 
 
 def lower_bound(loads: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> float:

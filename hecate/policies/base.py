@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
-from hecate.planning.limits import CopyLimits
 from hecate.planning.plan import Plan
-from hecate.planning.planner import lower_bound
 
 __all__ = ["LayerSetting", "Policy", "finished", "overlap_degree"]
 
@@ -92,8 +90,5 @@ def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int
 
 
 def finished(layer: LayerSetting, owners: NDArray[np.int64], placement: Placement, quota: NDArray[np.int64]) -> Plan:
-    """The plan of `quota` int64 `[source device, pair]`, with the bound that the layer's slots allow."""
-    loads = np.zeros(placement.num_experts, dtype=np.int64)
-    np.add.at(loads, np.nonzero(placement.matrix)[0], quota.sum(axis=0))
-    bound = lower_bound(loads, owners, layer.topology, CopyLimits.of(layer.topology, layer.memory_slots))
-    return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes, lower_bound=bound)
+    """The plan of `quota` int64 `[source device, pair]`."""
+    return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)

@@ -158,10 +158,9 @@ class Engine:
         where = Pass(planner.name, layer, self.step, self._recording)
         counts = count_tokens(where, index, weights, planner.num_experts, self.comms)
         copies = self._launched.pop(layer)
-        placement = planner.calibrate(counts, copies.placement, index.shape[1])
-        if placement != copies.placement:
-            copies.extend(placement)
-        plan = planner.assign(counts, placement, index.shape[1])
+        plan = planner.plan(counts, copies.placement, index.shape[1])
+        if plan.placement != copies.placement:
+            copies.extend(plan.placement)
         wire = planner.storage.dtypes.wire
         dispatch = dispatch_of(plan, index, self.comms, copies.experts, planner.cost, wire)
         return LayerRecord(counts, plan, dispatch, copies)

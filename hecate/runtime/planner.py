@@ -121,13 +121,18 @@ class LayerPlanner:
             tokens = self._totals.tokens_per_device
         return Outlook(self._policy, self.setting(tokens), history, self.owners)
 
-    def calibrate(self, counts: NDArray[np.int64], placement: Placement, top_k: int) -> Placement:
-        """`placement`, or more, for the true counts `[D, E]` of one micro-batch."""
-        return self._policy.calibrate(self._setting_for(counts, top_k), counts, self.owners, placement)
+    def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int) -> Plan:
+        """Who computes which tokens of one micro-batch.
 
-    def assign(self, counts: NDArray[np.int64], placement: Placement, top_k: int) -> Plan:
-        """Who computes which tokens of one micro-batch."""
-        return self._policy.assign(self._setting_for(counts, top_k), counts, self.owners, placement)
+        Args:
+            counts: int64 `[D, E]`, the true ones.
+            held: who holds which expert already; the plan's placement may have more copies.
+            top_k: experts a token.
+        """
+        setting = self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
+        owners = self.owners
+        placement = self._policy.calibrate(setting, counts, owners, held)
+        return self._policy.assign(setting, counts, owners, placement)
 
     def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
         """Count a micro-batch that is trained on."""
@@ -181,9 +186,6 @@ class LayerPlanner:
             self._cost = replace(self._cost, model=cost)
             if self._config.memory_slots == "auto" and self.storage.capacity and state["slots"]:
                 self.storage.capacity = int(state["slots"])
-
-    def _setting_for(self, counts: NDArray[np.int64], top_k: int) -> LayerSetting:
-        return self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
 
     def _no_totals(self) -> LayerTotals:
         devices = self.storage.comms.topology.num_devices
