@@ -28,7 +28,7 @@ from torch import Tensor
 import hecate
 from benchmarks.report import Report
 from hecate.models import GPTMoE, ModelConfig
-from hecate.runtime.pool import local_tensor
+from hecate.values.local import local_tensor
 
 SUBJECTS = ("hecate", "torch.save, torch.load")
 BLOCK = 1 << 22

@@ -22,8 +22,8 @@ from hecate.collectives.route import Links, Route, gather_route, reduce_route
 from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport
+from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology
-from hecate.planning.synthetic import synthetic_loads
 
 __all__ = ["BOUND", "BROADCAST", "DENSE", "OURS", "PLAIN", "PREDICTED", "measure", "measure_links", "timed"]
 

@@ -6,7 +6,7 @@ A run is everything that a layer adds to the plan: the record, tokens out, resul
 from __future__ import annotations
 
 import statistics
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,11 +20,12 @@ from benchmarks.report import Report
 from hecate.collectives.route import Links
 from hecate.cost import CostModel, LayerCost
 from hecate.placement import Placement, Topology
-from hecate.planning.assign import exact_quota
 from hecate.planning.plan import Plan
-from hecate.runtime import exchange, node_exchange
-from hecate.runtime.copies import Comms
-from hecate.runtime.overlap import ExposedTime, Lane
+from hecate.planning.quota import exact_quota
+from hecate.runtime.comms import Comms, ExposedTime, Lane
+from hecate.runtime.tokens.by_node import node_dispatch, node_exchange_pays
+from hecate.runtime.tokens.direct import direct_dispatch
+from hecate.runtime.tokens.exchange import Dispatch
 
 __all__ = ["AWARE", "CHOSEN", "PLAIN_EXCHANGE", "SHARED", "measure_tokens"]
 
@@ -45,7 +46,10 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
     for name, top_k, one_node in SETTINGS:
         picks = [torch.from_numpy(_router(d, top_k, one_node, topology)) for d in range(topology.num_devices)]
         plan = _plan(picks, topology)
-        ways = {PLAIN_EXCHANGE: partial(_plain, plan), AWARE: partial(_aware, plan)}
+        ways = {
+            PLAIN_EXCHANGE: partial(_there_and_back, direct_dispatch, plan),
+            AWARE: partial(_there_and_back, node_dispatch, plan),
+        }
         times: dict[str, list[float]] = {subject: [] for subject in ways}
         index = picks[dist.get_rank()]
         comms = _comms(topology)
@@ -56,7 +60,7 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
             for subject, way in ways.items():
                 times[subject].append(timed(partial(way, index, hidden, weights, comms)))
         found = {subject: statistics.median(values) for subject, values in times.items()}
-        found[CHOSEN] = found[AWARE if node_exchange.node_exchange_pays(plan, cost, top_k) else PLAIN_EXCHANGE]
+        found[CHOSEN] = found[AWARE if node_exchange_pays(plan, cost, top_k) else PLAIN_EXCHANGE]
         for subject, seconds in found.items():
             report.add(f"{where}, tokens, {name}", subject, "exchange time", seconds, "s")
 
@@ -64,30 +68,16 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
 def _comms(topology: Topology) -> Comms:
     """For tokens alone."""
     exposed = ExposedTime()
-    return Comms(
-        rank=dist.get_rank(),
-        topology=topology,
-        tokens=dist.group.WORLD,
-        experts=None,
-        copies=Lane(torch.device("cpu"), exposed),
-        gradients=Lane(torch.device("cpu"), exposed),
-        exposed=exposed,
-        gradient_scale=1.0,
-        replicated=False,
-        guard=nullcontext,
-    )
+    copies, gradients = (Lane(torch.device("cpu"), exposed) for _ in range(2))
+    return Comms(dist.get_rank(), topology, dist.group.WORLD, None, None, copies, gradients, exposed, heart=None)
 
 
-def _plain(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: Comms) -> Tensor:
+def _there_and_back(
+    way: Callable[..., Dispatch], plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: Comms
+) -> Tensor:
     held = plan.placement.held_by(comms.rank).tolist()
-    record = exchange.dispatch_of(plan, index, comms.rank, held)
-    return exchange.bring_back(exchange.send_out(hidden, record, comms), weights, record, comms)
-
-
-def _aware(plan: Plan, index: Tensor, hidden: Tensor, weights: Tensor, comms: Comms) -> Tensor:
-    held = plan.placement.held_by(comms.rank).tolist()
-    record = node_exchange.node_dispatch_of(plan, index, comms, held)
-    return node_exchange.bring_back(node_exchange.send_out(hidden, record, comms), weights, record, comms)
+    record = way(plan, index, comms, held)
+    return record.combine(record.dispatch(hidden), weights)
 
 
 def _router(device: int, top_k: int, one_node: bool, topology: Topology) -> NDArray[np.int64]:

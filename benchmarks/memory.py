@@ -25,7 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import hecate
 from benchmarks.report import Report
-from hecate.runtime.pool import local_tensor
+from hecate.values.local import local_tensor
 
 TARGET = 1.10
 """Times the allowed bytes that were asked for."""

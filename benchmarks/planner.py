@@ -21,15 +21,15 @@ import hecate
 from benchmarks.planner_claims import CLAIMS, PUBLISHED, Claim
 from benchmarks.report import Report
 from hecate.cost import CostModel, LayerCost
+from hecate.loads.predict import Predictor, predict
+from hecate.loads.synthetic import synthetic_loads
+from hecate.loads.trace import read_trace
 from hecate.placement import Placement, Topology, initial_owners
-from hecate.planning.assign import even_quota, holder_loads, min_max_loads
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
-from hecate.planning.loads import Predictor, predict
 from hecate.planning.materialize import robust_copies, sparse_materialization
+from hecate.planning.quota import even_quota, holder_loads, min_max_loads
 from hecate.planning.reshard import few_moves, heterogeneous_sharding
-from hecate.planning.synthetic import synthetic_loads
-from hecate.planning.trace import read_trace
 from hecate.policies import LayerSetting, get_policy
 
 Int64 = NDArray[np.int64]

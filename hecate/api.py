@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,34 +12,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
-from hecate.checkpoint.full import full_experts, full_tensor
-from hecate.checkpoint.pretrained.conversion import format_of
-from hecate.checkpoint.pretrained.entries import first_names
-from hecate.checkpoint.state import TrainingState, listed
+from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import load
 from hecate.collectives.group_seam import default_store
 from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
-from hecate.policies import get_policy
-from hecate.runtime.build import check_same, default_mesh, device_of, make_comms
-from hecate.runtime.copies import CopiesMemory, SharedBuffers
-from hecate.runtime.engine import Engine
-from hecate.runtime.finite import non_finite
-from hecate.runtime.fsdp_seam import forget_step
-from hecate.runtime.heartbeat import Heartbeat
-from hecate.runtime.initialize import Stack, initialize, on_meta
-from hecate.runtime.layer import FSSDPExperts
-from hecate.runtime.planner import LayerPlanner
-from hecate.runtime.pool import local_tensor
-from hecate.runtime.reshard import OptimizerWatch, Resharder
-from hecate.runtime.stats import PeakMemory
-from hecate.wrap import inspect_model, make_planners, make_pools, move_dense, shard_dense
+from hecate.pretrained.conversion import format_of
+from hecate.pretrained.entries import first_names
+from hecate.ranks.heartbeat import Heartbeat
+from hecate.runtime.comms import make_comms
+from hecate.runtime.dense.make import make_dense, move_dense
+from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.experts.optimizers import OptimizerWatch
+from hecate.runtime.experts.pool import make_pools
+from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.layer import LayerPlans, make_plans
+from hecate.runtime.plans.ownership import Resharder
+from hecate.runtime.setup import Setup, inspect
+from hecate.runtime.step.engine import Engine
+from hecate.runtime.step.layer import FSSDPExperts
+from hecate.runtime.step.passes import Passes
+from hecate.text import listed
+from hecate.values.finite import non_finite
+from hecate.values.full import full_experts, full_tensor
+from hecate.values.initialize import Stack, initialize
+from hecate.values.local import local_tensor
+from hecate.values.memory import PeakMemory
 
 __all__ = ["FSSDP", "fully_shard"]
 
@@ -85,54 +88,44 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
-        found = agree(lambda: inspect_model(model, mesh, config))
-        check_same([f.spec for f in found], config, mesh)
+        setup = inspect(model, mesh, config)
         self.model = model
         self.config = config
-        self.mesh = default_mesh(model) if mesh is None else mesh
-        self.device = device_of(model, self.mesh)
+        self.mesh = setup.mesh
+        self.device = setup.device
         self._names = list(model.state_dict(keep_vars=True))
         self._format = format_of(model)
-        self._comms = make_comms(self.mesh, self.device, self.naming_missing_ranks, config.cost_model(self.device.type))
-        self._replicas = self.mesh.get_group(0) if self.mesh is not None and self.mesh.ndim == 2 else None
-        self._heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size()) if self.mesh else None
+        heart = None if setup.mesh is None else Heartbeat(default_store(), dist.get_rank(), dist.get_world_size())
+        self._comms = make_comms(setup.mesh, setup.device, setup.cost, heart)
         self._saves = Saves()
-        self._sync = True
         self._copies_memory, self._memory = CopiesMemory(), PeakMemory()
-        self._without_values = on_meta(model)
-        move_dense(model, found, self.device, config.master_dtype)
-        self.pools = make_pools(model, found, config, self._comms, self.device, self.mesh)
-        sparse = config.rematerialize and self._comms.topology.num_devices > 1
-        shared = SharedBuffers(self._copies_memory) if sparse else None
-        planners = make_planners(model, found, self.pools, config, self._comms, shared, self._copies_memory)
-        self._engine = self._make_engine(planners, shared)
-        for index, f in enumerate(found):
-            FSSDPExperts.take_over(f.module, self._engine, index, f.spec)
-        self._dense = shard_dense(model, found, self.pools, config, self.mesh)
+        self._without_values = set(setup.without_values)
+        move_dense(setup, model)
+        self.pools = make_pools(setup, model, self._comms.rank)
+        shared = SharedBuffers(self._copies_memory) if config.rematerialize and setup.num_devices > 1 else None
+        layers = make_plans(setup, model, self.pools, self._comms, shared, self._copies_memory)
+        experts = [FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers]
+        self._dense = make_dense(setup, model, [p for pool in self.pools for p in pool.parameters.values()])
+        self._watch = OptimizerWatch(model, self.pools)
+        self._engine = self._make_engine(setup, layers, shared)
+        for module in experts:
+            module.connect(self._engine)
+        self._watch.on_step(self._after_step)
         if self.mesh is not None:
             generate_in_step(model)
         if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
-        self._watch = OptimizerWatch(model, self.pools, self._after_step)
-        policy, interval = get_policy(config.policy), config.reshard_interval
-        self._resharder = Resharder(planners, policy, self._watch, self._comms.experts, self._replicas, interval)
-        model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
         self._engine.attach(model)
+        model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
 
-    def _make_engine(self, planners: list[LayerPlanner], shared: SharedBuffers | None) -> Engine:
-        return Engine(
-            planners,
-            self._comms,
-            shared,
-            torch.zeros(
-                (), device=self.device, requires_grad=any(True for pool in self.pools for _ in pool.trainable())
-            ),
-            before_step=lambda: self._resharder.before_step(self._engine.step),
-            enter=lambda: self._dense.enter() if self._dense is not None else None,
-            leave=self._leave_dense,
-            end_of_backward=self._reduce_replicas,
-            abandon=lambda: self._dense.drop_gradients() if self._dense is not None else None,
-        )
+    def _make_engine(self, setup: Setup, layers: list[LayerPlans], shared: SharedBuffers | None) -> Engine:
+        comms, dense, config = self._comms, self._dense, setup.config
+        ahead = PlanAhead(layers, comms.topology.devices_per_node)
+        resharder = Resharder(layers, setup.policy, self._watch, comms, config.reshard_interval)
+        passes = Passes(layers, self.pools, comms, dense, ahead, rematerialize=shared is not None)
+        trainable = any(True for pool in self.pools for _ in pool.trainable())
+        anchor = torch.zeros((), device=setup.device, requires_grad=trainable)
+        return Engine(layers, passes, comms, dense, ahead, resharder, shared, anchor)
 
     # What a training loop calls.
 
@@ -151,20 +144,18 @@ class FSSDP:
         """Names of what is NaN or infinite on any rank, weights first, by layer and expert. Collective, not cheap.
 
         For when `clip_grad_norm_` returned a norm that is not finite, which all ranks see, or a forward pass raised
-        `hecate.runtime.finite.NonFiniteError`, which it does on all ranks. Then `skip_step`, or stop.
+        `hecate.errors.NonFiniteError`, which it does on all ranks. Then `skip_step`, or stop.
 
         Args:
             loss: of this rank; None leaves it out.
         """
-        return non_finite(self.model, self.pools, self._names, loss)
+        return non_finite(self.model, [entry for pool in self.pools for entry in pool.entries()], self._names, loss)
 
     def skip_step(self) -> None:
         """Drop the gradients and everything planned or half done since the last optimizer step. On all ranks.
 
         Also after a forward or backward pass that raised on all of them; the next step is as if this one had not been.
         """
-        if self.config.dense == "fsdp":
-            forget_step(self.model)
         self._engine.skip_step()
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -190,20 +181,20 @@ class FSSDP:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without reducing the dense part's; experts' go to their owners all the same."""
-        self._set_sync(False)
+        self._dense.set_sync(False)
         try:
             yield
         finally:
-            self._set_sync(True)
+            self._dense.set_sync(True)
 
     @contextmanager
     def naming_missing_ranks(self) -> Iterator[None]:
         """Put it around a training loop: where a collective fails because ranks died or hang, the error names them.
 
         Raises:
-            hecate.runtime.heartbeat.MissingRankError: from the backend's own error.
+            hecate.errors.MissingRankError: from the backend's own error.
         """
-        with nullcontext() if self._heart is None else self._heart.naming_missing_ranks():
+        with self._comms.guard():
             yield
 
     def stats(self) -> dict[str, Any]:
@@ -229,19 +220,14 @@ class FSSDP:
             RuntimeError: the model was built on the meta device and has no values yet.
         """
         self._check_values()
-        self._leave_dense()
-        experts = {
-            f"{spec.name}.{kind}": (pool, row, parameter)
-            for pool in self.pools
-            for row, spec in enumerate(pool.specs)
-            for kind, parameter in pool.parameters.items()
-        }
+        self._dense.leave()
+        experts = {entry.name: entry for pool in self.pools for entry in pool.entries()}
         dense = self.model.state_dict()
         full = {}
         for name in self._names:
             if name in experts:
-                pool, row, parameter = experts[name]
-                full[name] = full_experts(pool, row, local_tensor(parameter), self._comms.experts)
+                entry = experts[name]
+                full[name] = full_experts(entry, local_tensor(entry.parameter), self._comms.experts)
             else:
                 full[name] = full_tensor(dense[name])
         return full
@@ -319,7 +305,7 @@ class FSSDP:
                 experts; quantized weights; a conversion that mixes experts; a damaged file (names it); on all ranks,
                 before anything is overwritten.
         """
-        from hecate.checkpoint.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
+        from hecate.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
 
         self._format = load_pretrained(Path(folder), self._training_state(), self._format, self._without_values)
         self._without_values = set()
@@ -341,14 +327,14 @@ class FSSDP:
             RuntimeError: the model was built on the meta device and has no values yet.
             OSError: it could not be written; on all ranks, and the one before is intact.
         """
-        from hecate.checkpoint.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
+        from hecate.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
 
         self._check_values()
         group = None if self._comms.experts is None else self._comms.experts.group
         save_pretrained(Path(folder), self._training_state(), self._format, group, max_shard_size)
 
     def _fill(self, seed: int, rule: Callable[[nn.Module], None] | None) -> None:
-        self._leave_dense()
+        self._dense.leave()
         given = initialize(self.model, self._stacks(), seed, rule)
         first = first_names(self.model)
         filled = {first.get(name, name) for name in given}
@@ -359,15 +345,12 @@ class FSSDP:
             )
 
     def _stacks(self) -> list[Stack]:
-        return [
-            Stack(spec.name, pool.weights_of(row), pool.owned(row).tolist())
-            for pool in self.pools
-            for row, spec in enumerate(pool.specs)
-        ]
+        return [stack for pool in self.pools for stack in pool.stacks()]
 
     def _training_state(self) -> TrainingState:
-        self._leave_dense()
-        replica, replicas = (0, 1) if self._replicas is None else (self._replicas.rank(), self._replicas.size())
+        self._dense.leave()
+        group = self._comms.replicas
+        replica, replicas = (0, 1) if group is None else (group.rank(), group.size())
         return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
 
     # Between passes.
@@ -379,28 +362,6 @@ class FSSDP:
                 f"fully_shard: {listed(self._without_values)} were built on the meta device and have no values yet; "
                 "call init_weights, load_pretrained or load first"
             )
-
-    def _set_sync(self, sync: bool) -> None:
-        self._sync = sync
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(sync)
-
-    def _reduce_replicas(self) -> None:
-        if not self._sync:
-            return
-        if self._dense is not None:
-            self._dense.reduce_gradients()
-        if self._replicas is not None:
-            for pool in self.pools:
-                for kind, _ in pool.trainable():
-                    gradient = pool.gradient(kind)
-                    dist.all_reduce(gradient, group=self._replicas)
-                    gradient.div_(self._replicas.size())
-
-    def _leave_dense(self) -> None:
-        """Parameters are where the optimizer and the checkpoint look for them, also after a pass that did not end."""
-        if self._dense is not None:
-            self._dense.leave()
 
     def _after_step(self) -> None:
         self._engine.end_step()

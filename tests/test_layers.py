@@ -16,22 +16,28 @@ ORDER = (
     "placement",
     "cost",
     "config",
+    "text",
+    "labels",
+    "errors",
+    "ops",
+    "experts",
+    "loads",
     "planning",
     "policies",
+    "ranks",
     "collectives",
-    "ops",
+    "adapters",
+    "values",
     "runtime",
     "checkpoint",
+    "pretrained",
     "models",
-    "adapters",
-    "wrap",
     "api",
-    "sim",
     "report",
     "train",
     "examples",
 )
-WITHOUT_PROCESS_GROUP = ("placement", "cost", "config", "planning", "policies", "collectives.schedule", "sim")
+WITHOUT_PROCESS_GROUP = ("placement", "cost", "config", "loads", "planning", "policies", "collectives.schedule")
 NATIVE = "_native"  # the C++ extension imports nothing
 
 

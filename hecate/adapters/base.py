@@ -30,8 +30,8 @@ from hecate.adapters.transformers import (
     interface_weights,
     refuse_tensor_parallel,
 )
+from hecate.experts import ExpertMLP, ExpertsSpec, WeightSpec
 from hecate.ops.grouped import Groups
-from hecate.runtime.chunk import ExpertMLP, ExpertsSpec, WeightSpec
 
 __all__ = ["FoundExperts", "OwnExperts", "find_experts"]
 

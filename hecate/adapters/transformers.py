@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hecate.experts import ExpertMLP
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
-from hecate.runtime.chunk import ExpertMLP
 
 __all__ = [
     "follows_experts_interface",

@@ -13,8 +13,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
-from hecate.checkpoint.state import Entry, TrainingState, compare_names, expert_rows, listed
-from hecate.runtime.pool import ExpertPool, local_tensor
+from hecate.checkpoint.state import Entry, TrainingState, compare_names, expert_rows
+from hecate.runtime.experts.pool import ExpertPool
+from hecate.text import listed
+from hecate.values.local import local_tensor
 
 __all__ = ["OPTIMIZER", "OptimizerTarget", "optimizer_entries", "optimizer_record"]
 
@@ -44,7 +46,8 @@ def _cut(names: list[str], pool: ExpertPool | None, key: str, value: Tensor) -> 
             f"optimizer state {key} of {names[0]} has local shape {tuple(slots.shape)}; its first dimension must be "
             f"the {pool.slots} slots of a device to be saved by expert"
         )
-    return {f"{OPTIMIZER}{name}.{key}": expert_rows(pool, row, slots) for row, name in enumerate(names)}
+    entries = (entry for entry in pool.entries() if entry.name in names)
+    return {f"{OPTIMIZER}{entry.name}.{key}": expert_rows(entry, slots) for entry in entries}
 
 
 def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, Any]:

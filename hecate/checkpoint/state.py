@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.cost import CostModel
-from hecate.runtime.engine import Engine
-from hecate.runtime.pool import ExpertPool, local_tensor
+from hecate.experts import OwnedExperts
+from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.step.engine import Engine
+from hecate.text import listed
+from hecate.values.local import local_tensor
 
-__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "expert_rows", "listed"]
+__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "expert_rows"]
 
 PLANNER = "hecate."
 
@@ -51,12 +54,8 @@ class TrainingState:
     def weights(self) -> dict[str, Entry]:
         """Parameters and buffers, sharing memory with the model."""
         state = self.model.state_dict()  # FSDP2 shards what a forward pass left whole
-        experts = {
-            name: expert_rows(pool, row, local_tensor(parameter))
-            for pool in self.pools
-            for kind, parameter in pool.parameters.items()
-            for row, name in enumerate(_names(pool, kind))
-        }
+        entries = [entry for pool in self.pools for entry in pool.entries()]
+        experts = {entry.name: expert_rows(entry, local_tensor(entry.parameter)) for entry in entries}
         return {name: experts[name] if name in experts else state[name] for name in self.names}
 
     def original_names(self) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
@@ -65,7 +64,7 @@ class TrainingState:
             parameter: ([name], None) for name, parameter in self.model.named_parameters()
         }
         for pool in self.pools:
-            homes |= {parameter: (_names(pool, kind), pool) for kind, parameter in pool.parameters.items()}
+            homes |= {p: ([e.name for e in pool.entries(kind)], pool) for kind, p in pool.parameters.items()}
         return homes
 
     # The planners.
@@ -116,20 +115,9 @@ class TrainingState:
             parameter.grad = None
 
 
-def _names(pool: ExpertPool, kind: str) -> list[str]:
-    return [f"{spec.name}.{kind}" for spec in pool.specs]
-
-
-def expert_rows(pool: ExpertPool, row: int, slots: Tensor) -> ExpertRows:
-    """Of rows `[slots, *shape]` of this device, those of the experts it owns of the pool's `row`-th layer."""
-    return ExpertRows(slots[pool.rows(row)], pool.owned(row), pool.specs[row].num_experts)
-
-
-def listed(names: Iterable[str]) -> str:
-    """At most 10 of them."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
-    return ", ".join(ordered[:10]) + more
+def expert_rows(entry: OwnedExperts, slots: Tensor) -> ExpertRows:
+    """The experts that this device owns of a stacked weight, from `slots` `[slots, *shape]` of its pool."""
+    return ExpertRows(entry.of(slots), entry.experts, entry.num_experts)
 
 
 def compare_names(where: str, saved: Iterable[str], present: Iterable[str], what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.examples.optimizers import EachParameter, train_tiny
-from hecate.runtime.pool import local_tensor
+from hecate.values.local import local_tensor
 
 __all__ = ["BatchedMuon", "orthogonal", "split_parameters"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.models.moe import Experts, MoE, TopKGate
-from hecate.runtime.initialize import Stack, initialize
+from hecate.values.initialize import Stack, initialize
 
 __all__ = ["Block", "ModelConfig", "Output", "TransformerMoE"]
 

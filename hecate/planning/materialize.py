@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate import _native
+from hecate.loads.predict import Predictor, guesses
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
-from hecate.planning.loads import Predictor, guesses
 from hecate.planning.plan import with_copies
 
 __all__ = ["robust_copies", "sparse_materialization"]

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from hecate import _native
 from hecate.placement import Placement, Topology
 
-__all__ = ["Plan", "check_counts", "with_copies"]
+__all__ = ["Plan", "with_copies"]
 
 Int64 = NDArray[np.int64]
-MAX_TOKENS = 2**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,23 +122,6 @@ def _read_only(array: Int64) -> Int64:
     view = np.ascontiguousarray(array, dtype=np.int64).view()
     view.setflags(write=False)
     return view
-
-
-def check_counts(counts: object, num_devices: int, num_experts: int) -> Int64:
-    """`counts` as C-contiguous int64 `[num_devices, num_experts]`; ValueError names value and rule."""
-    array = np.asarray(counts)
-    if array.shape != (num_devices, num_experts) or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(
-            f"counts: shape {array.shape}, dtype {array.dtype}; must be integers of shape "
-            f"[num_devices={num_devices}, num_experts={num_experts}]"
-        )
-    array = np.ascontiguousarray(array, dtype=np.int64)
-    if array.size and array.min() < 0:
-        device, expert = np.argwhere(array < 0)[0]
-        raise ValueError(f"counts: {array[device, expert]} tokens of device {device} for expert {expert}, must be >= 0")
-    if array.size and (array.max() > MAX_TOKENS or array.sum() > MAX_TOKENS):
-        raise ValueError(f"counts: {array.sum(dtype=object)} tokens in total, must be <= 2**40")
-    return array
 
 
 def with_copies(placement: Placement, copies: Int64 | Sequence[tuple[int, int]]) -> Placement:

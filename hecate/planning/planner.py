@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate import _native
+from hecate.loads.counts import check_counts
 from hecate.placement import Placement, Topology, check_owners
-from hecate.planning.assign import exact_quota
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
 from hecate.planning.limits import CopyLimits, LinkBudget
 from hecate.planning.materialize import robust_copies
-from hecate.planning.plan import Plan, check_counts
+from hecate.planning.plan import Plan
+from hecate.planning.quota import exact_quota
 
 __all__ = ["lower_bound", "plan"]
 

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate.placement import Placement
-from hecate.planning.assign import exact_quota, min_max_loads
 from hecate.planning.calibrate import added, copies_ns, few_copies, parts_per_million, target_load, tokens_ns
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies
 from hecate.planning.plan import Plan
+from hecate.planning.quota import exact_quota, min_max_loads
 from hecate.planning.reshard import few_moves
 from hecate.policies.base import LayerSetting, finished, overlap_degree
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate.placement import Placement
-from hecate.planning.assign import even_quota
 from hecate.planning.plan import Plan
+from hecate.planning.quota import even_quota
 from hecate.policies.base import LayerSetting, finished
 
 __all__ = ["ExpertParallel"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hecate.loads.predict import predict
 from hecate.placement import Placement
-from hecate.planning.assign import even_quota
 from hecate.planning.calibrate import added, copies_ns, tokens_ns
-from hecate.planning.loads import predict
 from hecate.planning.materialize import sparse_materialization
 from hecate.planning.plan import Plan
+from hecate.planning.quota import even_quota
 from hecate.planning.reshard import heterogeneous_sharding
 from hecate.policies.base import LayerSetting, finished, overlap_degree
 

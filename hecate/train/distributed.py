@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from hecate.runtime.heartbeat import MissingRankError
+from hecate.errors import MissingRankError
 from hecate.train.settings import Settings
 from hecate.train.signals import StopRequest, forwarding, launches, listening
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from hecate.checkpoint.pretrained import files
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hecate
-from hecate.checkpoint.pretrained import files
-from hecate.checkpoint.pretrained.conversion import steps_to_read
-from hecate.runtime.pool import local_tensor
+from hecate.pretrained.conversion import steps_to_read
+from hecate.values.local import local_tensor
 from tests.adapters.tiny import ARCHITECTURES, tiny_config, tiny_model
 from tests.checkpoint.runs import BALANCED, Run, plain_model
 from tests.workers import Groups

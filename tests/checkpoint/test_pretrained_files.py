@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hecate.checkpoint.pretrained.files import SINGLE, ShardFile, TensorMeta, WeightFiles
+from hecate.pretrained.files import SINGLE, ShardFile, TensorMeta, WeightFiles
 
 TENSORS = {
     "odd": torch.tensor([True, False, True]),

@@ -145,7 +145,7 @@ def test_room_for_copies_is_the_saved_runs(groups: Groups, tmp_path: Path) -> No
 
 
 def resumed_with_less_memory(path: str, settings: dict[str, object]) -> Resumed:
-    with patch("hecate.wrap.free_slots", return_value=1) as free:
+    with patch("hecate.runtime.plans.layer.memory_slots", return_value=1) as free:
         result = resumed_with(path, settings)
     assert free.called
     return result

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hecate.cost import CostModel, LayerCost
 from hecate.placement import Placement, Topology
-from hecate.planning.assign import exact_quota
 from hecate.planning.plan import Plan
-from hecate.runtime import exchange, node_exchange
+from hecate.planning.quota import exact_quota
+from hecate.runtime.tokens.by_node import node_dispatch, node_exchange_pays
+from hecate.runtime.tokens.direct import direct_dispatch
+from hecate.runtime.tokens.exchange import Dispatch
 from tests.workers import Groups
 
 EXPERTS, TOP_K, WIDTH = 12, 4, 8
@@ -36,12 +38,12 @@ def setting(devices: int, per_node: int, seed: int) -> tuple[Plan, list[Tensor],
     return Plan.build(placement, owners, topology, exact_quota(counts, placement, topology)), picks, topology
 
 
-def run(module, record, comms, hidden: Tensor, weights: Tensor, scale: Tensor, sizes) -> list[Tensor]:
+def run(record: Dispatch, hidden: Tensor, weights: Tensor, scale: Tensor) -> list[Tensor]:
     """Output, and gradients of tokens and weights, of experts that scale their rows."""
     hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
-    rows = module.send_out(hidden, record, comms)
-    factor = torch.repeat_interleave(scale, torch.tensor(sizes), dim=0)
-    output = module.bring_back((rows * factor).tanh(), weights, record, comms)
+    rows = record.dispatch(hidden)
+    factor = torch.repeat_interleave(scale, torch.tensor(record.sizes), dim=0)
+    output = record.combine((rows * factor).tanh(), weights)
     output.backward(torch.sin(torch.arange(output.numel(), dtype=output.dtype)).view_as(output))
     return [output.detach(), hidden.grad, weights.grad]
 
@@ -57,12 +59,12 @@ def compare(devices: int, per_node: int, dtype: torch.dtype, tolerance: float) -
         hidden = torch.randn(len(index), WIDTH, generator=generator, dtype=dtype)
         weights = torch.rand(index.shape, generator=generator, dtype=dtype)
         scale = torch.linspace(0.5, 2, EXPERTS, dtype=dtype)[held].unsqueeze(1)
-        plain = exchange.dispatch_of(plan, index, rank, held)
-        aware = node_exchange.node_dispatch_of(plan, index, comms, held)
+        plain = direct_dispatch(plan, index, comms, held)
+        aware = node_dispatch(plan, index, comms, held)
         assert aware.sizes == plain.sizes
-        expected = run(exchange, plain, comms, hidden, weights, scale, plain.sizes)
-        got = run(node_exchange, aware, comms, hidden, weights, scale, aware.sizes)
-        again = run(node_exchange, aware, comms, hidden, weights, scale, aware.sizes)
+        expected = run(plain, hidden, weights, scale)
+        got = run(aware, hidden, weights, scale)
+        again = run(aware, hidden, weights, scale)
         for name, a, b, c in zip(("output", "tokens", "weights"), expected, got, again, strict=True):
             assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), f"{name}, seed {seed}"
             assert torch.equal(b, c), f"{name}, seed {seed}: another run, other bits"
@@ -80,8 +82,8 @@ def crossing(devices: int, per_node: int) -> tuple[int, int]:
     plan, picks, topology = setting(devices, per_node, 1)
     comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
     held = plan.placement.held_by(rank).tolist()
-    plain = exchange.dispatch_of(plan, picks[rank], rank, held)
-    aware = node_exchange.node_dispatch_of(plan, picks[rank], comms, held)
+    plain = direct_dispatch(plan, picks[rank], comms, held)
+    aware = node_dispatch(plan, picks[rank], comms, held)
     foreign = [topology.node_of(d) != topology.node_of(rank) for d in range(devices)]
     assert not any(n for n, far in zip(aware.inside.sent, foreign, strict=True) if far)
     return tuple(
@@ -113,10 +115,10 @@ def uniform(tokens: int, top_k: int, topology: Topology) -> Plan:
 def test_pays_where_borders_are_slow_and_tokens_have_many_experts() -> None:
     two_nodes = Topology(8, 4)
     slow, fast = cost(50_000_000), cost(10**9)
-    assert node_exchange.node_exchange_pays(uniform(1024, 8, two_nodes), slow, 8)
-    assert not node_exchange.node_exchange_pays(uniform(1024, 1, two_nodes), slow, 1)
-    assert not node_exchange.node_exchange_pays(uniform(512, 2, two_nodes), cost(12_700_000), 2)
-    assert node_exchange.node_exchange_pays(uniform(512, 8, two_nodes), cost(12_700_000), 8)
-    assert not node_exchange.node_exchange_pays(uniform(1024, 8, two_nodes), fast, 8)
-    assert not node_exchange.node_exchange_pays(uniform(64, 8, two_nodes), cost(10**12), 8)
-    assert not node_exchange.node_exchange_pays(uniform(1024, 8, Topology(8, 8)), slow, 8)
+    assert node_exchange_pays(uniform(1024, 8, two_nodes), slow, 8)
+    assert not node_exchange_pays(uniform(1024, 1, two_nodes), slow, 1)
+    assert not node_exchange_pays(uniform(512, 2, two_nodes), cost(12_700_000), 2)
+    assert node_exchange_pays(uniform(512, 8, two_nodes), cost(12_700_000), 8)
+    assert not node_exchange_pays(uniform(1024, 8, two_nodes), fast, 8)
+    assert not node_exchange_pays(uniform(64, 8, two_nodes), cost(10**12), 8)
+    assert not node_exchange_pays(uniform(1024, 8, Topology(8, 8)), slow, 8)

@@ -25,7 +25,7 @@ from hecate.collectives.routed import Routed
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
-from hecate.runtime.build import _transport
+from hecate.runtime.setup import _transport
 from tests.collectives.test_route import LINKS, settings_of
 from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
 from tests.workers import Groups

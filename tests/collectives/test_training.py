@@ -8,7 +8,7 @@ from unittest import mock
 
 import hecate
 from hecate.cost import CostModel
-from hecate.runtime import node_exchange
+from hecate.runtime.tokens import dispatch
 from tests.runtime.reference import TINY, Case, compare
 from tests.workers import Groups
 
@@ -21,7 +21,7 @@ def compare_on_two_nodes() -> int:
     """How often a record of the exchange that knows nodes was made."""
     with (
         mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"),
-        mock.patch.object(node_exchange, "node_dispatch_of", wraps=node_exchange.node_dispatch_of) as made,
+        mock.patch.object(dispatch, "node_dispatch", wraps=dispatch.node_dispatch) as made,
     ):
         compare(CASE)
     return made.call_count

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate.checkpoint.history import latest
-from hecate.runtime.finite import NonFiniteError
+from hecate.errors import NonFiniteError
 from hecate.train import loggers
 from hecate.train.checkpoints import Position
 from hecate.train.loggers import read_metrics

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
-from hecate.planning.assign import min_max_loads
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies, sparse_materialization
+from hecate.planning.quota import min_max_loads
 from hecate.planning.reshard import few_moves, heterogeneous_sharding
-from hecate.planning.synthetic import synthetic_loads
 from tests.planning.oracles import algorithm_1, algorithm_2, random_case
 
 

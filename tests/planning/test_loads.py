@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hecate.loads.history import LoadHistory
+from hecate.loads.predict import guesses, predict
+from hecate.loads.synthetic import synthetic_loads
+from hecate.loads.trace import TraceWriter, read_trace
 from hecate.placement import Topology
-from hecate.planning.loads import LoadHistory, guesses, predict
-from hecate.planning.synthetic import synthetic_loads
-from hecate.planning.trace import TraceWriter, read_trace
 
 
 def test_history_keeps_the_last_steps_and_adds_up_micro_batches() -> None:

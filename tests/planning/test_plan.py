@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hecate
+from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
 from hecate.planning.limits import LinkBudget
 from hecate.planning.plan import Plan
-from hecate.planning.synthetic import synthetic_loads
 from tests.planning.oracles import fewest_copies, least_load, pair_loads, placed_counts, random_case
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from hecate.config import PolicyName
 from hecate.cost import CostModel, LayerCost
+from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
-from hecate.planning.synthetic import synthetic_loads
 from hecate.policies import LayerSetting, get_policy
 from tests.planning.oracles import placed_counts
 

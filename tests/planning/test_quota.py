@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.placement import Placement, Topology
-from hecate.planning.assign import even_quota, exact_quota, holder_loads, min_max_loads
+from hecate.planning.quota import even_quota, exact_quota, holder_loads, min_max_loads
 from tests.planning.oracles import (
     even_dispatch,
     locality,

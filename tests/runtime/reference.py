@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import hecate
-from hecate.checkpoint.full import full_experts, full_tensor
 from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
-from hecate.runtime.pool import local_tensor
+from hecate.values.full import full_experts, full_tensor
+from hecate.values.local import local_tensor
 
 TINY = ModelConfig(
     vocab_size=31, max_length=16, d_model=16, num_layers=3, num_heads=2, num_experts=8, top_k=2, expert_ratio=2
@@ -96,12 +96,9 @@ def full_gradients(engine: hecate.FSSDP) -> dict[str, Tensor]:
         for name, p in engine.model.named_parameters()
         if not name.startswith("hecate_pool_")
     }
-    for pool in engine.pools:
-        for row, spec in enumerate(pool.specs):
-            for kind, parameter in pool.parameters.items():
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                rows = full_experts(pool, row, local_tensor(grad), engine._comms.experts)
-                full[f"{spec.name}.{kind}"] = rows
+    for entry in (entry for pool in engine.pools for entry in pool.entries()):
+        grad = torch.zeros_like(entry.parameter) if entry.parameter.grad is None else entry.parameter.grad
+        full[entry.name] = full_experts(entry, local_tensor(grad), engine._comms.experts)
     return full
 
 

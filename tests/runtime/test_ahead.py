@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hecate.placement import Placement
-from hecate.runtime.ahead import PlanAhead
+from hecate.runtime.plans.ahead import PlanAhead
 
 
 @dataclass

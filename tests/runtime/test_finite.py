@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import hecate
-from hecate.runtime.finite import NonFiniteError
-from hecate.runtime.pool import local_tensor
+from hecate.errors import NonFiniteError
+from hecate.values.local import local_tensor
 from tests.checkpoint.runs import BALANCED, TINY, Run
 from tests.workers import Groups
 

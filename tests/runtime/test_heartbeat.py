@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from hecate.collectives.group_seam import default_store
-from hecate.runtime.heartbeat import Heartbeat, MissingRankError
+from hecate.errors import MissingRankError
+from hecate.ranks.heartbeat import Heartbeat
 from tests.workers import Group
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import hecate
 from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
-from hecate.runtime.pool import local_tensor
+from hecate.values.local import local_tensor
 from tests.runtime.reference import TINY
 from tests.runtime.test_exactness import config
 from tests.workers import Groups

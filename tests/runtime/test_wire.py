@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -12,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hecate
+from hecate.experts import ExpertsSpec, WeightSpec
 from hecate.models.gpt import GPTMoE
 from hecate.placement import Topology
 from hecate.planning.plan import Plan
-from hecate.runtime import dispatch, exchange, node_exchange
-from hecate.runtime.build import resolve_dtypes
-from hecate.runtime.chunk import ExpertsSpec, WeightSpec
+from hecate.runtime.setup import resolve_dtypes
+from hecate.runtime.tokens.by_node import node_dispatch
+from hecate.runtime.tokens.direct import direct_dispatch
+from hecate.runtime.tokens.dispatch import dispatch_of
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch
 from tests.collectives.test_node_exchange import EXPERTS, TOP_K, WIDTH, cost, run, setting
 from tests.runtime.reference import TINY, Case, full_gradients, run_twice
 from tests.runtime.test_exactness import config
@@ -33,20 +37,19 @@ def close(name: str, got: Tensor, expected: Tensor) -> None:
     assert error <= ROUNDING * size, f"{name}: off by {error / size:.2e} of its norm"
 
 
-def travel(module: ModuleType, plan: Plan, picks: list[Tensor], topology: Topology, dtype, wire) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def travel(
+    way: Callable[..., Dispatch], plan: Plan, picks: list[Tensor], topology: Topology, dtype, wire
+) -> list[Tensor]:  # type: ignore[no-untyped-def]
     """Output, and gradients of tokens and weights, by one exchange."""
     rank = dist.get_rank()
     comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
     held = plan.placement.held_by(rank).tolist()
-    if module is exchange:
-        record = exchange.dispatch_of(plan, picks[rank], rank, held, wire)
-    else:
-        record = node_exchange.node_dispatch_of(plan, picks[rank], comms, held, wire)
+    record = way(plan, picks[rank], comms, held, wire)
     generator = torch.Generator().manual_seed(rank)
     hidden = torch.randn(len(picks[rank]), WIDTH, generator=generator).to(dtype)
     weights = torch.rand(picks[rank].shape, generator=generator).to(dtype)
     scale = torch.linspace(0.5, 2, EXPERTS, dtype=dtype)[held].unsqueeze(1)
-    return run(module, record, comms, hidden, weights, scale, record.sizes)
+    return run(record, hidden, weights, scale)
 
 
 def compare(devices: int, per_node: int, dtype: torch.dtype) -> None:
@@ -54,11 +57,11 @@ def compare(devices: int, per_node: int, dtype: torch.dtype) -> None:
     changed = torch.zeros(2)
     for seed in range(3):
         case = setting(devices, per_node, seed)
-        exact = travel(exchange, *case, dtype, None)
-        for i, module in enumerate((exchange, node_exchange)):
-            got, again = (travel(module, *case, dtype, BF16) for _ in range(2))
+        exact = travel(direct_dispatch, *case, dtype, None)
+        for i, way in enumerate((direct_dispatch, node_dispatch)):
+            got, again = (travel(way, *case, dtype, BF16) for _ in range(2))
             for name, a, b, c in zip(("output", "tokens", "weights"), exact, got, again, strict=True):
-                where = f"{module.__name__}, {name}, seed {seed}"
+                where = f"{way.__name__}, {name}, seed {seed}"
                 assert a.dtype == b.dtype
                 close(where, b, a)
                 assert torch.equal(b, c), f"{where}: another run, other bits"
@@ -78,15 +81,15 @@ def payloads(devices: int, per_node: int, wire: torch.dtype | None) -> dict[str,
     """(Width, dtype) of all that an exchange sends, by exchange."""
     sent: dict[str, set[tuple[int, torch.dtype]]] = {}
     send = dist.all_to_all_single
-    for module in (exchange, node_exchange):
-        seen = sent.setdefault(module.__name__.rpartition(".")[2], set())
+    for way in (direct_dispatch, node_dispatch):
+        seen = sent.setdefault(way.__name__, set())
 
         def watched(out, rows, *args, seen=seen, **options):  # type: ignore[no-untyped-def]
             seen.add((rows.shape[1] if rows.ndim > 1 else 1, rows.dtype))
             return send(out, rows, *args, **options)
 
         with patch.object(dist, "all_to_all_single", watched):
-            travel(module, *setting(devices, per_node, 1), torch.float32, wire)
+            travel(way, *setting(devices, per_node, 1), torch.float32, wire)
     return sent
 
 
@@ -95,9 +98,9 @@ def test_rows_are_cast_weights_and_counts_are_not(
     groups: Groups, wire: torch.dtype | None, expected: torch.dtype
 ) -> None:
     for sent in groups(4).run(payloads, 4, 2, wire):
-        assert sent["exchange"] == {(WIDTH, expected)}
+        assert sent["direct_dispatch"] == {(WIDTH, expected)}
         counts, pairs, weights = (1, torch.int64), (TOP_K, torch.int64), (TOP_K, torch.float32)
-        assert sent["node_exchange"] == {counts, pairs, weights, (WIDTH, expected)}
+        assert sent["node_dispatch"] == {counts, pairs, weights, (WIDTH, expected)}
 
 
 def send_thirds() -> None:
@@ -106,7 +109,7 @@ def send_thirds() -> None:
     comms = SimpleNamespace(rank=rank, tokens=dist.group.WORLD, guard=nullcontext)
     rows = (torch.arange(8, dtype=torch.float32).view(4, 2) + 1) / 3 + rank
     other = (torch.arange(8, dtype=torch.float32).view(4, 2) + 1) / 3 + 1 - rank
-    got = exchange.AllToAll.apply(rows, (2, 2), (2, 2), comms, BF16)
+    got = AllToAll.apply(rows, (2, 2), (2, 2), comms, BF16)
     mine, foreign = slice(2 * rank, 2 * rank + 2), slice(2 - 2 * rank, 4 - 2 * rank)
     assert torch.equal(got[mine], rows[mine])
     assert torch.equal(got[foreign], other[mine].to(BF16).float())
@@ -118,7 +121,7 @@ def test_rows_that_stay_are_not_rounded(groups: Groups) -> None:
 
 
 def test_dispatch_hands_the_wire_on(groups: Groups) -> None:
-    assert groups(2).run(chosen, 10**12) == ["Dispatch"] * 2
+    assert groups(2).run(chosen, 10**12) == ["DirectDispatch"] * 2
     assert groups(2).run(chosen, 1000) == ["NodeDispatch"] * 2
 
 
@@ -128,7 +131,7 @@ def chosen(inter: int) -> str:
     plan, picks, topology = setting(2, 1, 1)
     comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
     held = plan.placement.held_by(rank).tolist()
-    record = dispatch.dispatch_of(plan, picks[rank], comms, held, cost(inter), BF16)
+    record = dispatch_of(plan, picks[rank], comms, held, cost(inter), BF16)
     assert record.wire == BF16
     return type(record).__name__
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hecate.planning.trace import read_trace
+from hecate.loads.trace import read_trace
 from hecate.train.loggers import read_metrics
 from tests.faults.jobs import own_environment, write_text
 

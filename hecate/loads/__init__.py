@@ -1,0 +1,1 @@
+"""How many tokens each expert gets: history, prediction, traces and generators."""

@@ -1,0 +1,55 @@
+"""Token quotas over given holders: the exact min-max assignment and the paper's dispatch (paper, section 4.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate import _native
+from hecate.loads.counts import check_counts
+from hecate.placement import Placement, Topology
+
+__all__ = ["even_quota", "exact_quota", "holder_loads", "min_max_loads"]
+
+
+def min_max_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
+    """Int64 `[rows]`: the smallest possible largest device load for each of `loads`, int64 `[rows, num_experts]`."""
+    return _native.min_max_loads(np.ascontiguousarray(loads), placement.matrix)
+
+
+def holder_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
+    """Int64 `[pairs]`: tokens of each holder under the smallest largest device load, for `loads` `[num_experts]`."""
+    return _native.holder_loads(loads, placement.matrix)
+
+
+def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
+    """Int64 `[num_devices, pairs]`: the quota with the smallest possible largest device load.
+
+    Among those it keeps as many tokens as possible on their own device, then within their own node. Where the two are
+    at odds, own devices give way until 98 % of the tokens that could stay in their node do. Pairs are those
+    of `placement` in ascending (expert, device) order. ValueError where `counts` is no int `[num_devices,
+    num_experts]` array of non-negative numbers, or an expert has no holder.
+    """
+    return _native.exact_quota(*_checked(counts, placement, topology))
+
+
+def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
+    """Int64 `[num_devices, pairs]`: own device if it holds the expert, else its node's holders, else all, evenly.
+
+    Remainders start at another holder for each source. Errors as for `exact_quota`.
+    """
+    return _native.even_quota(*_checked(counts, placement, topology))
+
+
+def _checked(
+    counts: NDArray[np.integer], placement: Placement, topology: Topology
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
+    if placement.num_devices != topology.num_devices:
+        raise ValueError(
+            f"placement has {placement.num_devices} devices, topology {topology.num_devices}: they must be the same"
+        )
+    without = np.flatnonzero(~placement.matrix.any(axis=1))
+    if without.size:
+        raise ValueError(f"placement: expert {without[0]} has no holder, every expert must have its owner")
+    array = check_counts(counts, placement.num_devices, placement.num_experts)
+    return array, placement.matrix, topology.devices_per_node

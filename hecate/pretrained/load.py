@@ -1,0 +1,49 @@
+"""Read a folder as transformers writes it into a model under FSSDP, every rank what it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from pathlib import Path
+
+from hecate.checkpoint.state import TrainingState
+from hecate.collectives.ranks import agree
+from hecate.pretrained.check import checked, refuse_quantized
+from hecate.pretrained.conversion import Format, steps_to_read
+from hecate.pretrained.entries import first_names, shapes_of
+from hecate.pretrained.files import WeightFiles
+from hecate.pretrained.reading import Reading
+
+__all__ = ["load_pretrained"]
+
+
+def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Format:
+    """See `FSSDP.load_pretrained`.
+
+    Args:
+        folder: to be read.
+        state: of the model.
+        form: its format.
+        needed: names that have no values yet and must not lack, whatever the model class ignores.
+
+    Returns:
+        The format that writes such a folder.
+    """
+    reading = agree(lambda: _planned(folder, state, form, needed))
+    agree(lambda: _read(reading))
+    return reading.writes
+
+
+def _planned(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Reading:
+    where = f"FSSDP.load_pretrained({str(folder)!r})"
+    refuse_quantized(where, folder)
+    files = WeightFiles(folder)
+    entries = state.weights()
+    steps, unexpected, writes = steps_to_read(form, files.tensors, entries)
+    reading = Reading(where, files, entries, shapes_of(entries), tuple(steps), writes)
+    return checked(reading, unexpected, first_names(state.model), needed)
+
+
+def _read(reading: Reading) -> None:
+    for step in reading.steps:
+        for local, value in reading.values(step):
+            local.copy_(value)

@@ -1,0 +1,92 @@
+"""What is read of a folder into a model, one expert or one dense tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hecate.checkpoint.rows import ExpertRows
+from hecate.checkpoint.state import Entry
+from hecate.pretrained.conversion import Format, Results, Step
+from hecate.pretrained.entries import local_part
+from hecate.pretrained.files import WeightFiles
+
+__all__ = ["Reading"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The tensors of a folder and what becomes of them.
+
+    Attributes:
+        where: the call, for errors.
+        files: of the folder.
+        entries: of the model.
+        shapes: see `shapes_of`.
+        steps: in the order of the files' keys.
+        writes: the format that writes such files.
+    """
+
+    where: str
+    files: WeightFiles
+    entries: Mapping[str, Entry]
+    shapes: Mapping[str, torch.Size]
+    steps: tuple[Step, ...]
+    writes: Format
+
+    def values(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """(part of the model on this device, its value on CPU) of all that `step` makes, an expert at a time."""
+        target = self.entries[step.target]
+        if isinstance(target, ExpertRows):
+            for expert in target.experts.tolist():
+                for name, value in self.convert(step, self._of_expert(step, expert)).items():
+                    yield self.rows(name).from_expert(expert)[:1], value
+        elif step.converter is None:
+            local, index = local_part(target)
+            yield local, self.files.read(step.names[0], index)
+        else:
+            whole = {pattern: [self.files.read(key) for key in keys] for pattern, keys in step.sources.items()}
+            for name, value in self.convert(step, whole).items():
+                entry = self.entries[name]
+                assert isinstance(entry, Tensor)
+                local, index = local_part(entry)
+                yield local, value[index]
+
+    def metas(self, step: Step) -> Results:
+        """All that `step` makes on the meta device; of experts, that of one."""
+        stacks = self.is_expert(step.target)
+        metas = {}
+        for pattern, keys in step.sources.items():
+            shapes = [self.files.tensors[key].shape for key in keys]
+            if stacks:
+                shapes = shapes[:1] if pattern in step.by_expert else [torch.Size((1, *shapes[0][1:]))]
+            metas[pattern] = [torch.empty(shape, device="meta") for shape in shapes]
+        return self.convert(step, metas)
+
+    def convert(self, step: Step, sources: Mapping[str, Sequence[Tensor]]) -> Results:
+        """What `step` makes of sources by pattern, of experts as stacks of one."""
+        return step.run(sources, self.shapes, self.writes.config)
+
+    def is_expert(self, name: str) -> bool:
+        """Whether the model's tensor of that name is stacked by expert."""
+        return isinstance(self.entries.get(name), ExpertRows)
+
+    def rows(self, name: str) -> ExpertRows:
+        """Of a stacked tensor, what this device owns."""
+        rows = self.entries[name]
+        assert isinstance(rows, ExpertRows), name
+        return rows
+
+    def _of_expert(self, step: Step, expert: int) -> dict[str, list[Tensor]]:
+        """The sources of that expert only, by pattern; a stack of one of those that are stacked."""
+        sources = {}
+        for pattern, keys in step.sources.items():
+            if pattern in step.by_expert:
+                sources[pattern] = [self.files.read(keys[expert])]
+            else:
+                rest = (slice(0, n) for n in self.files.tensors[keys[0]].shape[1:])
+                sources[pattern] = [self.files.read(keys[0], (slice(expert, expert + 1), *rest))]
+        return sources

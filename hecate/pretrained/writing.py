@@ -1,0 +1,167 @@
+"""What a model under FSSDP writes into a folder: who writes what, and how it gets there.
+
+A rank holds, beyond what it owns, one expert or the dense tensors of one step. Experts that are files of their own are
+written by their owners. Where experts are stacked in the files, one rank writes the stack and gets the others' experts
+one by one; dense tensors are gathered one step after the other. These writers take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hecate.checkpoint.rows import ExpertRows
+from hecate.checkpoint.state import Entry
+from hecate.collectives.ranks import rank_and_world
+from hecate.pretrained.conversion import Format, Results, Step, not_per_expert
+from hecate.pretrained.files import ShardFile, TensorMeta
+from hecate.text import listed
+
+__all__ = ["Writing"]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The tensors of a model and what files get of them.
+
+    Attributes:
+        where: the call, for errors.
+        entries: of the model.
+        owners: of stacked experts, name -> int64 `[num_experts]`.
+        shapes: see `shapes_of`.
+        steps: what is written, the same on all ranks.
+        form: of the model.
+        group: of the devices that share experts; None for a single one.
+        replica, replicas: of this device among those that own the same experts, and their number.
+    """
+
+    where: str
+    entries: Mapping[str, Entry]
+    owners: Mapping[str, NDArray[np.int64]]
+    shapes: Mapping[str, torch.Size]
+    steps: tuple[Step, ...]
+    form: Format
+    group: dist.ProcessGroup | None
+    replica: int
+    replicas: int
+
+    def check(self) -> None:
+        """ValueError where something cannot be written."""
+        for step in self.steps:
+            if len({self._is_expert(name) for name in step.names}) > 1:
+                raise ValueError(f"{self.where}: {listed(step.names)} are written together, but not all are experts'")
+            if self._is_expert(step.names[0]) and (operation := not_per_expert(step)):
+                raise ValueError(
+                    f"{self.where}: {step.names[0]} cannot be written one expert at a time: transformers' conversion "
+                    f"has {operation}"
+                )
+
+    def tensors(self) -> Iterator[tuple[str, TensorMeta]]:
+        """All that this rank writes."""
+        for number, step in enumerate(self.steps):
+            if not self._is_expert(step.names[0]):
+                if self._writes_dense(number):
+                    yield from ((name, TensorMeta.of(value)) for name, value in self._metas(step).items())
+            elif step.splits:
+                for expert in self._experts(number, step):
+                    yield from ((name, TensorMeta.of(v)) for name, v in self._metas(step.of_expert(expert)).items())
+            elif self._stack_writer(number) == (self.replica, self._rank):
+                num_experts = len(self.owners[step.names[0]])
+                for name, value in self._metas(step).items():
+                    yield name, TensorMeta.of(value.expand(num_experts, *value.shape[1:]))
+
+    def run(self, files: Mapping[str, ShardFile]) -> None:
+        """Write them. Collective.
+
+        Args:
+            files: name of what this rank writes -> its file.
+        """
+        for number, step in enumerate(self.steps):
+            if not self._is_expert(step.names[0]):
+                self._write_dense(number, step, files)
+            elif step.splits:
+                for expert in self._experts(number, step):
+                    rows = {p: [self._row(n, expert) for n in names] for p, names in step.sources.items()}
+                    for name, value in self._convert(step.of_expert(expert), rows).items():
+                        files[name].write(name, value)
+            elif self._stack_writer(number)[0] == self.replica:
+                self._write_stack(number, step, files)
+
+    # Who writes.
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    def _writes_dense(self, number: int) -> bool:
+        rank, world = rank_and_world()
+        return number % world == rank
+
+    def _experts(self, number: int, step: Step) -> list[int]:
+        """Those of a step that this rank writes by themselves."""
+        rows = self.entries[step.names[0]]
+        assert isinstance(rows, ExpertRows)
+        return rows.experts.tolist() if number % self.replicas == self.replica else []
+
+    def _stack_writer(self, number: int) -> tuple[int, int]:
+        """Replica and rank in the group."""
+        size = 1 if self.group is None else self.group.size()
+        return number % self.replicas, number // self.replicas % size
+
+    # How it gets there.
+
+    def _write_dense(self, number: int, step: Step, files: Mapping[str, ShardFile]) -> None:
+        whole = {pattern: [self._whole(name) for name in names] for pattern, names in step.sources.items()}
+        if self._writes_dense(number):
+            for name, value in self._convert(step, whole).items():
+                files[name].write(name, value)
+
+    def _write_stack(self, number: int, step: Step, files: Mapping[str, ShardFile]) -> None:
+        _, writer = self._stack_writer(number)
+        for expert in range(len(self.owners[step.names[0]])):
+            rows = {p: [self._bring(name, expert, writer) for name in names] for p, names in step.sources.items()}
+            if self._rank == writer:
+                for name, value in self._convert(step, rows).items():
+                    files[name].write(name, value, expert)
+
+    def _bring(self, name: str, expert: int, writer: int) -> Tensor:
+        """An expert `[1, ...]`, from its owner to the writer; unspecified elsewhere."""
+        owner = int(self.owners[name][expert])
+        entry = self.entries[name]
+        assert isinstance(entry, ExpertRows)
+        row = self._row(name, expert) if owner == self._rank else entry.rows.new_empty(self.shapes[name])
+        if owner != writer and self._rank == owner:
+            dist.send(row.view(torch.uint8), group=self.group, group_dst=writer)
+        elif owner != writer and self._rank == writer:
+            dist.recv(row.view(torch.uint8), group=self.group, group_src=owner)
+        return row
+
+    def _row(self, name: str, expert: int) -> Tensor:
+        entry = self.entries[name]
+        assert isinstance(entry, ExpertRows)
+        return entry.from_expert(expert)[:1].detach()
+
+    def _whole(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        assert isinstance(entry, Tensor)
+        return entry.full_tensor().detach() if isinstance(entry, DTensor) else entry.detach()
+
+    def _metas(self, step: Step) -> Results:
+        metas = {
+            pattern: [torch.empty(self.shapes[n], dtype=self.entries[n].dtype, device="meta") for n in names]
+            for pattern, names in step.sources.items()
+        }
+        return self._convert(step, metas)
+
+    def _convert(self, step: Step, sources: Mapping[str, list[Tensor]]) -> Results:
+        return step.run(sources, self.shapes, self.form.config)
+
+    def _is_expert(self, name: str) -> bool:
+        return isinstance(self.entries[name], ExpertRows)

@@ -1,0 +1,1 @@
+"""What all ranks agree on, and which of them is missing."""

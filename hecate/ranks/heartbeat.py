@@ -1,0 +1,105 @@
+"""Which rank is missing: a beat of every rank in the job's store, read when a collective fails.
+
+A backend only knows that a connection broke or that time ran out, and with many ranks the broken connection may be one
+to a rank that merely gave up before. A rank whose beat stands still is the one that died or hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from hecate.errors import MissingRankError
+
+__all__ = ["Heartbeat"]
+
+PATIENCE = 5
+"""Intervals without a beat after which a rank is missing; a busy machine may well skip one or two."""
+
+UNEQUAL_CALLS = (
+    "All ranks are alive, so they have called the model unequally often, in other modes (with and without gradients), "
+    "or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
+)
+"""What a time-out means where no rank is missing."""
+
+
+class Heartbeat:
+    """Beats for this rank from a thread of its own, until `stop()`, the object's or the process's end.
+
+    Several in one process (one an engine) beat together; the rank has left when all have stopped.
+
+    Args:
+        store: that all ranks share; on rank 0's machine, so that a store that is gone means that rank 0's host is.
+        rank, world_size: of this process.
+        interval: between beats.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, interval: timedelta = timedelta(seconds=1)
+    ) -> None:
+        # A connection of its own: a call that blocks in the main thread would hold up the beat on a shared one.
+        self._store = dist.PrefixStore("hecate/heartbeat", store.clone())  # type: ignore[attr-defined]  # stubs lack it
+        self._rank, self._world_size, self._interval = rank, world_size, interval
+        self._stop = threading.Event()
+        self._store.add(f"{rank}/alive", 1)
+        # The thread must not keep this object alive, so that `stop` runs when the last user drops it.
+        beat = partial(_beat, self._store, str(rank), interval.total_seconds(), self._stop)
+        self._thread = threading.Thread(target=beat, name="hecate-heartbeat", daemon=True)
+        self._thread.start()
+        self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
+
+    def missing(self) -> list[int]:
+        """Ranks that neither beat for `PATIENCE` intervals nor left; rank 0, which keeps the store, if it is gone."""
+        try:
+            before = self._read("{}")
+            suspects = [rank for rank in range(self._world_size) if rank != self._rank]
+            for _ in range(PATIENCE):
+                time.sleep(self._interval.total_seconds())
+                now, alive = self._read("{}"), self._read("{}/alive")
+                suspects = [rank for rank in suspects if now[rank] == before[rank] and alive[rank]]
+        except (RuntimeError, OSError):  # torch's store errors
+            return [0]
+        return suspects
+
+    @contextmanager
+    def naming_missing_ranks(self) -> Iterator[None]:
+        """Turn an error inside into `MissingRankError` where a rank is missing, and pass it on where none is."""
+        try:
+            yield
+        except (MissingRankError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            ranks = self.missing()
+            if ranks:
+                raise MissingRankError(ranks, PATIENCE * self._interval) from error
+            if "timed out" in str(error).lower() and UNEQUAL_CALLS not in getattr(error, "__notes__", ()):
+                error.add_note(UNEQUAL_CALLS)
+            raise
+
+    def _read(self, key: str) -> list[int]:
+        # Adding nothing reads a counter without waiting for a key.
+        return [self._store.add(key.format(rank), 0) for rank in range(self._world_size)]
+
+
+def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) -> None:
+    while not stop.wait(interval):
+        try:
+            store.add(rank, 1)
+        except (RuntimeError, OSError):  # the store is gone; `missing` will say so
+            return
+
+
+def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():  # the garbage collector may run this in any thread
+        thread.join()
+    with suppress(RuntimeError, OSError):  # the store may have gone before
+        store.add(f"{rank}/alive", -1)

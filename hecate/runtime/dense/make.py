@@ -1,0 +1,40 @@
+"""The kind of dense part that the config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from hecate.runtime.dense.base import Dense
+from hecate.runtime.dense.fsdp import ShardedDense
+from hecate.runtime.dense.none import CallersDense
+from hecate.runtime.dense.replicate import ReplicatedDense
+from hecate.runtime.setup import Setup
+from hecate.values.initialize import allocate
+
+__all__ = ["make_dense", "move_dense"]
+
+
+def move_dense(setup: Setup, model: nn.Module) -> None:
+    """The dense part to the device, floating-point parameters to `master_dtype`. Meta tensors stay on meta."""
+    stacked, dtype = setup.stacked(), setup.config.master_dtype
+    for parameter in model.parameters():
+        if id(parameter) not in stacked:
+            to = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+            parameter.data = parameter.data.to(parameter.device if parameter.is_meta else setup.device, to)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer if buffer.is_meta else buffer.to(setup.device))
+
+
+def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) -> Dense:
+    """Shard or replicate all parameters of `model` but the pools', and give memory to those on meta. In place."""
+    if setup.mesh is not None and setup.config.dense == "fsdp":
+        dense: Dense = ShardedDense(setup, model, pools)
+        allocate(model, setup.device)  # after sharding: a device only ever allocates its own part
+        return dense
+    allocate(model, setup.device)
+    if setup.mesh is None or setup.config.dense == "none":
+        return CallersDense()
+    return ReplicatedDense(model, setup.mesh, pools, setup.config.param_dtype, setup.config.reduce_dtype)

@@ -1,0 +1,138 @@
+"""The dense part replicated: parameters become Replicate() DTensors, forward and backward see plain tensors.
+
+The optimizer and `clip_grad_norm_` then meet one kind of parameter, dense and experts alike. FSDP2 keeps DTensors on
+a mesh in the forward pass when asked to replicate, which a plain model does not survive; hence this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from hecate.runtime.dense.base import Dense
+from hecate.values.local import local_tensor
+
+__all__ = ["ReplicatedDense"]
+
+
+@dataclass
+class _Replica:
+    """One parameter, the places it is used at, and the plain leaf that stands there during a pass."""
+
+    parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]]
+    leaf: nn.Parameter
+
+
+class ReplicatedDense(Dense):
+    """All parameters of `model` but `ignored`, on all ranks of `mesh`.
+
+    Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce` averages the
+    gradients of the leaves over all ranks into those of the DTensors.
+
+    Args:
+        model: changed in place.
+        mesh: all its dimensions replicate.
+        ignored: parameters left alone.
+        dtype: of the leaves; None keeps the parameters'.
+        reduce_dtype: gradients are averaged in; None keeps the leaves'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        ignored: Iterable[nn.Parameter],
+        dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
+    ) -> None:
+        self._mesh = mesh
+        self._dtype = dtype
+        self._reduce_dtype = reduce_dtype
+        self._replicas = list(self._build(model, {id(p) for p in ignored}))
+        self._inside = False
+        self.enter()
+        self.leave()
+
+    def enter(self) -> None:
+        """Put plain leaves with the present values in place."""
+        for r in self._replicas:
+            if r.leaf.data_ptr() != local_tensor(r.parameter).data_ptr():
+                r.leaf.data.copy_(local_tensor(r.parameter))
+        self._place(plain=True)
+
+    def leave(self) -> None:
+        """Put the DTensors back."""
+        self._place(plain=False)
+
+    def reduce(self) -> None:
+        """Average what the leaves collected since the last call, add it to the parameters' gradients. Collective."""
+        if not self.sync or not any(r.parameter.requires_grad for r in self._replicas):
+            return
+        trained = [r for r in self._replicas if r.parameter.requires_grad]
+        used = torch.tensor(
+            [r.leaf.grad is not None for r in trained], dtype=torch.int32, device=trained[0].leaf.device
+        )
+        self._sum([used])
+        # What no rank used keeps no gradient, so that optimizers leave it alone.
+        reduced = [r for r, by_any in zip(trained, used.tolist(), strict=True) if by_any]
+        grads = [self._wire(r.leaf) for r in reduced]
+        self._sum(grads)
+        for r, grad in zip(reduced, grads, strict=True):
+            r.leaf.grad = None
+            self._add(r.parameter, (grad / self._mesh.size()).to(r.parameter.dtype))
+
+    def drop(self) -> None:
+        """Forget what the leaves collected since the last reduction."""
+        for r in self._replicas:
+            r.leaf.grad = None
+
+    def _wire(self, leaf: Tensor) -> Tensor:
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return grad.to(self._reduce_dtype or grad.dtype)
+
+    def _sum(self, tensors: list[Tensor]) -> None:
+        for dim in range(self._mesh.ndim):
+            group = self._mesh.get_group(dim)
+            for work in [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def _add(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        if parameter.grad is None:
+            parameter.grad = self._replicated(grad)
+        else:
+            local_tensor(parameter.grad).add_(grad)
+
+    def _build(self, model: nn.Module, ignored: set[int]) -> Iterator[_Replica]:
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in ignored:
+                    places.setdefault(parameter, []).append((module, name))
+        for parameter, where in places.items():
+            for dim in range(self._mesh.ndim):
+                group = self._mesh.get_group(dim)
+                dist.broadcast(parameter.data, group=group, group_src=0)
+            leaf = parameter.data if self._dtype is None else parameter.data.to(self._dtype)
+            yield _Replica(
+                nn.Parameter(self._replicated(parameter.data), requires_grad=parameter.requires_grad),
+                where,
+                nn.Parameter(leaf, requires_grad=parameter.requires_grad),
+            )
+
+    def _replicated(self, local: Tensor) -> Tensor:
+        return DTensor.from_local(local, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
+
+    def _place(self, plain: bool) -> None:
+        if plain == self._inside:
+            return
+        self._inside = plain
+        for r in self._replicas:
+            for module, name in r.places:
+                setattr(module, name, r.leaf if plain else r.parameter)

@@ -1,0 +1,1 @@
+"""The way of an expert: pool, copies, buffers, and what moves them."""

@@ -1,0 +1,272 @@
+"""The copies of one layer for one micro-batch: gathered, held, and their gradients sent home.
+
+If compute and master dtype agree, owned rows are read in place and the buffer holds copies only; otherwise the buffer
+has a row per expert held (docs/design.md, decision 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from hecate.collectives.order import accumulation_dtype
+from hecate.collectives.schedule import Schedule, gather_schedule
+from hecate.experts import Dtypes
+from hecate.placement import Placement
+from hecate.runtime.comms import Comms, Pending
+from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.experts.layout import ChunkLayout
+from hecate.runtime.experts.pool import ExpertPool
+
+__all__ = ["CopyState", "LayerCopies", "LayerExperts", "Reduction"]
+
+
+class CopyState(Enum):
+    """Which memory the copies of one layer have.
+
+    SHARDED: none; every expert is with its owner only.
+    GATHERING: a buffer that transfers are writing; it must not be read.
+    HELD: a buffer that may be read.
+    """
+
+    SHARDED = "sharded"
+    GATHERING = "gathering"
+    HELD = "held"
+
+
+@dataclass
+class LayerExperts:
+    """The experts of one layer: what its copies of every micro-batch share.
+
+    Attributes:
+        index: of the layer in the model.
+        name: of the layer's experts module in the model.
+        pool, place: the pool that owns them, and which of its layers this is.
+        dtypes: of the layer's experts.
+        comms: process groups, transport and lanes.
+        memory_slots: copies a device may hold.
+        shared: the buffers of re-materialization; None: each micro-batch has its own.
+        memory: where own buffers are counted.
+        layout: of a copy; `gradients`: of its gradient (trainable kinds only).
+        bytes_sent: on all links together, since the last step.
+    """
+
+    index: int
+    name: str
+    pool: ExpertPool
+    place: int
+    dtypes: Dtypes
+    comms: Comms
+    memory_slots: int
+    shared: SharedBuffers | None
+    memory: CopiesMemory
+    layout: ChunkLayout = field(init=False)
+    gradients: ChunkLayout = field(init=False)
+    bytes_sent: int = 0
+
+    def __post_init__(self) -> None:
+        self.layout = ChunkLayout(self.pool.weights)
+        self.gradients = ChunkLayout([w for w in self.pool.weights if w.trainable])
+
+    @property
+    def casts(self) -> bool:
+        """Whether experts compute in another dtype than their owners keep."""
+        return self.dtypes.param != self.dtypes.master
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of a buffer: the copies, and the owned experts if they are cast."""
+        return self.memory_slots + (len(self.owned) if self.casts else 0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of a buffer."""
+        return self.buffer_rows * self.layout.numel * self.dtypes.param.itemsize
+
+    @property
+    def owners(self) -> Placement:
+        """Who owns which expert."""
+        return self.pool.placement(self.place)
+
+    @property
+    def owned(self) -> list[int]:
+        """Ascending ids of this device's experts."""
+        return self.pool.owned(self.place).tolist()
+
+
+class Reduction:
+    """Gradients on their way to the owners."""
+
+    def __init__(self, home: Pending, add: Callable[[], None]) -> None:
+        self._home = home
+        self._add = add
+
+    def finish(self) -> None:
+        """Add the sums to the owners' gradients."""
+        self._home.wait()
+        self._add()
+
+    def discard(self) -> None:
+        """Only let the transfers end: the backward pass that they belong to failed."""
+        self._home.wait()
+
+
+class LayerCopies:
+    """The experts that this device computes in one layer and micro-batch: owned rows first, then copies."""
+
+    def __init__(self, layer: LayerExperts, placement: Placement) -> None:
+        self.layer = layer
+        self.placement = placement
+        self.state = CopyState.SHARDED
+        self._owned = layer.owned
+        self._copies = self._new_experts(layer.owners, placement)
+        self._buffer: Tensor | None = None
+        self._pending: list[Pending] = []
+
+    @property
+    def experts(self) -> list[int]:
+        """Experts held here in the order of their rows: owned ascending, then copies as they came."""
+        return self._owned + self._copies
+
+    def launch(self) -> None:
+        """SHARDED to GATHERING: start to bring the copies here. Collective."""
+        if self.state is not CopyState.SHARDED:
+            return
+        self._allocate()
+        self._start(gather_schedule(self.layer.owners, self.placement))
+
+    def extend(self, placement: Placement) -> None:
+        """GATHERING: bring the experts too that `placement` has beyond the present one. Collective."""
+        self._require(CopyState.GATHERING)
+        owners, old = self.layer.owners, self.placement
+        self._copies = self._copies + self._new_experts(old, placement)
+        self.placement = placement
+        self._start(gather_schedule(owners, owners | (placement - old)))
+
+    def ensure_held(self) -> None:
+        """Return in state HELD: wait for the copies, or gather them now if they were released."""
+        self.launch()
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+        self.state = CopyState.HELD
+
+    def release(self) -> None:
+        """Back to SHARDED."""
+        for pending in self._pending:
+            pending.wait()
+        if self._buffer is not None and self.layer.shared is None:
+            self.layer.memory.add(-self.layer.buffer_bytes)
+        self._pending, self._buffer, self.state = [], None, CopyState.SHARDED
+
+    def parts(self) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """(positions in `experts`, views kind -> `[n, *shape]`): one part a stack of consecutive rows in memory.
+
+        State HELD. Views of the buffer have version counters of their own: a buffer is written again for backward, with
+        the same values, and autograd must not take that for a change of what it saved.
+        """
+        self._require(CopyState.HELD)
+        owned = list(range(len(self._owned)))
+        copies = list(range(len(owned), len(self.experts)))
+        buffer = None if self._buffer is None else self._buffer.data
+        if self.layer.casts:
+            assert buffer is not None
+            return [(owned + copies, self.layer.layout.views(buffer[: len(self.experts)]))]
+        parts = [(owned, self.layer.pool.weights_of(self.layer.place))]
+        if copies:
+            assert buffer is not None
+            parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
+        return parts
+
+    def reduce(self, grads: Mapping[str, Sequence[Tensor]]) -> Reduction:
+        """Start to add gradients kind -> one `[*shape]` an expert held here to the owners'. Collective.
+
+        State HELD. Experts that only their owner holds are added at once; the others travel in `reduce_dtype`.
+        """
+        self._require(CopyState.HELD)
+        layer, owned = self.layer, self._owned
+        held = self.placement.matrix.sum(axis=1)
+        alone = [i for i, e in enumerate(owned) if held[e] == 1]
+        shared = [i for i, e in enumerate(owned) if held[e] > 1]
+        travel = shared + list(range(len(owned), len(self.experts)))
+        own = {kind: [grad[i] for i in alone] for kind, grad in grads.items()}
+        layer.pool.add_gradients(layer.place, alone, own, layer.comms.gradient_scale)
+        rows = self._gradient_rows(len(travel), layer.dtypes.reduce)
+        layer.gradients.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
+        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)))
+
+    def _reduce(self, shared: list[int], contributed: dict[int, Tensor]) -> Reduction:
+        layer, wire = self.layer, self.layer.dtypes.reduce
+        transport = layer.comms.experts
+        if transport is None or not self._anything_shared:
+            return Reduction(Pending(lambda: None), lambda: None)
+        schedule = gather_schedule(layer.owners, self.placement).reversed
+        sums = self._gradient_rows(len(shared), accumulation_dtype(wire))
+        sums_of = dict(zip([self._owned[i] for i in shared], sums, strict=True))
+        layer.bytes_sent += schedule.num_transfers * layer.gradients.numel * wire.itemsize
+        home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(schedule, contributed, sums_of, wire))
+
+        def add() -> None:
+            layer.pool.add_gradients(layer.place, shared, layer.gradients.views(sums), layer.comms.gradient_scale)
+
+        return Reduction(home, add)
+
+    def _require(self, state: CopyState) -> None:
+        if self.state is not state:
+            raise RuntimeError(f"{self.layer.name}: its copies are {self.state.value}, must be {state.value}")
+
+    @property
+    def _anything_shared(self) -> bool:
+        return bool((self.placement.matrix.sum(axis=1) > 1).any())
+
+    def _new_experts(self, old: Placement, new: Placement) -> list[int]:
+        return (new - old).held_by(self.layer.comms.rank).tolist()
+
+    def _gradient_rows(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(rows, self.layer.gradients.numel, dtype=dtype, device=self.layer.pool.device)
+
+    def _allocate(self) -> None:
+        layer = self.layer
+        if layer.buffer_rows == 0 and not layer.casts:
+            return
+        if layer.shared is not None:
+            memory = layer.shared.lend(self, layer.index, layer.buffer_bytes)
+        else:
+            memory = torch.empty(layer.buffer_bytes, dtype=torch.uint8, device=layer.pool.device)
+            layer.memory.add(layer.buffer_bytes)
+        self._buffer = memory.view(layer.dtypes.param).view(layer.buffer_rows, layer.layout.numel)
+        if layer.casts:
+            layer.layout.pack(layer.pool.weights_of(layer.place), self._buffer[: len(self._owned)])
+
+    def _start(self, schedule: Schedule) -> None:
+        """Launch one gather into the buffer; nothing to do where nobody copies."""
+        layer, self.state = self.layer, CopyState.GATHERING
+        transport = layer.comms.experts
+        if transport is None or not schedule.rounds:
+            return
+        layer.bytes_sent += schedule.num_transfers * layer.layout.numel * layer.dtypes.param.itemsize
+        sent, received = self._sent(schedule), self._received(schedule)
+        self._pending.append(layer.comms.copies.start(layer.index, lambda: transport.gather(schedule, sent, received)))
+
+    def _sent(self, schedule: Schedule) -> dict[int, Tensor]:
+        """Rows that leave this device, packed and cast."""
+        layer, rank = self.layer, self.layer.comms.rank
+        leaving = sorted({t.expert for transfers in schedule.rounds for t in transfers if t.src == rank})
+        position = {e: i for i, e in enumerate(self._owned)}
+        if layer.casts and self._buffer is not None:
+            return {e: self._buffer[position[e]] for e in leaving}
+        weights = layer.pool.weights_of(layer.place)
+        rows = next(iter(weights.values())).new_empty(len(leaving), layer.layout.numel)
+        layer.layout.pack({k: [w[position[e]] for e in leaving] for k, w in weights.items()}, rows)
+        return dict(zip(leaving, rows, strict=True))
+
+    def _received(self, schedule: Schedule) -> dict[int, Tensor]:
+        """Rows of the buffer that the schedule's copies go to."""
+        arriving = self._new_experts(schedule.src, schedule.dst)
+        first = len(self._owned) if self.layer.casts else 0
+        position = {e: first + i for i, e in enumerate(self._copies)}
+        return {} if self._buffer is None else {e: self._buffer[position[e]] for e in arriving}

@@ -1,0 +1,49 @@
+"""How the weights of one expert lie in one flat chunk.
+
+A chunk concatenates the expert's weight kinds ("up", "down", ...), each flattened and padded to a multiple of `ALIGN`
+elements, so that a buffer of chunks has a view per kind that grouped matrix products accept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from hecate.experts import WeightSpec
+
+__all__ = ["ChunkLayout"]
+
+ALIGN = 16
+"""Elements: 32 bytes of bf16; grouped matrix products on CUDA need 16."""
+
+
+class ChunkLayout:
+    """Offsets of some weight kinds in a flat chunk of `numel` elements."""
+
+    def __init__(self, weights: Sequence[WeightSpec]) -> None:
+        self.weights = tuple(weights)
+        self._start: dict[str, int] = {}
+        self.numel = 0
+        for w in self.weights:
+            self._start[w.kind] = self.numel
+            self.numel += -(-math.prod(w.shape) // ALIGN) * ALIGN
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views kind -> `[n, *shape]` into `rows [n, numel]`."""
+        return {w.kind: self._part(rows, w).unflatten(1, w.shape) for w in self.weights}
+
+    def pack(self, weights: Mapping[str, Sequence[Tensor] | Tensor], rows: Tensor) -> None:
+        """Copy (and cast) kind -> n times `[*shape]` into `rows [n, numel]`; padding is left alone."""
+        for kind, view in self.views(rows).items():
+            stack = weights[kind]
+            if isinstance(stack, Tensor):
+                view.copy_(stack)
+                continue
+            for row, weight in zip(view, stack, strict=True):
+                row.copy_(weight)
+
+    def _part(self, rows: Tensor, weight: WeightSpec) -> Tensor:
+        start = self._start[weight.kind]
+        return rows[:, start : start + math.prod(weight.shape)]

@@ -1,0 +1,84 @@
+"""The optimizers that train the experts: found by torch's public hooks on every optimizer step, which also define what
+a step is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from hecate.runtime.autograd_seam import in_backward
+from hecate.runtime.experts.pool import ExpertPool
+
+__all__ = ["OptimizerWatch"]
+
+WHOLE_TENSORS = ("torch.optim.Adafactor", "transformers.optimization.Adafactor")
+"""Optimizers whose steps depend on norms of whole tensors, and that take those of this rank's part."""
+
+
+class OptimizerWatch:
+    """Knows the optimizers that train the experts, and tells listeners when one has made a step.
+
+    Where all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer
+    that steps as gradients come) is not the end of a step. Before a step of `WHOLE_TENSORS` it raises ValueError.
+    """
+
+    def __init__(self, model: nn.Module, pools: Sequence[ExpertPool]) -> None:
+        experts = [p for pool in pools for _, p in pool.trainable()]
+        self._trained = {id(p) for p in experts or model.parameters()}
+        self._listeners: list[Callable[[], None]] = []
+        self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
+        self._sharded = any(pool.num_devices > 1 for pool in pools)
+        # The hooks are global: they must not keep the model alive. They stay when this object goes, doing nothing:
+        # taking them away then could fall into a step of another optimizer, while torch iterates over the hooks.
+        watch = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            alive = watch()
+            if alive is not None and alive._sharded and alive.add(optimizer):
+                _refuse_whole_tensors(optimizer)
+
+        def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            alive = watch()
+            if alive is not None and not in_backward() and alive.add(optimizer):
+                for listener in alive._listeners:
+                    listener()
+
+        register_optimizer_step_pre_hook(before)
+        register_optimizer_step_post_hook(after)
+
+    def on_step(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each step."""
+        self._listeners.append(listener)
+
+    def add(self, optimizer: Optimizer) -> bool:
+        """Take note of an optimizer; whether it trains what is watched."""
+        trained = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in self._trained]
+        self._latest.update(dict.fromkeys(trained, weakref.ref(optimizer)))
+        return bool(trained)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer state of a watched parameter: of the optimizer that stepped it last; empty before."""
+        reference = self._latest.get(id(parameter))
+        optimizer = None if reference is None else reference()
+        return {} if optimizer is None else optimizer.state.get(parameter, {})
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All that are alive."""
+        alive = {id(o): o for o in (reference() for reference in self._latest.values()) if o is not None}
+        return list(alive.values())
+
+
+def _refuse_whole_tensors(optimizer: Optimizer) -> None:
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if name in WHOLE_TENSORS:
+        raise ValueError(
+            f"{name} scales updates by norms of whole tensors, but takes those of one rank's part where a tensor is "
+            "sharded; use hecate.examples.adafactor.ShardedAdafactor, which takes those of each expert's matrix"
+        )

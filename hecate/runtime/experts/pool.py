@@ -1,0 +1,190 @@
+"""The expert pool: what a device owns of all MoE layers, one parameter per weight kind (DESIGN, decision 1).
+
+Slots are sorted by (layer, expert), so the owned experts of a layer are consecutive rows. Moving ownership is a
+permutation of slots: no shape changes. Rows beyond the owned experts are zero padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hecate.config import FSSDPConfig
+from hecate.experts import POOL_PREFIX, ExpertsSpec, OwnedExperts, WeightSpec
+from hecate.placement import Placement, check_owners, initial_owners
+from hecate.runtime.setup import MoELayer, Setup
+from hecate.values.initialize import Stack
+from hecate.values.local import local_tensor
+
+__all__ = ["POOL_PREFIX", "ExpertPool", "make_pools"]
+
+
+class ExpertPool:
+    """Owned experts of layers whose experts have equal weights.
+
+    Attributes:
+        specs: the layers.
+        owners: per layer, int64 `[num_experts]`; see `set_owners`.
+        slots: rows of this device, the same on every device.
+        parameters: kind -> the registered parameter, `[slots * devices, *shape]` as DTensor, `[slots, *shape]` without
+            a mesh.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ExpertsSpec],
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int,
+        num_devices: int,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.specs = tuple(specs)
+        self.rank = rank
+        self.num_devices = num_devices
+        self.mesh = mesh
+        self.device = device
+        self.set_owners(self.initial_owners())
+        self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
+        self.parameters = {
+            w.kind: nn.Parameter(
+                self.distribute(torch.zeros(self.slots, *w.shape, dtype=dtype, device=device)),
+                requires_grad=w.trainable,
+            )
+            for w in self.weights
+        }
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return self.specs[0].weights
+
+    def initial_owners(self) -> list[NDArray[np.int64]]:
+        """Per layer, the even sharding that training starts from."""
+        return [initial_owners(s.num_experts, self.num_devices, i) for i, s in enumerate(self.specs)]
+
+    def fits(self, owners: Sequence[NDArray[np.int64]]) -> bool:
+        """Whether no device would own more than its slots."""
+        return int(np.bincount(np.concatenate(owners), minlength=self.num_devices).max()) <= self.slots
+
+    def set_owners(self, owners: Sequence[NDArray[np.integer]]) -> None:
+        """Who owns what from now on; the caller moves the rows. `owners`: per layer, `[num_experts]`."""
+        self.owners = tuple(check_owners(o, self.num_devices) for o in owners)
+        self._placements = [Placement.from_owners(o, self.num_devices) for o in self.owners]
+        self._owned = [p.held_by(self.rank) for p in self._placements]
+        ends = np.cumsum([0, *map(len, self._owned)]).tolist()
+        self._rows = [slice(*pair) for pair in pairwise(ends)]
+
+    # `place` says which of the pool's layers is meant.
+
+    def placement(self, place: int) -> Placement:
+        """Who owns the experts of a layer."""
+        return self._placements[place]
+
+    def owned(self, place: int) -> NDArray[np.int64]:
+        """Ascending ids of a layer's experts on this device."""
+        return self._owned[place]
+
+    def rows(self, place: int) -> slice:
+        """The slots of a layer's owned experts, in ascending expert id."""
+        return self._rows[place]
+
+    def weights_of(self, place: int) -> dict[str, Tensor]:
+        """Views kind -> `[owned, *shape]` of a layer's owned experts, outside autograd."""
+        rows = self.rows(place)
+        return {kind: local_tensor(p)[rows] for kind, p in self.parameters.items()}
+
+    def entries(self, kind: str | None = None) -> list[OwnedExperts]:
+        """The stacked weights that this pool holds, by their names in the model: of one kind, or of all."""
+        kinds = self.parameters if kind is None else (kind,)
+        return [
+            OwnedExperts(f"{spec.name}.{k}", self.parameters[k], self._placements[i], self._owned[i], self._rows[i])
+            for k in kinds
+            for i, spec in enumerate(self.specs)
+        ]
+
+    def stacks(self) -> list[Stack]:
+        """The owned experts of each layer, as initial values are drawn for them."""
+        owned = enumerate(self._owned)
+        return [Stack(self.specs[i].name, self.weights_of(i), experts.tolist()) for i, experts in owned]
+
+    def add_gradients(
+        self, place: int, positions: Sequence[int], grads: Mapping[str, Sequence[Tensor] | Tensor], scale: float
+    ) -> None:
+        """Add `scale * grads[kind][i]` to the gradient of a layer's owned expert number `positions[i]`."""
+        start = self.rows(place).start
+        for kind, rows in grads.items():
+            target = self.gradient(kind)
+            for position, row in zip(positions, rows, strict=True):
+                target[start + position].add_(row, alpha=scale)
+
+    def gradient(self, kind: str) -> Tensor:
+        """Gradient rows `[slots, *shape]` of this device, zeros if there were none."""
+        parameter = self.parameters[kind]
+        if parameter.grad is None:
+            parameter.grad = self.distribute(torch.zeros_like(local_tensor(parameter)))
+        return local_tensor(parameter.grad)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(kind, parameter) of the kinds that get gradients."""
+        return ((kind, p) for kind, p in self.parameters.items() if p.requires_grad)
+
+    def average_gradients(self, replicas: dist.ProcessGroup) -> None:
+        """Average over the devices that own the same experts. Collective."""
+        for kind, _ in self.trainable():
+            gradient = self.gradient(kind)
+            dist.all_reduce(gradient, group=replicas)
+            gradient.div_(replicas.size())
+
+    def fill(self, place: int, experts: nn.Module) -> None:
+        """Copy this device's owned experts of a layer from the stacked parameters of `experts`, unless on meta."""
+        owned = torch.from_numpy(self.owned(place))
+        for kind, rows in self.weights_of(place).items():
+            stacked = getattr(experts, kind).detach()
+            if not stacked.is_meta:
+                rows.copy_(stacked[owned.to(stacked.device)])
+
+    def clear_padding(self, tensor: Tensor) -> None:
+        """Zero the rows `[slots, ...]` of this device that hold no expert."""
+        local_tensor(tensor)[self._rows[-1].stop :] = 0
+
+    def distribute(self, local: Tensor) -> Tensor:
+        """The DTensor of which `local` `[slots, ...]` is this device's part; itself without a mesh."""
+        if self.mesh is None:
+            return local
+        placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
+        return DTensor.from_local(local, self.mesh, placements, run_check=False)
+
+
+def make_pools(setup: Setup, model: nn.Module, rank: int) -> list[ExpertPool]:
+    """Pools of the layers as `config.pools` says, filled from the model's own weights and registered on it.
+
+    Args:
+        setup: of the model.
+        model: gets the pools' parameters.
+        rank: of this device among those that share the experts.
+    """
+    pools = []
+    for number, layers in enumerate(_by_pool(setup.layers, setup.config)):
+        specs, master = [layer.spec for layer in layers], layers[0].dtypes.master
+        pool = ExpertPool(specs, master, setup.device, rank, setup.num_devices, setup.mesh)
+        for place, layer in enumerate(layers):
+            pool.fill(place, layer.module)
+        for kind, parameter in pool.parameters.items():
+            model.register_parameter(f"{POOL_PREFIX}{number}_{kind}", parameter)
+        pools.append(pool)
+    return pools
+
+
+def _by_pool(layers: Sequence[MoELayer], config: FSSDPConfig) -> list[list[MoELayer]]:
+    if config.pools == "layer":
+        return [[layer] for layer in layers]
+    kinds = dict.fromkeys(layer.spec.weights for layer in layers)
+    return [[layer for layer in layers if layer.spec.weights == weights] for weights in kinds]

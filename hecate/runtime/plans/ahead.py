@@ -1,0 +1,50 @@
+"""The next step's copies, planned in threads while the backward pass runs. The threads issue no communication.
+
+A step always waits for its plan, and a plan depends on integers alone: threads change when it is made, not what it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from hecate.placement import Placement
+from hecate.runtime.plans.layer import LayerPlans, Outlook
+
+__all__ = ["PlanAhead"]
+
+MOST_THREADS = 4
+
+
+class PlanAhead:
+    """Plans all layers of a model.
+
+    Args:
+        layers: of the model.
+        processes: of this machine that plan at the same time.
+    """
+
+    def __init__(self, layers: Sequence[LayerPlans], processes: int) -> None:
+        self._layers = tuple(layers)
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // processes))
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="hecate-plan")
+        self._started: list[tuple[Outlook, Future[Placement]]] = []
+
+    def start(self) -> None:
+        """Begin to plan from the loads known so far; replaces what was begun before."""
+        for _, future in self._started:
+            future.cancel()
+        outlooks = [layer.outlook() for layer in self._layers]
+        self._started = [(outlook, self._threads.submit(outlook.placement)) for outlook in outlooks]
+
+    def placements(self) -> list[Placement]:
+        """One a layer, for the step that begins now; what was begun is used where nothing has changed since."""
+        if not self._started:
+            self.start()
+        begun, self._started = self._started, []
+        futures = []
+        for layer, (before, future) in zip(self._layers, begun, strict=True):
+            outlook = layer.outlook()
+            futures.append(future if before.equals(outlook) else self._threads.submit(outlook.placement))
+        return [future.result() for future in futures]

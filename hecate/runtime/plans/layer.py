@@ -1,0 +1,250 @@
+"""One layer's plans: asks the policy, keeps the load history, books what happened. No process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from hecate.config import FSSDPConfig
+from hecate.cost import CostModel, LayerCost
+from hecate.experts import POOL_PREFIX, ExpertsSpec
+from hecate.loads.history import LoadHistory
+from hecate.placement import Placement
+from hecate.planning.plan import Plan
+from hecate.policies.base import LayerSetting, Policy
+from hecate.runtime.comms import Comms
+from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers, memory_slots
+from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.layout import ChunkLayout
+from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.plans.stats import LayerTotals
+from hecate.runtime.setup import Setup
+
+__all__ = ["LayerPlans", "Outlook", "layer_cost", "make_plans"]
+
+
+def layer_cost(model: CostModel, spec: ExpertsSpec, experts: LayerExperts, dense_token_flops: int) -> LayerCost:
+    """What an expert and a token of this layer cost; 2 operations per weight forward, 4 backward."""
+    weights = sum(int(np.prod(w.shape)) for w in spec.weights)
+    return LayerCost(
+        model=model,
+        expert_bytes=experts.layout.numel * experts.dtypes.param.itemsize,
+        gradient_bytes=experts.gradients.numel * experts.dtypes.reduce.itemsize,
+        token_flops=6 * weights,
+        token_bytes=spec.width * experts.dtypes.token.itemsize,
+        dense_token_flops=dense_token_flops,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """All that the copies of one layer and step are planned from; see `Policy.materialize`."""
+
+    policy: Policy
+    setting: LayerSetting
+    history: NDArray[np.int64]
+    owners: NDArray[np.int64]
+
+    def placement(self) -> Placement:
+        """The placement to gather before the layer runs; owners only where nothing is known yet."""
+        if not len(self.history):
+            return Placement.from_owners(self.owners, self.setting.topology.num_devices)
+        return self.policy.materialize(self.setting, self.history, self.owners)
+
+    def equals(self, other: Outlook) -> bool:
+        """Whether `other` leads to the same placement."""
+        same = np.array_equal(self.history, other.history) and np.array_equal(self.owners, other.owners)
+        return same and self.setting == other.setting
+
+
+class LayerPlans:
+    """Plans of one layer, from the loads it has seen.
+
+    Attributes:
+        name: of the layer's experts in the model.
+        num_experts: its experts.
+        experts: its experts in the pool.
+        history: loads of the last steps.
+        since_reshard: int64 `[num_experts]`, loads since ownership last changed.
+    """
+
+    def __init__(
+        self, spec: ExpertsSpec, experts: LayerExperts, policy: Policy, config: FSSDPConfig, cost: LayerCost
+    ) -> None:
+        self.name = spec.name
+        self.num_experts = spec.num_experts
+        self.experts = experts
+        self.history = LoadHistory(experts.comms.topology.num_devices, spec.num_experts, config.load_window)
+        self.since_reshard = np.zeros(spec.num_experts, dtype=np.int64)
+        self._policy = policy
+        self._config = config
+        self._cost = cost
+        self._tokens_per_device = 0
+        self._totals = self._no_totals()
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """int64 `[num_experts]`."""
+        return self.experts.pool.owners[self.experts.place]
+
+    @property
+    def cost(self) -> LayerCost:
+        """Of an expert and a token of this layer."""
+        return self._cost
+
+    def setting(self, tokens_per_device: int) -> LayerSetting:
+        """What the policy may know."""
+        config = self._config
+        return LayerSetting(
+            topology=self.experts.comms.topology,
+            cost=self._cost,
+            memory_slots=self.experts.memory_slots,
+            max_imbalance=config.max_imbalance,
+            overlap_degree=config.overlap_degree,
+            calibrate=config.calibrate,
+            tokens_per_device=tokens_per_device,
+        )
+
+    @property
+    def totals(self) -> LayerTotals:
+        """Of the step that is under way."""
+        return self._totals
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Mean tokens of a device in a micro-batch of the last step."""
+        return self._tokens_per_device
+
+    def outlook(self) -> Outlook:
+        """What the next step is planned from, the micro-batches booked so far included."""
+        history, tokens = self.history.array(), self._tokens_per_device
+        if self._totals.micro_batches:
+            history = np.concatenate([history, self._totals.counts[None]])[-self._config.load_window :]
+            tokens = self._totals.tokens_per_device
+        return Outlook(self._policy, self.setting(tokens), history, self.owners)
+
+    def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int) -> Plan:
+        """Who computes which tokens of one micro-batch.
+
+        Args:
+            counts: int64 `[D, E]`, the true ones.
+            held: who holds which expert already; the plan's placement may have more copies.
+            top_k: experts a token.
+        """
+        setting = self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
+        owners = self.owners
+        placement = self._policy.calibrate(setting, counts, owners, held)
+        return self._policy.assign(setting, counts, owners, placement)
+
+    def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
+        """Count a micro-batch that is trained on."""
+        self._totals.add(counts, plan, top_k)
+
+    def report(self, totals: LayerTotals) -> dict[str, Any]:
+        """`totals` of one of this layer's steps, as `FSSDP.stats()` gives them."""
+        return totals.report(self.name, self.setting(totals.tokens_per_device))
+
+    def end_step(self) -> LayerTotals:
+        """Turn the step's loads into history; returns its totals."""
+        totals, self._totals = self._totals, self._no_totals()
+        totals.bytes_sent, self.experts.bytes_sent = self.experts.bytes_sent, 0
+        if totals.micro_batches:
+            self.history.add(totals.counts)
+            self.history.close_step()
+            self.since_reshard = self.since_reshard + totals.counts.sum(axis=0)
+            self._tokens_per_device = totals.tokens_per_device
+        return totals
+
+    def drop_step(self) -> None:
+        """Forget what was booked since the last step."""
+        self._totals = self._no_totals()
+        self.experts.bytes_sent = 0
+
+    def state(self) -> dict[str, NDArray[np.int64]]:
+        """What plans come from, besides `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
+        return {
+            "history": self.history.array(),
+            "since_reshard": self.since_reshard.copy(),
+            "tokens_per_device": np.array(self._tokens_per_device, dtype=np.int64),
+            "slots": np.array(self.experts.memory_slots, dtype=np.int64),
+        }
+
+    def restart(self, state: Mapping[str, NDArray[np.int64]] | None, cost: CostModel | None) -> None:
+        """Go on from another run.
+
+        Args:
+            state: of it, on any number of devices; None: no history.
+            cost: that it planned with, to plan exactly as it would have; None keeps the present cost model, and the
+                room for copies that is free now.
+        """
+        devices = self.experts.comms.topology.num_devices
+        self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
+        self.since_reshard = np.zeros(self.num_experts, dtype=np.int64)
+        self._tokens_per_device = 0
+        self.drop_step()
+        if state is not None:
+            for counts in state["history"]:
+                self.history.add(_spread(counts, devices))
+                self.history.close_step()
+            self.since_reshard += state["since_reshard"]
+            self._tokens_per_device = int(state["tokens_per_device"])
+        if state is not None and cost is not None:
+            self._cost = replace(self._cost, model=cost)
+            if self._config.memory_slots == "auto" and self.experts.memory_slots and state["slots"]:
+                self.experts.memory_slots = int(state["slots"])
+
+    def _no_totals(self) -> LayerTotals:
+        devices = self.experts.comms.topology.num_devices
+        return LayerTotals(np.zeros((devices, self.num_experts), dtype=np.int64))
+
+
+def _spread(counts: NDArray[np.int64], devices: int) -> NDArray[np.int64]:
+    """Counts `[D, E]`; of another number of devices, each expert's load spread evenly over `devices`."""
+    if len(counts) == devices:
+        return counts
+    each, rest = np.divmod(counts.sum(axis=0), devices)
+    return each + (np.arange(devices)[:, None] < rest)
+
+
+def make_plans(
+    setup: Setup,
+    model: nn.Module,
+    pools: Sequence[ExpertPool],
+    comms: Comms,
+    shared: SharedBuffers | None,
+    memory: CopiesMemory,
+) -> list[LayerPlans]:
+    """One per layer, in order. Collective.
+
+    Args:
+        setup: of the model.
+        model: with pools, before its dense part is sharded.
+        pools: own the experts.
+        comms: of the devices that share them.
+        shared: the buffers of re-materialization, or None.
+        memory: counts the buffers of copies.
+    """
+    dense_flops = _dense_flops(setup, model)
+    made = []
+    for layer in setup.layers:
+        pool = next(p for p in pools if layer.spec in p.specs)
+        expert_bytes = ChunkLayout(layer.spec.weights).numel * layer.dtypes.param.itemsize
+        slots = memory_slots(setup, expert_bytes, comms.topology.devices_per_node)
+        place = pool.specs.index(layer.spec)
+        name = layer.spec.name
+        experts = LayerExperts(layer.index, name, pool, place, layer.dtypes, comms, slots, shared, memory)
+        cost = layer_cost(setup.cost, layer.spec, experts, dense_flops)
+        made.append(LayerPlans(layer.spec, experts, setup.policy, setup.config, cost))
+    return made
+
+
+def _dense_flops(setup: Setup, model: nn.Module) -> int:
+    """Forward operations per token of the dense part before one MoE layer: 2 per weight; embeddings only look up."""
+    apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | setup.stacked()
+    parameters = ((n, p) for n, p in model.named_parameters() if not n.startswith(POOL_PREFIX))
+    return 2 * sum(p.numel() for _, p in parameters if id(p) not in apart) // len(setup.layers)

@@ -1,0 +1,95 @@
+"""What happened in the last step, per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.planning.calibrate import parts_per_million, target_load
+from hecate.planning.limits import CopyLimits
+from hecate.planning.plan import Plan
+from hecate.planning.planner import lower_bound
+from hecate.policies.base import LayerSetting
+
+__all__ = ["LayerTotals"]
+
+
+@dataclass
+class LayerTotals:
+    """Sums over the micro-batches of one step.
+
+    Attributes:
+        counts: int64 `[D, E]`, (token, expert) pairs routed.
+        before, after: sums over micro-batches of the largest device load, without and with copies.
+        mean: sum of the mean device loads.
+        top_k: experts a token.
+        micro_batches: how many.
+        bytes_sent: by all devices together, for copies and their gradients.
+        last: the plan of the last micro-batch; None before the first.
+    """
+
+    counts: NDArray[np.int64]
+    before: int = 0
+    after: int = 0
+    mean: float = 0.0
+    top_k: int = 1
+    micro_batches: int = 0
+    bytes_sent: int = 0
+    last: Plan | None = None
+
+    def add(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
+        """Count one micro-batch."""
+        num_devices = counts.shape[0]
+        owned_loads = np.bincount(plan.owners, weights=counts.sum(axis=0), minlength=num_devices)
+        self.counts = self.counts + counts
+        self.before += int(owned_loads.max())
+        self.after += int(plan.device_loads.max())
+        self.mean += float(counts.sum()) / num_devices
+        self.top_k = top_k
+        self.micro_batches += 1
+        self.last = plan
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Mean tokens of a device in a micro-batch."""
+        return int(self.counts.sum()) // max(1, self.counts.shape[0] * self.top_k * self.micro_batches)
+
+    def report(self, name: str, setting: LayerSetting) -> dict[str, Any]:
+        """What was counted, for the layer called `name` planned under `setting`; an imbalance without tokens is 1."""
+        bound = 1.0 if self.last is None else _bound(self.last, setting)
+        return {
+            "name": name,
+            "counts": self.counts,
+            "loads": self.counts.sum(axis=0),
+            "imbalance_before": self.before / self.mean if self.mean else 1.0,
+            "imbalance_after": self.after / self.mean if self.mean else 1.0,
+            "lower_bound": bound,
+            "limited_by": None if self.last is None else _limited_by(self.last, setting, bound),
+            "copies": 0 if self.last is None else self.last.copies,
+            "crossings": 0 if self.last is None else self.last.crossings,
+            "bytes": self.bytes_sent,
+        }
+
+
+def _bound(plan: Plan, setting: LayerSetting) -> float:
+    """The smallest max/mean device load that is provable for the layer's memory slots and the plan's loads."""
+    limits = CopyLimits.of(setting.topology, setting.memory_slots)
+    return lower_bound(plan.counts.sum(axis=0), plan.owners, setting.topology, limits)
+
+
+def _limited_by(plan: Plan, setting: LayerSetting, bound: float) -> str | None:
+    """What keeps the largest device load above `max_imbalance`; None if nothing does."""
+    loads, dial = plan.device_loads, setting.max_imbalance
+    if int(loads.max()) <= target_load(int(loads.sum()), len(loads), parts_per_million(dial)):
+        return None
+    missed = f"imbalance {plan.imbalance:.3f} > max_imbalance={dial:g}"
+    if bound > dial:
+        return f"{missed}: memory_slots={setting.memory_slots} allow {bound:.3f} at best"
+    if not setting.calibrate:
+        return f"{missed}: calibrate=False, so copies are planned from past loads alone"
+    if setting.calibrate == "pays":
+        return f"{missed}: by the cost model further copies cost more than they save"
+    return f"{missed}: the policy found no better copies within memory_slots={setting.memory_slots}"

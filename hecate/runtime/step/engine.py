@@ -1,0 +1,158 @@
+"""The clock of steps: re-shard, plan all layers, train, and turn loads into history when the optimizer has stepped.
+
+Plans change between steps only, so that every pass of a step sees the same ones on all ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hecate.collectives.agreement import check_placements
+from hecate.labels import label
+from hecate.placement import Placement
+from hecate.runtime.comms import Comms, ExposedTime
+from hecate.runtime.dense.base import Dense
+from hecate.runtime.experts.buffers import SharedBuffers
+from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.layer import LayerPlans
+from hecate.runtime.plans.ownership import Resharder
+from hecate.runtime.plans.stats import LayerTotals
+from hecate.runtime.step.passes import Passes
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs all MoE layers of one model on this device.
+
+    Args:
+        layers: in the order of the forward pass.
+        passes: of the model.
+        comms: process groups, lanes and topology.
+        dense: the rest of the model.
+        ahead: plans the copies of a step.
+        resharder: moves owners between steps.
+        shared: the buffers of re-materialization, or None.
+        anchor: zero-dimensional tensor that requires a gradient if any expert does.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerPlans],
+        passes: Passes,
+        comms: Comms,
+        dense: Dense,
+        ahead: PlanAhead,
+        resharder: Resharder,
+        shared: SharedBuffers | None,
+        anchor: Tensor,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.passes = passes
+        self.comms = comms
+        self.anchor = anchor
+        self.step = 0
+        self._dense = dense
+        self._ahead = ahead
+        self._resharder = resharder
+        self._shared = shared
+        self._placements: list[Placement] | None = None  # of the step under way
+        self._totals: list[LayerTotals] = []  # of the last step
+        self._exposed = ExposedTime()
+
+    # The model's forward pass.
+
+    def attach(self, model: nn.Module) -> None:
+        """Run with every forward pass of `model`."""
+        # Before FSDP2's own hook: what a failed pass left must be cleared first.
+        model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True)
+        model.register_forward_hook(lambda module, args, output: self.after_forward(output))
+
+    @torch.compiler.disable
+    def before_forward(self) -> None:
+        """Begin a micro-batch; the first one of a step plans all layers."""
+        if self.passes.recomputing:
+            self._dense.enter()
+            return
+        self.passes.recover()
+        # Inside one autocast region, a second pass would reuse casts of weights that FSDP2 has freed since: its
+        # gradients of them are lost.
+        torch.clear_autocast_cache()
+        self._dense.enter()
+        if self._placements is None:
+            self._placements = self._begin_step()
+        self.passes.begin_forward(self.step, self._placements, torch.is_grad_enabled())
+
+    @torch.compiler.disable
+    def after_forward(self, output: object) -> None:
+        """End a forward pass; its backward, if there will be one, begins at any tensor of `output`."""
+        if not self.passes.recomputing:
+            self.passes.end_forward([t for t in _tensors(output) if t.requires_grad])
+
+    def _begin_step(self) -> list[Placement]:
+        with label("reshard"):
+            self._resharder.before_step(self.step)
+        if self._shared is not None:
+            self._shared.reserve(max(layer.experts.buffer_bytes for layer in self.layers), self.anchor.device)
+        with label("plan"):
+            placements = self._ahead.placements()
+        if self.comms.tokens is not None:
+            check_placements(f"step {self.step}", tuple(placements), self.comms.tokens)
+        return placements
+
+    # The end of a step.
+
+    def end_step(self) -> None:
+        """Called after the optimizer's step: loads become history, the next forward pass plans anew."""
+        if self._placements is None:
+            return
+        self._drop_plans()
+        self._totals = [layer.end_step() for layer in self.layers]
+        self._exposed = self.comms.exposed.take()
+        self.step += 1
+
+    def skip_step(self) -> None:
+        """Forget the step under way, also if a pass of it raised: the next one begins as this one did."""
+        self.passes.abandon_backward()
+        self._drop_plans()
+        for layer in self.layers:
+            layer.drop_step()
+        self.comms.exposed.take()
+
+    def restart(self, step: int) -> None:
+        """Go to `step` with other weights or owners: nothing of the present step is kept."""
+        self._drop_plans()
+        self.step = step
+
+    def _drop_plans(self) -> None:
+        """Nothing gathered or planned outlives its step: the weights change."""
+        self.passes.end_step()
+        if self._shared is not None:
+            self._shared.evict()
+        self._placements = None
+
+    def report(self) -> list[dict[str, Any]]:
+        """The last step, or the first one as far as it has come, an entry per layer, as `FSSDP.stats()` gives it."""
+        totals = self._totals or [layer.totals for layer in self.layers]
+        exposed = self._exposed if self._totals else self.comms.exposed
+        return [
+            layer.report(total) | {"exposed_seconds": exposed.seconds(i)}
+            for i, (layer, total) in enumerate(zip(self.layers, totals, strict=True))
+        ]
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """All tensors in nested mappings, sequences and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (t for value in output.values() for t in _tensors(value))
+    elif isinstance(output, list | tuple):
+        yield from (t for value in output for t in _tensors(value))
+    elif dataclasses.is_dataclass(output):
+        yield from (t for field in dataclasses.fields(output) for t in _tensors(getattr(output, field.name)))

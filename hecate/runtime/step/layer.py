@@ -1,0 +1,146 @@
+"""One MoE layer under FSSDP: from the router's choice to the combined output, forward and backward.
+
+Shapes: T tokens of this device, k experts per token, N rows that this device computes, d model width.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from hecate.experts import ExpertsSpec
+from hecate.labels import label
+from hecate.ops.grouped import Groups
+from hecate.runtime.experts.copies import LayerCopies
+from hecate.runtime.step.engine import Engine
+from hecate.runtime.step.record import LayerRecord
+
+__all__ = ["FSSDPExperts"]
+
+
+class FSSDPExperts(nn.Module):
+    """An experts module under FSSDP: its stacked weights live in the engine's pool, all else it has stays in it."""
+
+    @staticmethod
+    def take_over(module: nn.Module, index: int, spec: ExpertsSpec) -> FSSDPExperts:
+        """Turn `module` into this in place, as FSDP2's `fully_shard` does: by a subclass of both classes.
+
+        So it keeps its name, submodules and attributes, and frees the weights that the pool has copied.
+        """
+        for weight in spec.weights:
+            delattr(module, weight.kind)
+        cls = type(module)
+        module.__class__ = type(f"FSSDP{cls.__name__}", (FSSDPExperts, cls), {})
+        assert isinstance(module, FSSDPExperts)
+        module.hecate_index = index
+        module.hecate_spec = spec
+        return module
+
+    def connect(self, engine: Engine) -> None:
+        """Run with `engine` from now on."""
+        self._hecate_engine = [engine]  # in a list: nn.Module looks at attributes, and the engine holds the model
+
+    _hecate_engine: list[Engine]
+    hecate_index: int
+    hecate_spec: ExpertsSpec
+
+    # Its collectives depend on counts that only the host knows: torch.compile breaks its graph here.
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted outputs of each token's experts.
+
+        Args:
+            hidden_states: `[T, d]`.
+            top_k_index: int64 `[T, k]`.
+            top_k_weights: `[T, k]`.
+
+        Returns:
+            `[T, d]` in the dtype of `hidden_states`; experts compute in `param_dtype`, under autocast too.
+
+        Raises:
+            ValueError: under autocast with float16.
+        """
+        engine = self._hecate_engine[0]
+        _check_autocast(self.hecate_spec.name, hidden_states.device.type)
+        with engine.comms.guard():
+            return _run(engine, self.hecate_index, self.hecate_spec, hidden_states, top_k_index, top_k_weights)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        spec = self.hecate_spec
+        return f"num_experts={spec.num_experts}, {', '.join(f'{w.kind}{list(w.shape)}' for w in spec.weights)}"
+
+
+Weights = list[tuple[list[int], dict[str, Tensor]]]
+
+
+def _check_autocast(layer: str, kind: str) -> None:
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise ValueError(
+            f"{layer}: autocast with torch.float16 needs a loss scaler that knows of all ranks; use torch.bfloat16"
+        )
+
+
+def _run(
+    engine: Engine, index: int, spec: ExpertsSpec, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """One layer for one micro-batch; see `FSSDPExperts.forward`."""
+    passes, dtype = engine.passes, engine.layers[index].experts.dtypes.param
+    record = passes.record(index, top_k_index, top_k_weights)
+    with label("dispatch", spec.name):
+        rows = record.dispatch.dispatch(hidden_states.to(dtype))
+    record.copies.ensure_held()
+    with label("experts", spec.name):
+        rows = _run_parts(spec, rows, record, _ExpertWeights.of(engine, record.copies))
+    if rows.requires_grad:
+        # Runs before the backward of the experts, which reads their weights.
+        token = passes.token()
+        rows.register_hook(lambda grad: passes.before_expert_gradients(record.copies, token))
+    with label("combine", spec.name):
+        output = record.dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
+    passes.after_layer(index, record)
+    return output
+
+
+def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights) -> Tensor:
+    """The expert MLP, once per stack of weights."""
+    ends = [0, *accumulate(record.dispatch.sizes)]
+    outputs = []
+    for positions, part in weights:
+        first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
+        sizes = record.dispatch.sizes[first:last]
+        outputs.append(spec.mlp(rows[ends[first] : ends[last]], Groups.of(sizes, rows.device), part))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class _ExpertWeights(torch.autograd.Function):
+    """Gives the weights of the experts held here to autograd, and sends their gradients home."""
+
+    @staticmethod
+    def of(engine: Engine, copies: LayerCopies) -> Weights:
+        parts = copies.parts()
+        flat = _ExpertWeights.apply(engine.anchor, engine, copies, parts)
+        tensors = iter(flat)
+        return [(positions, {kind: next(tensors) for kind in weights}) for positions, weights in parts]
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, engine: Engine, copies: LayerCopies, parts: Weights):  # type: ignore[no-untyped-def]
+        # The anchor requires a gradient, so that experts get theirs under a frozen trunk.
+        ctx.engine, ctx.copies = engine, copies
+        trainable = {w.kind for w in copies.layer.gradients.weights}
+        ctx.kinds = [list(weights) for _, weights in parts]
+        tensors = [w for _, weights in parts for w in weights.values()]
+        frozen = [w for _, weights in parts for kind, w in weights.items() if kind not in trainable]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
+        rows: dict[str, list[Tensor]] = {w.kind: [] for w in ctx.copies.layer.gradients.weights}
+        for kind, grad in zip((k for part in ctx.kinds for k in part), grads, strict=True):
+            if kind in rows:
+                rows[kind].extend(grad.unbind(0))
+        ctx.engine.passes.after_expert_gradients(ctx.copies, rows)
+        return None, None, None, None

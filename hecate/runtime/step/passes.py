@@ -1,0 +1,299 @@
+"""The clock of micro-batches: which one runs forward, which run backward, and what is kept between.
+
+Forward: copies of layer i + 1 are launched when layer i is done, so that they travel behind the dense work between
+them. Backward: gradients of layer i, and under re-materialization the copies of layer i - 1, travel behind the dense
+backward between them (paper, section 3.2).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from hecate.collectives.agreement import debugging, differing_ranks
+from hecate.labels import label
+from hecate.placement import Placement
+from hecate.planning.plan import Plan
+from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
+from hecate.runtime.comms import Comms
+from hecate.runtime.dense.base import Dense
+from hecate.runtime.experts.copies import LayerCopies, Reduction
+from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.layer import LayerPlans
+from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
+from hecate.runtime.step.record import LayerRecord
+from hecate.runtime.tokens.counts import Position, count_tokens
+from hecate.runtime.tokens.dispatch import dispatch_of
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Runs the MoE layers of one model through forward and backward passes.
+
+    Args:
+        layers: in the order of the forward pass.
+        pools: own the experts.
+        comms: process groups, lanes and topology.
+        dense: the rest of the model.
+        ahead: plans the next step while a backward pass runs.
+        rematerialize: copies are released after forward and gathered again for backward.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerPlans],
+        pools: Sequence[ExpertPool],
+        comms: Comms,
+        dense: Dense,
+        ahead: PlanAhead,
+        rematerialize: bool,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._pools = tuple(pools)
+        self._comms = comms
+        self._dense = dense
+        self._ahead = ahead
+        self._rematerialize = rematerialize
+        self._step = 0
+        self._placements: Sequence[Placement] = ()
+        self._number = 0
+        self._current: MicroBatch | None = None  # of the latest forward pass
+        self._token: GraphToken | None = None  # of that pass while it runs
+        self._kept: dict[int, MicroBatch] = {}  # with records, by number
+        self._graphs_gone: deque[int] = deque()  # numbers; appended whenever Python frees a graph
+        self._in_backward: dict[int, MicroBatch] = {}  # in the running backward pass, by number
+        self._backward_of: MicroBatch | None = None  # whose backward runs now
+        self._reductions: list[Reduction] = []
+
+    # The forward pass.
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a forward pass that begins now repeats one whose backward runs (activation checkpointing)."""
+        if not in_backward():
+            return False
+        waits = self._current is not None and self._current.state is PassState.WAITING
+        # An outer reentrant checkpoint ran the original without gradients: what runs now is the real forward pass.
+        return bool(self._in_backward) or waits
+
+    def begin_forward(self, step: int, placements: Sequence[Placement], with_grad: bool) -> None:
+        """A micro-batch begins: launch the copies of the first layer. Collective.
+
+        Args:
+            step: optimizer steps so far.
+            placements: per layer, what to gather before it runs.
+            with_grad: whether a backward pass may follow.
+        """
+        self._release_freed()
+        self._leave_forward()
+        self._step, self._placements = step, placements
+        self._number += 1
+        self._current = MicroBatch(self._number, with_grad)
+        if with_grad:
+            self._kept[self._number] = self._current
+            self._token = self._current.new_token()
+            weakref.finalize(self._token, self._graphs_gone.append, self._number).atexit = False
+        self._launch(0)
+
+    def end_forward(self, outputs: Sequence[Tensor]) -> None:
+        """The pass is over; its backward, if there will be one, begins at any of `outputs`, which require gradients."""
+        micro_batch, token = self._current, self._token
+        assert micro_batch is not None
+        if token is not None:
+            for tensor in outputs:
+                tensor.register_hook(lambda grad: self.begin_backward(token))
+        if outputs or not micro_batch.with_grad:
+            self._dense.leave()
+        # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
+        self._leave_forward()
+
+    def _leave_forward(self) -> None:
+        """Leave state FORWARD, also after a pass that raised."""
+        self._token = None
+        if self._current is not None and self._current.state is PassState.FORWARD:
+            self._current.drop_launched()
+            self._current.advance(PassState.WAITING if self._current.with_grad else PassState.ENDED)
+
+    def _release_freed(self) -> None:
+        """End micro-batches whose graph is gone: no backward pass can reach them."""
+        while self._graphs_gone:
+            micro_batch = self._kept.pop(self._graphs_gone.popleft(), None)
+            if micro_batch is not None:
+                micro_batch.end()
+
+    def _launch(self, layer: int) -> None:
+        """Start to gather the copies of `layer` for the running pass, if there is such a layer."""
+        if layer < len(self._layers) and self._current is not None:
+            experts = self._layers[layer].experts
+            with label("gather", experts.name):
+                self._current.launch(experts, self._placements[layer])
+
+    # One layer.
+
+    def record(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
+        """Plan the layer for these tokens, or replay its plan in a recomputation. Collective if it plans.
+
+        Args:
+            layer: its index.
+            index: `[T, k]` experts of this device's tokens.
+            weights: `[T, k]`.
+        """
+        micro_batch = self._running()
+        name = self._layers[layer].name
+        if micro_batch is None or not self._placements:
+            raise RuntimeError(
+                f"{name}: called outside a forward pass of the model that fully_shard was called with; call that "
+                "model instead"
+            )
+        if layer in micro_batch.records:
+            if in_backward():
+                return micro_batch.records[layer]
+            raise RuntimeError(f"{name}: called twice in one forward pass; it must be called once")
+        record = self._plan(layer, index, weights)
+        if micro_batch.with_grad and micro_batch.state is not PassState.ENDED:
+            micro_batch.records[layer] = record
+        return record
+
+    def _running(self) -> MicroBatch | None:
+        """The micro-batch that a layer runs for."""
+        return self._backward_of if self._in_backward and in_backward() else self._current
+
+    def token(self) -> GraphToken | None:
+        """What the graph of the running pass must hold."""
+        micro_batch = self._running()
+        return None if micro_batch is None else micro_batch.token
+
+    def _plan(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
+        plans, comms, current = self._layers[layer], self._comms, self._current
+        assert current is not None
+        self._launch(layer)
+        position = Position(self._step, layer, current.with_grad)
+        with label("count", plans.name):
+            counts = count_tokens(plans.name, position, index, weights, plans.num_experts, comms)
+        copies = current.launched.pop(layer)
+        with label("plan", plans.name):
+            plan = plans.plan(counts, copies.placement, index.shape[1])
+        if debugging():
+            self._check_plan(plans.name, plan)
+        if plan.placement != copies.placement:
+            copies.extend(plan.placement)
+        wire = plans.experts.dtypes.wire
+        dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire)
+        return LayerRecord(counts, index.shape[1], plan, dispatch, copies)
+
+    def _check_plan(self, name: str, plan: Plan) -> None:
+        """Under HECATE_DEBUG=1: whether the plan is valid, and the same on all ranks. Collective."""
+        plan.validate()
+        if self._comms.tokens is not None and (wrong := differing_ranks(plan.digest(), self._comms.tokens)):
+            raise RuntimeError(f"{name}: rank {', '.join(map(str, wrong))} has another plan than the other ranks")
+
+    def after_layer(self, layer: int, record: LayerRecord) -> None:
+        """`layer` has run forward: prefetch the next layer's copies, free what nothing reads."""
+        current = self._current
+        if current is not None and not current.with_grad:
+            record.copies.release()
+        if not in_backward() or (current is not None and current.state is PassState.FORWARD):
+            self._launch(layer + 1)
+
+    # Backward.
+
+    def begin_backward(self, token: GraphToken) -> None:
+        """Gradients of a micro-batch are about to flow; nothing to do if they do already."""
+        micro_batch = self._backward_of = token.micro_batch
+        if micro_batch.number in self._in_backward:
+            return
+        self._book(micro_batch)
+        if not self._in_backward:
+            self._dense.enter()
+            self._ahead.start()
+            at_end_of_backward(self._finish_backward)
+        if micro_batch.state is PassState.FORWARD:  # a hidden state is differentiated while the model runs
+            micro_batch.advance(PassState.WAITING)
+        micro_batch.advance(PassState.BACKWARD)
+        self._in_backward[micro_batch.number] = micro_batch
+        self._launch_again(len(self._layers) - 1)
+
+    def _book(self, micro_batch: MicroBatch) -> None:
+        """Count the loads of a pass that is trained on, once, however often its backward runs."""
+        if micro_batch.booked:
+            return
+        micro_batch.booked = True
+        for layer, record in micro_batch.records.items():
+            self._layers[layer].book(record.counts, record.plan, record.top_k)
+
+    def before_expert_gradients(self, copies: LayerCopies, token: GraphToken | None) -> None:
+        """The experts of a layer are about to run backward: their weights must be here. Collective."""
+        # Usually the output hook began the backward pass; if it found no tensor in the output, it begins here.
+        if token is not None:
+            self.begin_backward(token)
+        with self._comms.guard():
+            copies.ensure_held()
+
+    def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
+        """The experts of a layer have run backward: send gradients home, prefetch the layer that comes next."""
+        with self._comms.guard(), label("reduce", copies.layer.name):
+            self._finish_reductions()
+            self._reductions.append(copies.reduce(grads))
+        if not self._rematerialize:
+            copies.release()
+        self._launch_again(copies.layer.index - 1)
+
+    def _launch_again(self, layer: int) -> None:
+        """Under re-materialization, gather the copies of `layer` for its backward."""
+        if not self._rematerialize or self._backward_of is None:
+            return
+        record = self._backward_of.records.get(layer)
+        if record is not None:
+            with label("gather", record.copies.layer.name):
+                record.copies.launch()
+
+    def _finish_backward(self) -> None:
+        with self._comms.guard():
+            self._finish_reductions()
+        self._end_backward()
+        self._dense.leave()
+        self._dense.reduce()
+        if self._dense.sync and self._comms.replicas is not None:
+            for pool in self._pools:
+                pool.average_gradients(self._comms.replicas)
+
+    def _end_backward(self) -> None:
+        for number, micro_batch in self._in_backward.items():
+            self._kept.pop(number, None)
+            micro_batch.end()
+        self._in_backward.clear()
+        self._backward_of = None
+
+    def _finish_reductions(self) -> None:
+        for reduction in self._reductions:
+            reduction.finish()
+        self._reductions.clear()
+
+    # Between steps, and after failures.
+
+    def abandon_backward(self) -> None:
+        """Nothing of a backward pass that raised before its end may reach the next one's gradients."""
+        for reduction in self._reductions:
+            reduction.discard()
+        self._reductions.clear()
+        self._end_backward()
+        self._dense.leave()
+        self._dense.drop()
+
+    def recover(self) -> None:
+        """Before a forward pass: if the last backward pass raised, abandon it."""
+        if self._in_backward:
+            self.abandon_backward()
+
+    def end_step(self) -> None:
+        """The weights have changed: nothing gathered or planned outlives that."""
+        self._leave_forward()
+        for micro_batch in self._kept.values():
+            micro_batch.end()
+        self._kept.clear()
+        self._placements = ()

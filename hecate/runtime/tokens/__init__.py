@@ -1,0 +1,1 @@
+"""The way of a token: counts, dispatch, exchange, combine."""

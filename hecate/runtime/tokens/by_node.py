@@ -1,0 +1,275 @@
+"""The token exchange that knows nodes: a token goes to each foreign node once, whatever experts it has there.
+
+Its relay there, the device with the sender's place in the node, hands it on to the experts' devices and sums their
+results before they return. Same results as the plain exchange within rounding; the order of every sum is fixed.
+With a wire dtype, both legs round the rows that leave a device; sums are taken in float32, or the compute dtype where
+that is wider, and rounded once for the wire.
+
+Shapes: T tokens of this device, k experts a token, n nodes, U (token, node) pairs sent, R received as a relay, C copies
+that the relay hands on, M rows computed here, d model width, D devices, P (expert, device) pairs of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecate.cost import LayerCost
+from hecate.ops.permute import block_order, invert, permute
+from hecate.placement import Topology
+from hecate.planning.plan import Plan
+from hecate.runtime.comms import Comms
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch
+
+__all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One of the two exchanges: rows that are taken from others, and how many go where.
+
+    Attributes:
+        index: int64 `[rows sent]`, which row each is taken from.
+        slots: int64 `[rows taken from, most]`, where each row was sent to, padded with the number of rows sent.
+        sent, received: rows to and from each device.
+    """
+
+    index: Tensor
+    slots: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NodeDispatch(Dispatch):
+    """A row goes to each foreign node once, to the relay there, which hands it on.
+
+    Attributes:
+        across: tokens `[T]` to relays: U rows, by node and token.
+        here: bool `[U, k]`, which of the token's copies are in that node.
+        inside: R rows at the relay to the devices of its node: C rows, by device and expert.
+        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, relay).
+        sizes: received rows per expert held here, in the order of its rows.
+        wire: dtype of rows between devices; None keeps theirs.
+        comms: of the devices that share the experts.
+    """
+
+    across: Leg
+    here: Tensor
+    inside: Leg
+    local_order: Tensor
+    local_inverse: Tensor
+    sizes: tuple[int, ...]
+    wire: torch.dtype | None
+    comms: Comms
+
+    def dispatch(self, hidden: Tensor) -> Tensor:
+        rows = _Take.apply(hidden, self.across.index, self.across.slots)
+        rows = self._across(rows, back=False)
+        rows = _Take.apply(rows, self.inside.index, self.inside.slots)
+        rows = AllToAll.apply(rows, self.inside.sent, self.inside.received, self.comms, self.wire)
+        return permute(rows, self.local_order, self.local_inverse, 1)
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        across, inside = self.across, self.inside
+        shares = _Take.apply(weights, across.index, across.slots) * self.here
+        shares = AllToAll.apply(shares, across.sent, across.received, self.comms, None)
+        if self.wire is not None:
+            shares = shares.to(torch.promote_types(shares.dtype, torch.float32))  # what the sums below are taken in
+        copies = permute(rows, self.local_inverse, self.local_order, 1)
+        copies = AllToAll.apply(copies, inside.received, inside.sent, self.comms, self.wire)
+        sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
+        sums = self._across(sums, back=True)
+        return _SumOf.apply(sums, across.index, across.slots).to(rows.dtype)
+
+    def _across(self, rows: Tensor, back: bool) -> Tensor:
+        leg = self.across
+        sent, received = (leg.received, leg.sent) if back else (leg.sent, leg.received)
+        return AllToAll.apply(rows, sent, received, self.comms, self.wire)
+
+
+def node_exchange_pays(plan: Plan, cost: LayerCost, top_k: int) -> bool:
+    """Whether crossing once is predicted to be faster; integers, the same on every rank.
+
+    How many of a device's tokens have an expert in a node is estimated as if their experts were chosen independently.
+    """
+    topology = plan.topology
+    node = plan.holders[:, 1] // topology.devices_per_node
+    to_node = np.stack([plan.quota[:, node == n].sum(axis=1) for n in range(topology.num_nodes)], axis=1)
+    plain = together = handed_on = 0
+    for device, copies in enumerate(to_node.tolist()):
+        tokens = sum(copies) // top_k
+        foreign = [c for n, c in enumerate(copies) if n != topology.node_of(device)]
+        missing = [(sum(copies) - c) ** top_k * tokens // max(1, sum(copies)) ** top_k for c in foreign]
+        plain = max(plain, sum(foreign))
+        together = max(together, sum(tokens - m for m in missing))
+        handed_on = max(handed_on, sum(copies))
+    model, size = cost.model, cost.token_bytes
+    messages = topology.num_devices * model.message_ns
+    plain_ns = 2 * (messages + plain * size * 1_000_000_000 // model.inter_node_bandwidth)
+    # Numbers of rows, plans of the copies and weights cross as well; every copy is handed on inside the node.
+    extra = 8 * top_k
+    across_ns = together * (2 * size + extra) * 1_000_000_000 // model.inter_node_bandwidth
+    inside_ns = 2 * handed_on * size * 1_000_000_000 // model.intra_node_bandwidth
+    # A third must be saved: packing at the relays and the waits for their counts are not in the model.
+    return topology.num_nodes > 1 and 3 * (7 * messages + across_ns + inside_ns) < 2 * plain_ns
+
+
+def node_dispatch(
+    plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
+) -> NodeDispatch:
+    """The record that `plan` means for this device. Collective.
+
+    Args:
+        plan: whose quota row of this device counts `index`.
+        index: `[T, k]` expert of each token copy.
+        comms: this device's process groups and topology.
+        local_rows: experts held here, in the order of their rows.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+    """
+    topology, rank, device = comms.topology, comms.rank, index.device
+    per_node = topology.devices_per_node
+    pair_of = _pairs_of_copies(plan, index, rank)  # [T, k]
+    holder = torch.from_numpy(plan.holders[:, 1].copy()).to(device)
+    node_of = holder[pair_of] // per_node
+    nodes = torch.arange(topology.num_nodes, device=device).view(-1, 1, 1)
+    copies = node_of == nodes  # [n, T, k]
+    present = copies.any(2)
+    sent, received = _exchange_counts(present.sum(1), comms)
+    place, token = torch.nonzero_static(present, size=sum(sent)).unbind(1)  # by node and token
+    slots = torch.full((index.shape[0], topology.num_nodes), token.numel(), device=device)
+    slots[token, place] = torch.arange(token.numel(), device=device)
+    across = Leg(token, slots, sent, received)
+    here = copies[place, token]
+
+    meant = torch.where(here, pair_of[token], -1)
+    at_relay = meant.new_empty(sum(received), index.shape[1])
+    dist.all_to_all_single(at_relay, meant, list(received), list(sent), group=comms.tokens)
+    inside, by_relay = _inside(plan, at_relay, topology, rank)
+    local_order, sizes = _local_rows(plan, by_relay, rank, local_rows, device)
+    return NodeDispatch(across, here, inside, local_order, invert(local_order), sizes, wire, comms)
+
+
+def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
+    """The (expert, device) pair of each token copy, `[T, k]`: sorted by expert, copies are blocks, one a pair."""
+    by_expert = torch.argsort(index.flatten(), stable=True)
+    quota = torch.from_numpy(plan.quota[rank].copy()).to(index.device)
+    pairs = torch.repeat_interleave(torch.arange(quota.numel(), device=index.device), quota, output_size=index.numel())
+    return torch.empty_like(by_expert).scatter_(0, by_expert, pairs).view(index.shape)
+
+
+def _exchange_counts(to_node: Tensor, comms: Comms) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows to and from each device, where the relay has this device's place in its node."""
+    topology = comms.topology
+    sent = to_node.new_zeros(topology.num_devices)
+    sent[comms.rank % topology.devices_per_node :: topology.devices_per_node] = to_node
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=comms.tokens)
+    both = torch.stack([sent, received]).tolist()  # one wait for the device
+    return tuple(both[0]), tuple(both[1])
+
+
+def _inside(plan: Plan, at_relay: Tensor, topology: Topology, rank: int) -> tuple[Leg, NDArray[np.int64]]:
+    """The relay's leg for rows whose copies are the pairs `at_relay [R, k]` (-1: none); rows by relay, `[D, P]`."""
+    per_node, devices = topology.devices_per_node, topology.num_devices
+    expert, holder = plan.holders.T
+    rank_of_pair = np.empty(len(holder), dtype=np.int64)
+    rank_of_pair[np.lexsort((expert, holder))] = np.arange(len(holder))
+    near = holder // per_node == topology.node_of(rank)
+    # All tokens of the devices with this one's place in their node come through it.
+    by_relay = np.zeros_like(plan.quota)
+    for place in range(per_node):
+        relay = topology.node_of(rank) * per_node + place
+        by_relay[relay] = plan.quota[place::per_node].sum(axis=0) * near
+    order_key = torch.from_numpy(rank_of_pair).to(at_relay.device)
+    flat = at_relay.flatten()
+    copies = int(by_relay[rank].sum())
+    key = torch.where(flat >= 0, order_key[flat.clamp(min=0)], len(holder))
+    taken = torch.argsort(key, stable=True)[:copies]
+    slots = torch.full_like(flat, copies)
+    slots[taken] = torch.arange(copies, device=flat.device)
+    sent = np.bincount(holder, weights=by_relay[rank], minlength=devices).astype(np.int64)
+    received = by_relay[:, holder == rank].sum(axis=1)
+    index = taken // at_relay.shape[1]
+    return Leg(index, slots.view_as(at_relay), tuple(sent.tolist()), tuple(received.tolist())), by_relay
+
+
+def _local_rows(
+    plan: Plan, by_relay: NDArray[np.int64], rank: int, local_rows: Sequence[int], device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Order of the received rows by (row of the expert here, relay), and rows per expert."""
+    expert, holder = plan.holders.T
+    here = np.flatnonzero(holder == rank)
+    arriving = by_relay[:, here]
+    row_of = {e: i for i, e in enumerate(local_rows)}
+    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
+    source = np.repeat(np.arange(len(by_relay)), len(here))
+    order = block_order(arriving.ravel(), np.lexsort((source, np.tile(row, len(by_relay)))), device)
+    sizes = np.zeros(len(local_rows), dtype=np.int64)
+    sizes[row] = arriving.sum(axis=0)
+    return order, tuple(sizes.tolist())
+
+
+def _gather_slots(rows: Tensor, slots: Tensor) -> Tensor:
+    """`[n, most, d]`: the row in each slot, zeros in empty ones."""
+    return (
+        torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    )
+
+
+class _Take(torch.autograd.Function):
+    """`rows[index]`; backward sums a row's gradients in the order of its slots."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index, slots)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        _, slots = ctx.saved_tensors
+        return _gather_slots(grad, slots).sum(1), None, None
+
+
+class _SumOf(torch.autograd.Function):
+    """The mirror image of `_Take`: sums of the rows in each row's slots."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index, slots)
+        return _gather_slots(rows, slots).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        index, _ = ctx.saved_tensors
+        return grad.index_select(0, index), None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`[C, d]` and weights `[R, k]` to `[R, d]`: sums of the rows in each row's slots, weighted."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, index: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, weights, index, slots)
+        return (_gather_slots(rows, slots) * weights.unsqueeze(-1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        rows, weights, index, slots = ctx.saved_tensors
+        weight = _gather_weights(weights, slots, rows.shape[0])
+        to_rows = (grad.index_select(0, index) * weight.unsqueeze(-1)).to(rows.dtype)
+        to_weights = (_gather_slots(rows, slots) * grad.unsqueeze(1)).sum(2).to(weights.dtype)
+        return to_rows, to_weights, None, None
+
+
+def _gather_weights(weights: Tensor, slots: Tensor, rows: int) -> Tensor:
+    """The weight of each of `rows` rows; every row is in one slot."""
+    found = weights.new_empty(rows + 1)
+    found[slots.flatten()] = weights.flatten()
+    return found[:rows]

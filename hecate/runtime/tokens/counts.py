@@ -1,0 +1,115 @@
+"""How many tokens each device routes to each expert: the one place of a layer where an accelerator is waited for.
+
+Shapes: T tokens of this device, k experts a token, D devices, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hecate.errors import NonFiniteError
+from hecate.runtime.comms import Comms
+
+__all__ = ["Position", "count_tokens"]
+
+OUTSIDE, NOT_FINITE, STEP, LAYER, WITH_GRAD = range(5)
+"""Columns that follow the experts' counts in the exchanged row."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands; all ranks of a group must stand in the same place.
+
+    Attributes:
+        step: optimizer steps so far.
+        layer: index of the MoE layer in the model.
+        with_grad: whether a backward pass may follow.
+    """
+
+    step: int
+    layer: int
+    with_grad: bool
+
+    def __str__(self) -> str:
+        kind = "with" if self.with_grad else "without"
+        return f"MoE layer {self.layer} {kind} gradients after {self.step} optimizer steps"
+
+
+def count_tokens(
+    name: str, position: Position, index: Tensor, weights: Tensor, num_experts: int, comms: Comms
+) -> NDArray[np.int64]:
+    """Exchange how many tokens each device routes to each expert. Collective.
+
+    Args:
+        name: of the layer, for errors.
+        position: of this rank.
+        index: `[T, k]` expert of each token copy.
+        weights: `[T, k]`.
+        num_experts: E.
+        comms: the ranks that share the experts.
+
+    Returns:
+        int64 `[D, E]`, on the host.
+
+    Raises:
+        ValueError: on every rank, naming layer and rank, if an index is outside [0, E).
+        NonFiniteError: likewise, if a weight is not finite; not with several replicas, as the others would wait for
+            this one: there the loss and the gradients' norm become NaN, which all see.
+        RuntimeError: likewise, if ranks stand in different forward passes or layers.
+    """
+    row = _row(position, index, weights, num_experts)
+    table = row.new_empty(comms.topology.num_devices, row.numel())
+    if comms.tokens is None:
+        table[0] = row
+    else:
+        dist.all_gather(list(table.unbind(0)), row, group=comms.tokens)
+    everything = table.cpu().numpy()
+    counts, others = everything[:, :num_experts], everything[:, num_experts:]
+    _check_position(name, position, others[:, STEP:])
+    _check_range(name, others[:, OUTSIDE], num_experts)
+    if comms.replicas is None or comms.replicas.size() == 1:
+        _check_finite(name, others[:, NOT_FINITE])
+    return counts
+
+
+def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """int64 `[E + 5]`: this rank's counts, then the columns that the others check."""
+    valid = (index >= 0) & (index < num_experts)
+    slot = torch.where(valid, index, num_experts).flatten()
+    row = torch.zeros(num_experts + WITH_GRAD + 1, dtype=torch.int64, device=index.device)
+    row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
+    row[num_experts + NOT_FINITE] = (~torch.isfinite(weights.detach())).sum()
+    for column, value in enumerate(astuple(position), num_experts + STEP):
+        row[column].fill_(int(value))
+    return row
+
+
+def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
+    for rank, (step, layer, with_grad) in enumerate(columns.tolist()):
+        other = Position(step, layer, bool(with_grad))
+        if other != own:
+            raise RuntimeError(
+                f"{name}: this rank runs {own}, rank {rank} {other}; all ranks must call the model equally often and "
+                "in the same mode (generate() of unequal lengths needs synced_gpus=True)"
+            )
+
+
+def _check_range(layer: str, outside: NDArray[np.int64], num_experts: int) -> None:
+    for rank in np.flatnonzero(outside):
+        raise ValueError(
+            f"{layer}: the router of rank {rank} chose {outside[rank]} experts outside [0, {num_experts}); "
+            f"the layer has {num_experts} experts"
+        )
+
+
+def _check_finite(layer: str, not_finite: NDArray[np.int64]) -> None:
+    for rank in np.flatnonzero(not_finite):
+        raise NonFiniteError(
+            f"{layer}: the router of rank {rank} gave {not_finite[rank]} weights that are NaN or infinite"
+        )

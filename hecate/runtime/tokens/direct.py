@@ -1,0 +1,100 @@
+"""The plain dispatch: one all-to-all there, one back, and the mirror in backward.
+
+Shapes: T tokens of this device, k experts a token, N = T * k rows sent, M rows received, d model width, D devices,
+P (expert, device) pairs of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hecate.ops.permute import block_order, combine, invert, permute
+from hecate.planning.plan import Plan
+from hecate.runtime.comms import Comms
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch
+
+__all__ = ["DirectDispatch", "direct_dispatch"]
+
+
+@dataclass(frozen=True)
+class DirectDispatch(Dispatch):
+    """Each row goes straight to the device that computes it.
+
+    Attributes:
+        order, inverse: int64 `[N]`, rows sorted by (destination, expert).
+        sent, received: rows to and from each device.
+        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, source).
+        sizes: received rows per expert held here, in the order of its rows.
+        top_k: experts a token.
+        wire: dtype of rows between devices; None keeps theirs.
+        comms: of the devices that share the experts.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    local_order: Tensor
+    local_inverse: Tensor
+    sizes: tuple[int, ...]
+    top_k: int
+    wire: torch.dtype | None
+    comms: Comms
+
+    def dispatch(self, hidden: Tensor) -> Tensor:
+        rows = permute(hidden, self.order, self.inverse, self.top_k)
+        rows = AllToAll.apply(rows, self.sent, self.received, self.comms, self.wire)
+        return permute(rows, self.local_order, self.local_inverse, 1)
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        rows = permute(rows, self.local_inverse, self.local_order, 1)
+        rows = AllToAll.apply(rows, self.received, self.sent, self.comms, self.wire)
+        return combine(rows, weights, self.order, self.inverse)
+
+
+def direct_dispatch(
+    plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
+) -> DirectDispatch:
+    """The record that `plan` means for this device.
+
+    Args:
+        plan: whose quota row of this device counts `index`.
+        index: `[T, k]` expert of each token copy.
+        comms: this device's process groups and topology.
+        local_rows: experts held here, in the order of their rows.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+    """
+    device, rank = index.device, comms.rank
+    num_devices = plan.quota.shape[0]
+    expert, holder = plan.holders.T
+    # Sorted by expert, a device's rows are consecutive blocks, one per pair; destinations put them in another order.
+    by_expert = torch.argsort(index.flatten(), stable=True)
+    to_pair = plan.quota[rank]
+    order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]
+    sent = np.bincount(holder, weights=to_pair, minlength=num_devices).astype(np.int64)
+
+    here = np.flatnonzero(holder == rank)
+    arriving = plan.quota[:, here]  # [D, experts held here, ascending]
+    row_of = {e: i for i, e in enumerate(local_rows)}
+    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
+    source = np.repeat(np.arange(num_devices), len(here))
+    local_order = block_order(arriving.ravel(), np.lexsort((source, np.tile(row, num_devices))), device)
+    sizes = np.zeros(len(local_rows), dtype=np.int64)
+    sizes[row] = arriving.sum(axis=0)
+    return DirectDispatch(
+        order,
+        invert(order),
+        tuple(sent.tolist()),
+        tuple(arriving.sum(axis=1).tolist()),
+        local_order,
+        invert(local_order),
+        tuple(sizes.tolist()),
+        index.shape[1],
+        wire,
+        comms,
+    )

@@ -1,0 +1,40 @@
+"""Which way the tokens of one layer take: straight, or crossing each node border once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hecate.cost import LayerCost
+from hecate.planning.plan import Plan
+from hecate.runtime.comms import Comms
+from hecate.runtime.tokens.by_node import node_dispatch, node_exchange_pays
+from hecate.runtime.tokens.direct import direct_dispatch
+from hecate.runtime.tokens.exchange import Dispatch
+
+__all__ = ["dispatch_of"]
+
+
+def dispatch_of(
+    plan: Plan,
+    index: Tensor,
+    comms: Comms,
+    local_rows: Sequence[int],
+    cost: LayerCost,
+    wire: torch.dtype | None = None,
+) -> Dispatch:
+    """The record that `plan` means for this device. Collective.
+
+    Args:
+        plan: whose quota row of this device counts `index`.
+        index: `[T, k]` expert of each token copy.
+        comms: this device's process groups and topology.
+        local_rows: experts held here, in the order of their rows.
+        cost: of the layer; it decides which dispatch.
+        wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+    """
+    if comms.tokens is not None and node_exchange_pays(plan, cost, index.shape[1]):
+        return node_dispatch(plan, index, comms, local_rows, wire)
+    return direct_dispatch(plan, index, comms, local_rows, wire)

@@ -1,0 +1,91 @@
+"""Which weights, losses and gradients are not finite, by original name and expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hecate.collectives.ranks import gather
+from hecate.experts import OwnedExperts
+from hecate.values.local import local_tensor
+
+__all__ = ["non_finite"]
+
+WHOLE = -1
+"""In place of an expert: a tensor of the dense part."""
+
+Place = tuple[str, int]
+"""Original name and expert."""
+
+
+def non_finite(
+    model: nn.Module, experts: Sequence[OwnedExperts], names: Sequence[str], loss: Tensor | None = None
+) -> list[str]:
+    """What is NaN or infinite on any rank, the same answer on all. Collective; waits for the device.
+
+    One pass over parameters, buffers and gradients: for when a loss or a norm has told that something is wrong.
+
+    Args:
+        model: with its dense parameters.
+        experts: its stacked weights in pools.
+        names: original names in the model's order.
+        loss: of this rank, any shape; None leaves it out.
+
+    Returns:
+        Weights and buffers ("a.b.experts.up, expert 3"), then losses ("loss of rank 1"), then gradients ("gradient of
+        ...") from the last layer to the first: NaN spreads that way, so the cause is near the front.
+    """
+    wrong_loss = loss is not None and not bool(torch.isfinite(loss).all())
+    weights = _on_any_rank(_found(model, experts, lambda tensor: tensor), names)
+    gradients = _on_any_rank(_found(model, experts, lambda tensor: tensor.grad), names)
+    return [
+        *map(_text, weights),
+        *(f"loss of rank {rank}" for rank, wrong in enumerate(gather(wrong_loss)) if wrong),
+        *(f"gradient of {_text(place)}" for place in reversed(gradients)),
+    ]
+
+
+def _on_any_rank(found: set[Place], names: Sequence[str]) -> list[Place]:
+    """In the model's order."""
+    order = {name: position for position, name in enumerate(names)}
+    places = set().union(*gather(found))
+    return sorted(places, key=lambda place: (order.get(place[0], len(order)), place))
+
+
+def _text(place: Place) -> str:
+    name, expert = place
+    return name if expert == WHOLE else f"{name}, expert {expert}"
+
+
+def _found(model: nn.Module, experts: Sequence[OwnedExperts], part: Callable[[Tensor], Tensor | None]) -> set[Place]:
+    """Where `part` of what this rank has is not finite; waits for the device once."""
+    places: list[Place] = []
+    flags: list[Tensor] = []
+    for where, tensor in _tensors(model, experts, part):
+        places += where
+        flags.append(_finite_rows(tensor.reshape(len(where), -1)))
+    finite = torch.cat(flags).tolist() if flags else []
+    return {place for place, good in zip(places, finite, strict=True) if not good}
+
+
+def _tensors(
+    model: nn.Module, experts: Sequence[OwnedExperts], part: Callable[[Tensor], Tensor | None]
+) -> Iterator[tuple[list[Place], Tensor]]:
+    """Places and the floating-point tensor with a row for each of them."""
+    pools = {id(entry.parameter) for entry in experts}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = None if id(tensor) in pools else part(tensor)
+        if value is not None and value.is_floating_point() and local_tensor(value).numel():
+            yield [(name, WHOLE)], local_tensor(value)
+    for entry in experts:
+        value = part(entry.parameter)
+        owned = [(entry.name, expert) for expert in entry.experts.tolist()]
+        if value is not None and owned:
+            yield owned, entry.of(local_tensor(value))
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """Bool `[n]`: whether rows `[n, m]` are finite. The largest magnitude tells, without a mask of their size."""
+    return torch.isfinite(torch.linalg.vector_norm(rows, float("inf"), dim=1))

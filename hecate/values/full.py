@@ -1,0 +1,37 @@
+"""Whole tensors from sharded ones: original names and shapes, on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hecate.collectives.functional import sparse_all_gather
+from hecate.collectives.transport import Transport
+from hecate.experts import OwnedExperts
+from hecate.placement import Placement
+
+__all__ = ["full_experts", "full_tensor"]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a DTensor, or the tensor itself, on CPU and outside autograd. Collective for DTensors."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
+
+
+def full_experts(entry: OwnedExperts, slots: Tensor, transport: Transport | None) -> Tensor:
+    """One stacked weight of the model, `[num_experts, *shape]` on CPU. Collective.
+
+    Args:
+        entry: where this device's experts of it are.
+        slots: `[slots, *shape]` of this device: the pool's parameter, its gradient or optimizer state.
+        transport: among the devices of the pool; None on one device.
+    """
+    rows = entry.of(slots)
+    if transport is not None:
+        everywhere = Placement(np.ones_like(entry.placement.matrix))
+        gathered = sparse_all_gather(rows, entry.placement, everywhere, transport.group, transport.topology)
+        assert isinstance(gathered, Tensor)
+        rows = gathered
+    return rows.to("cpu", copy=True)
