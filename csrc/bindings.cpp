@@ -5,13 +5,13 @@ namespace nb = nanobind;
 
 namespace hecate {
 void bind_paper(nb::module_& m);
-void bind_planner(nb::module_& m);
+void bind_planning(nb::module_& m);
 void bind_collectives(nb::module_& m);
 }  // namespace hecate
 
 NB_MODULE(_native, m) {
   m.doc() = "Planning and schedules in C++ (no torch, no CUDA).";
   hecate::bind_paper(m);
-  hecate::bind_planner(m);
+  hecate::bind_planning(m);
   hecate::bind_collectives(m);
 }

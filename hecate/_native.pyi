@@ -4,7 +4,7 @@ from numpy.typing import NDArray
 _Int64 = NDArray[np.int64]
 _Bool = NDArray[np.bool_]
 
-# csrc/planner
+# csrc/planning
 def sparse_materialization(
     loads: list[int], owners: list[int], devices: int, devices_per_node: int, degree: int, slots: int
 ) -> list[tuple[int, int]]: ...
@@ -24,7 +24,7 @@ def plan_sums(
     placement: _Bool, owners: _Int64, holders: _Int64, quota: _Int64, devices_per_node: int
 ) -> tuple[_Int64, int]: ...
 def plan_fault(placement: _Bool, owners: _Int64, holders: _Int64, quota: _Int64, device_loads: _Int64) -> str: ...
-def cover(
+def few_copies(
     loads: _Int64,
     placement: _Bool,
     devices_per_node: int,
@@ -35,7 +35,7 @@ def cover(
     node_out: _Int64,
     order: int,
 ) -> _Int64: ...
-def spread(
+def robust_copies(
     levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, swaps: int
 ) -> _Int64: ...
 

@@ -37,7 +37,7 @@ std::string arity(int value) {
   return value == kAll ? "all" : value == kBinomial ? "binomial" : std::to_string(value);
 }
 
-std::string name_of(const Shape& shape) {
+std::string name_of(const Travel& shape) {
   if (shape.direct) return "direct";
   return "pieces " + std::to_string(shape.pieces) + ", inside " + arity(shape.inside) + ", across " +
          arity(shape.across) + (shape.spread ? ", spread" : "");

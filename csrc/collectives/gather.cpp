@@ -18,7 +18,7 @@ namespace {
 // The way of one piece of one expert.
 class PieceTree {
  public:
-  PieceTree(const Request& request, const Shape& shape, int expert, int piece, std::vector<Hop>& hops)
+  PieceTree(const Request& request, const Travel& shape, int expert, int piece, std::vector<Hop>& hops)
       : request_(request), shape_(shape), expert_(expert), piece_(piece), hops_(hops) {}
 
   void build() {
@@ -80,7 +80,7 @@ class PieceTree {
   }
 
   const Request& request_;
-  const Shape shape_;
+  const Travel shape_;
   const int expert_, piece_;
   std::vector<Hop>& hops_;
 };
@@ -93,7 +93,7 @@ int fan_out(const Request& request, int expert) {
 
 }  // namespace
 
-std::vector<Hop> gather_hops(const Request& request, const Shape& shape) {
+std::vector<Hop> gather_hops(const Request& request, const Travel& shape) {
   std::vector<Hop> hops;
   for (int piece = 0; piece < shape.pieces; ++piece)
     for (int e = 0; e < request.experts; ++e) {

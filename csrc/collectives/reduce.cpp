@@ -11,7 +11,7 @@ namespace {
 
 class PieceSum {
  public:
-  PieceSum(const Request& request, const Shape& shape, int expert, int piece, std::vector<Hop>& hops)
+  PieceSum(const Request& request, const Travel& shape, int expert, int piece, std::vector<Hop>& hops)
       : request_(request), shape_(shape), expert_(expert), piece_(piece), owner_(static_cast<int>(request.owner[expert])),
         hops_(hops) {}
 
@@ -92,7 +92,7 @@ class PieceSum {
   }
 
   const Request& request_;
-  const Shape shape_;
+  const Travel shape_;
   const int expert_, piece_, owner_;
   std::vector<Hop>& hops_;
   const int last_node_ = last_node();
@@ -107,9 +107,9 @@ int contributors_elsewhere(const Request& request, int expert) {
 
 }  // namespace
 
-std::vector<Hop> reduce_hops(const Request& request, const Shape& shape) {
+std::vector<Hop> reduce_hops(const Request& request, const Travel& shape) {
   std::vector<Hop> hops;
-  Shape whole = shape;
+  Travel whole = shape;
   whole.pieces = 1, whole.direct = true, whole.across = kAll;
   for (int piece = 0; piece < shape.pieces; ++piece)
     for (int e = 0; e < request.experts; ++e) {

@@ -11,19 +11,19 @@ namespace {
 constexpr std::int64_t kLeastPiece = 64 * 1024;  // bytes
 constexpr int kMostPieces = 64;
 
-using Hops = std::vector<Hop> (*)(const Request&, const Shape&);
+using Hops = std::vector<Hop> (*)(const Request&, const Travel&);
 using Rounds = std::vector<int> (*)(const Request&, const std::vector<Hop>&, const Timing&, const std::vector<int>&);
 
 class Choice {
  public:
   Choice(const Request& request, Hops hops) : request_(request), hops_of_(hops) {
-    consider(Shape{});
+    consider(Travel{});
     direct_ns_ = timing_.total;
   }
 
   // Keep `shape` if it saves 2 % of the best so far, or 5 % by more hops: what the model does not know, they make worse.
   // Returns how long it takes.
-  std::int64_t consider(const Shape& shape) {
+  std::int64_t consider(const Travel& shape) {
     std::vector<Hop> hops = hops_of_(request_, shape);
     Timing timing = simulate(request_, hops);
     const std::int64_t total = timing.total, margin = timing_.total / (hops.size() > hops_.size() ? 20 : 50);
@@ -33,9 +33,9 @@ class Choice {
   }
 
   // Every shape, its pieces doubled while that saves 1 %.
-  void search(const std::vector<Shape>& shapes) {
+  void search(const std::vector<Travel>& shapes) {
     const std::int64_t most = std::min<std::int64_t>(kMostPieces, request_.chunk_bytes / kLeastPiece);
-    for (Shape shape : shapes) {
+    for (Travel shape : shapes) {
       std::int64_t least = consider(shape), before;
       do {
         before = least;
@@ -50,7 +50,7 @@ class Choice {
  private:
   const Request& request_;
   const Hops hops_of_;
-  Shape shape_;
+  Travel shape_;
   std::vector<Hop> hops_;
   Timing timing_;
   std::int64_t direct_ns_ = 0;
@@ -79,7 +79,7 @@ Route Choice::route(Rounds rounds) const {
 Route gather_route(const Request& request) {
   Choice choice(request, gather_hops);
   const bool nodes = request.nodes() > 2, ports = request.nodes() > 1 && request.links.crossing < request.links.border;
-  std::vector<Shape> shapes;
+  std::vector<Travel> shapes;
   for (int across : {kAll, 1, 2})
     for (int inside : {kAll, 1, 2, kBinomial}) {
       if (!nodes && across != kAll) continue;
@@ -92,7 +92,7 @@ Route gather_route(const Request& request) {
 
 Route reduce_route(const Request& request) {
   Choice choice(request, reduce_hops);
-  std::vector<Shape> shapes;
+  std::vector<Travel> shapes;
   for (int inside : {1, kAll})
     for (int across : {kAll, 1})
       if (across == kAll || request.nodes() > 2) shapes.push_back({false, 1, inside, across, false});

@@ -42,7 +42,7 @@ constexpr int kBinomial = 0;
 
 // How experts travel. Arity is that of a tree: 1 a chain, kAll one hop to everybody, kBinomial as many hops from each
 // device as it has time for.
-struct Shape {
+struct Travel {
   bool direct = true;    // owner to holder or holder to owner, whole chunks; the rest does not count then
   int pieces = 1;        // of an expert that is handed on
   int inside = kAll;     // gather: arity in a node; reduce: 1 chain, kAll every piece summed by another device
@@ -61,8 +61,8 @@ struct Hop {
   int behind = -1;        // reduce: hop that the receiver adds before this one
 };
 
-std::vector<Hop> gather_hops(const Request& request, const Shape& shape);
-std::vector<Hop> reduce_hops(const Request& request, const Shape& shape);
+std::vector<Hop> gather_hops(const Request& request, const Travel& shape);
+std::vector<Hop> reduce_hops(const Request& request, const Travel& shape);
 
 // When each hop starts if every resource serves whom it can first, and when all are done; nanoseconds.
 struct Timing {
@@ -80,7 +80,7 @@ std::vector<int> reduce_rounds(const Request& request, const std::vector<Hop>& h
                                const std::vector<int>& order);
 
 struct Route {
-  Shape shape;
+  Travel shape;
   std::vector<Hop> hops;    // by round
   std::vector<int> round;   // of each hop, ascending
   std::int64_t predicted_ns = 0;

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import few_copies as native_few_copies
 from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
@@ -17,7 +17,7 @@ __all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load
 
 Int64 = NDArray[np.int64]
 
-FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planner/cover.hpp
+FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planning/cover.hpp
 
 
 def parts_per_million(max_imbalance: float) -> int:
@@ -53,7 +53,7 @@ def few_copies(
     """
     order = NODES_ONLY if limits.by_node else NODES_FIRST if prefer == "crossings" and topology.num_nodes > 1 else FLAT
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
-    copies = _native.cover(loads, placement.matrix, topology.devices_per_node, target, *sides, order)
+    copies = native_few_copies(loads, placement.matrix, topology.devices_per_node, target, *sides, order)
     return with_copies(placement, copies)
 
 

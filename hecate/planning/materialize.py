@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import robust_copies as native_robust_copies
+from hecate._native import sparse_materialization as native_sparse_materialization
 from hecate.loads.predict import Predictor, guesses
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
@@ -32,7 +33,7 @@ def sparse_materialization(
     proportion to load, hottest first, each expert's copies on nodes and devices with the most free slots.
     """
     shape = (topology.num_devices, topology.devices_per_node)
-    copies = _native.sparse_materialization(loads.tolist(), owners.tolist(), *shape, overlap_degree, memory_slots)
+    copies = native_sparse_materialization(loads.tolist(), owners.tolist(), *shape, overlap_degree, memory_slots)
     return with_copies(Placement.from_owners(owners, topology.num_devices), copies)
 
 
@@ -65,7 +66,7 @@ def robust_copies(
     if limits.by_node:
         allowed = np.repeat(_node_entries(levels, owners, topology, limits), topology.devices_per_node, axis=1)
     trials = _trials(topology.num_devices)
-    copies = _native.spread(levels, owners, limits.device_in, limits.device_out, allowed, trials)
+    copies = native_robust_copies(levels, owners, limits.device_in, limits.device_out, allowed, trials)
     return with_copies(start, copies)
 
 
@@ -74,7 +75,9 @@ def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: Copy
     node_owners = owners // topology.devices_per_node
     home = Placement.from_owners(node_owners, topology.num_nodes)
     trials = _trials(topology.num_nodes)
-    entries = _native.spread(levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home.matrix), trials)
+    entries = native_robust_copies(
+        levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home.matrix), trials
+    )
     return with_copies(home, entries).matrix
 
 

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import holders as native_holders
+from hecate._native import plan_fault, plan_sums
 from hecate.placement import Placement, Topology
 
 __all__ = ["Plan", "with_copies"]
@@ -53,7 +54,7 @@ class Plan:
         lower_bound: float = 1.0,
     ) -> Plan:
         """The plan that follows from `placement` and `quota`; not validated, see `validate`."""
-        holders = _native.holders(placement.matrix)
+        holders = native_holders(placement.matrix)
         return cls(placement, owners, topology, holders, quota, expert_bytes, lower_bound)
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class Plan:
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"Plan: {name} has shape {getattr(self, name).shape}, must be {shape}")
-        fault = _native.plan_fault(self.placement.matrix, self.owners, self.holders, self.quota, self.device_loads)
+        fault = plan_fault(self.placement.matrix, self.owners, self.holders, self.quota, self.device_loads)
         if fault:
             raise ValueError(f"Plan: {fault}")
 
@@ -95,9 +96,7 @@ class Plan:
 
     @cached_property
     def _sums(self) -> tuple[Int64, int]:
-        return _native.plan_sums(
-            self.placement.matrix, self.owners, self.holders, self.quota, self.topology.devices_per_node
-        )
+        return plan_sums(self.placement.matrix, self.owners, self.holders, self.quota, self.topology.devices_per_node)
 
     @property
     def imbalance(self) -> float:

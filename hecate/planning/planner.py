@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import lower_bound as native_lower_bound
 from hecate.loads.counts import check_counts
 from hecate.placement import Placement, Topology, check_owners
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
@@ -87,9 +87,9 @@ def lower_bound(loads: Int64, owners: Int64, topology: Topology, limits: CopyLim
     total = int(loads.sum())
     if not total:
         return 1.0
-    least = _native.lower_bound(loads, owners, limits.device_in)
+    least = native_lower_bound(loads, owners, limits.device_in)
     node_owners = owners // topology.devices_per_node
-    per_node = _native.lower_bound(loads, node_owners, limits.node_in)
+    per_node = native_lower_bound(loads, node_owners, limits.node_in)
     least = max(least, -(-per_node // topology.devices_per_node))
     return least * topology.num_devices / total
 

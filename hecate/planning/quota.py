@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import even_quota as native_even_quota
+from hecate._native import exact_quota as native_exact_quota
+from hecate._native import holder_loads as native_holder_loads
+from hecate._native import min_max_loads as native_min_max_loads
 from hecate.loads.counts import check_counts
 from hecate.placement import Placement, Topology
 
@@ -14,12 +17,12 @@ __all__ = ["even_quota", "exact_quota", "holder_loads", "min_max_loads"]
 
 def min_max_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
     """Int64 `[rows]`: the smallest possible largest device load for each of `loads`, int64 `[rows, num_experts]`."""
-    return _native.min_max_loads(np.ascontiguousarray(loads), placement.matrix)
+    return native_min_max_loads(np.ascontiguousarray(loads), placement.matrix)
 
 
 def holder_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
     """Int64 `[pairs]`: tokens of each holder under the smallest largest device load, for `loads` `[num_experts]`."""
-    return _native.holder_loads(loads, placement.matrix)
+    return native_holder_loads(loads, placement.matrix)
 
 
 def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
@@ -30,7 +33,7 @@ def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Top
     of `placement` in ascending (expert, device) order. ValueError where `counts` is no int `[num_devices,
     num_experts]` array of non-negative numbers, or an expert has no holder.
     """
-    return _native.exact_quota(*_checked(counts, placement, topology))
+    return native_exact_quota(*_checked(counts, placement, topology))
 
 
 def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
@@ -38,7 +41,7 @@ def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topo
 
     Remainders start at another holder for each source. Errors as for `exact_quota`.
     """
-    return _native.even_quota(*_checked(counts, placement, topology))
+    return native_even_quota(*_checked(counts, placement, topology))
 
 
 def _checked(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import few_moves as native_few_moves
+from hecate._native import heterogeneous_sharding as native_heterogeneous_sharding
 from hecate.placement import Topology
 
 __all__ = ["few_moves", "heterogeneous_sharding"]
@@ -30,7 +31,7 @@ def heterogeneous_sharding(loads: Sequence[Int64], topology: Topology, overlap_d
     _check_layers(loads, overlap_degree)
     layers = [load.tolist() for load in loads]
     shape = (topology.num_devices, topology.devices_per_node)
-    owners = _native.heterogeneous_sharding(layers, _degrees(loads, overlap_degree), *shape)
+    owners = native_heterogeneous_sharding(layers, _degrees(loads, overlap_degree), *shape)
     return [np.array(owner) for owner in owners]
 
 
@@ -45,7 +46,7 @@ def few_moves(
     """
     goals = heterogeneous_sharding(loads, topology, overlap_degree)
     layers, start, wanted = ([array.tolist() for array in arrays] for arrays in (loads, owners, goals))
-    swapped = _native.few_moves(layers, start, wanted, _degrees(loads, overlap_degree), topology.num_devices)
+    swapped = native_few_moves(layers, start, wanted, _degrees(loads, overlap_degree), topology.num_devices)
     return [np.array(owner) for owner in swapped]
 
 

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "planner/limits.hpp"
-#include "planner/quota.hpp"
+#include "planning/limits.hpp"
+#include "planning/quota.hpp"
 
 namespace hecate {
 

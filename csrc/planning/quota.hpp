@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "planner/network.hpp"
+#include "planning/network.hpp"
 
 namespace hecate {
 

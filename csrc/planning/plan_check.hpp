@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "planner/quota.hpp"
+#include "planning/quota.hpp"
 
 namespace hecate {
 

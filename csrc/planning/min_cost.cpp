@@ -1,4 +1,4 @@
-#include "planner/min_cost.hpp"
+#include "planning/min_cost.hpp"
 
 #include <algorithm>
 #include <limits>

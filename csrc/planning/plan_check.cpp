@@ -1,4 +1,4 @@
-#include "planner/plan_check.hpp"
+#include "planning/plan_check.hpp"
 
 #include <algorithm>
 

@@ -3,7 +3,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
-#include "planner/paper.hpp"
+#include "planning/paper.hpp"
 
 namespace nb = nanobind;
 

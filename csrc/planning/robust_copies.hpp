@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "planner/limits.hpp"
+#include "planning/limits.hpp"
 
 namespace hecate {
 
@@ -20,6 +20,6 @@ struct Guesses {
 // Copies beyond `owners` that balance all guesses as well as the limits allow: first those that the likeliest guess
 // needs, then what relieves most guesses, for a target that tightens, and at last at most `swaps` trials of giving a
 // slot to another expert. Returns them in the order of their use.
-std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps);
+std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps);
 
 }  // namespace hecate

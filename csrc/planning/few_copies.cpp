@@ -1,4 +1,4 @@
-#include "planner/cover.hpp"
+#include "planning/few_copies.hpp"
 
 #include <algorithm>
 
@@ -190,7 +190,7 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
 
 }  // namespace
 
-std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
+std::vector<Pair> few_copies(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
                         const Limits& limits, const Limits* node_limits, Order order) {
   Network start = network_of(loads, held, shape);
   if (start.drain(target)) return {};

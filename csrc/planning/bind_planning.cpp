@@ -4,10 +4,10 @@
 
 #include <memory>
 
-#include "planner/cover.hpp"
-#include "planner/plan_check.hpp"
-#include "planner/quota.hpp"
-#include "planner/spread.hpp"
+#include "planning/few_copies.hpp"
+#include "planning/plan_check.hpp"
+#include "planning/quota.hpp"
+#include "planning/robust_copies.hpp"
 
 namespace nb = nanobind;
 
@@ -150,7 +150,7 @@ Out holder_loads_array(const Vector& loads, const Holding& placement) {
   return vector_array(amounts, {amounts.size()});
 }
 
-Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
+Out robust_copies_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
                  const Holding& allowed, int swaps) {
   std::vector<Pair> copies;
   {
@@ -158,20 +158,20 @@ Out spread_array(const Levels& levels, const Vector& owners, const Vector& in, c
     const Guesses guesses{levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
                           static_cast<int>(levels.shape(2))};
     const std::vector<int> owner_of(owners.data(), owners.data() + owners.shape(0));
-    copies = spread(guesses, owner_of, limits_of(in, out, allowed.data()), swaps);
+    copies = robust_copies(guesses, owner_of, limits_of(in, out, allowed.data()), swaps);
   }
   return pairs_array(copies);
 }
 
 // Copies that bring every device to `target`, or else as close as the search gets.
-Out cover_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
+Out few_copies_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
                 const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, int order) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
     const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), devices_per_node};
     const Limits limits = limits_of(in, out), node_limits = limits_of(node_in, node_out);
-    copies = cover({loads.data(), loads.data() + shape.experts}, holders_of(placement.data(), shape), shape, target,
+    copies = few_copies({loads.data(), loads.data() + shape.experts}, holders_of(placement.data(), shape), shape, target,
                    limits, &node_limits, static_cast<Order>(order));
   }
   return pairs_array(copies);
@@ -179,7 +179,7 @@ Out cover_array(const Vector& loads, const Holding& placement, int devices_per_n
 
 }  // namespace
 
-void bind_planner(nb::module_& m) {
+void bind_planning(nb::module_& m) {
   m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
   m.def("holders", &holders_array, nb::arg("placement"));
   m.def("plan_sums", &plan_sums, nb::arg("placement"), nb::arg("owners"), nb::arg("holders"), nb::arg("quota"),
@@ -189,9 +189,9 @@ void bind_planner(nb::module_& m) {
   m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("holder_loads", &holder_loads_array, nb::arg("loads"), nb::arg("placement"));
-  m.def("spread", &spread_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
+  m.def("robust_copies", &robust_copies_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
         nb::arg("allowed"), nb::arg("swaps"));
-  m.def("cover", &cover_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
+  m.def("few_copies", &few_copies_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
         nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("order"));
   m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
 }

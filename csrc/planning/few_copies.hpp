@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "planner/limits.hpp"
-#include "planner/quota.hpp"
+#include "planning/limits.hpp"
+#include "planning/quota.hpp"
 
 namespace hecate {
 
@@ -16,7 +16,7 @@ enum class Order { kFlat, kNodesFirst, kNodesOnly };
 
 // Further copies that leave no device more than `target` tokens: as few as a greedy search finds, or if it cannot get
 // there, those that get closest. `loads` per expert, `held` the holders so far.
-std::vector<Pair> cover(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
+std::vector<Pair> few_copies(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
                         const Limits& limits, const Limits* node_limits, Order order);
 
 }  // namespace hecate

@@ -1,4 +1,4 @@
-#include "planner/network.hpp"
+#include "planning/network.hpp"
 
 #include <algorithm>
 #include <numeric>

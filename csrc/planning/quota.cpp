@@ -1,10 +1,10 @@
-#include "planner/quota.hpp"
+#include "planning/quota.hpp"
 
 #include <algorithm>
 #include <iterator>
 #include <numeric>
 
-#include "planner/min_cost.hpp"
+#include "planning/min_cost.hpp"
 
 namespace hecate {
 

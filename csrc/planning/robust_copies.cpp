@@ -1,9 +1,9 @@
-#include "planner/spread.hpp"
+#include "planning/robust_copies.hpp"
 
 #include <algorithm>
 #include <numeric>
 
-#include "planner/cover.hpp"
+#include "planning/few_copies.hpp"
 
 namespace hecate {
 
@@ -203,7 +203,7 @@ Holders single_holders(const std::vector<int>& owners) {
 
 }  // namespace
 
-std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps) {
+std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps) {
   const int experts = guesses.experts, devices = static_cast<int>(limits.in.size());
   std::vector<Pair> held;
   for (int e = 0; e < experts; ++e) held.emplace_back(e, owners[e]);
@@ -215,7 +215,7 @@ std::vector<Pair> spread(const Guesses& guesses, const std::vector<int>& owners,
   const Shape flat{devices, experts, devices};
   Network start = make_set({likeliest, 1, 1, experts}, 0, held, devices, kPermille)[0].network;
   const std::int64_t mean = ceil_div(total, devices);
-  for (const Pair& copy : cover(loads, single_holders(owners), flat, mean, limits, nullptr, Order::kFlat)) {
+  for (const Pair& copy : few_copies(loads, single_holders(owners), flat, mean, limits, nullptr, Order::kFlat)) {
     left.take(start, copy.first, copy.second);
     start.add_pair(copy.first, copy.second);
     held.push_back(copy);

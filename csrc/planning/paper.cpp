@@ -1,4 +1,4 @@
-#include "planner/paper.hpp"
+#include "planning/paper.hpp"
 
 #include <algorithm>
 #include <numeric>

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "planner/network.hpp"
+#include "planning/network.hpp"
 
 namespace hecate {
 
