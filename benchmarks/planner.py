@@ -136,7 +136,7 @@ def known_loads(report: Report, loads: Loads) -> None:
     cases += [(256, 256, "zipf 1.2", 2, "copies")]
     cases += [(devices, 256, "zipf 1.2", 4, "crossings") for devices in (64, 256)]
     for devices, experts, name, slots, prefer in cases:
-        topology, owners = nodes(devices), initial_owners(experts, devices, layer=0)
+        topology, owners = nodes(devices), initial_owners(experts, devices)
         setting, subject = f"D={devices} E={experts} {name}", f"Hecate R={slots}, fewest {prefer}"
         figures = []
         for seed in range(SEEDS):
@@ -158,7 +158,7 @@ def known_loads(report: Report, loads: Loads) -> None:
 def plan_times(report: Report, loads: Loads) -> None:
     """Milliseconds for one layer's plan: the copies and who computes how much, and all with the quota per source."""
     for devices, repeats in ((64, 200), (256, 50), (1024, 10)):
-        topology, owners = nodes(devices), initial_owners(256, devices, layer=0)
+        topology, owners = nodes(devices), initial_owners(256, devices)
         start, limits = Placement.from_owners(owners, devices), CopyLimits.of(topology, 2)
         for name in KINDS if devices == 64 else ("zipf 1.2",):
             counts = counts_of(loads, name, devices, 256, 0)
@@ -204,7 +204,7 @@ def windows(history: Int64, every: int = 1) -> Iterator[tuple[Int64, Int64]]:
 def ahead(report: Report, loads: Loads) -> None:
     """Imbalance left by copies planned from the 5 steps before, on one network."""
     for devices, experts in ((8, 64), (32, 64), (64, 256)):
-        topology, owners = nodes(devices), initial_owners(experts, devices, layer=0)
+        topology, owners = nodes(devices), initial_owners(experts, devices)
         left: dict[str, list[float]] = {}
         for seed in range(SEEDS):
             for past, counts in windows(noisy_loads(loads, devices, experts, seed)):
@@ -233,7 +233,7 @@ def ahead_methods(past: Int64, counts: Int64, owners: Int64, topology: Topology)
 def ahead_across_nodes(report: Report, loads: Loads) -> None:
     """The same in nodes of 8 that few foreign experts may enter."""
     for devices, experts in ((32, 64), (64, 256)):
-        topology, owners = nodes(devices), initial_owners(experts, devices, layer=0)
+        topology, owners = nodes(devices), initial_owners(experts, devices)
         for foreign in (0, 1, 2):
             left: dict[str, list[float]] = {}
             for seed in range(SEEDS):
@@ -272,7 +272,7 @@ def policy_rows(report: Report, setting: str, topology: Topology, histories: lis
     for name in ("ep", "hecate", "balanced"):
         policy, figures = get_policy(name), []
         for history in histories:
-            owners = initial_owners(history.shape[2], topology.num_devices, layer=0)
+            owners = initial_owners(history.shape[2], topology.num_devices)
             for past, counts in windows(history, every=max(1, len(history) // 20)):
                 placement = policy.calibrate(layer, counts, owners, policy.materialize(layer, past, owners))
                 plan = policy.assign(layer, counts, owners, placement)
@@ -285,7 +285,7 @@ def resharding(report: Report, loads: Loads) -> None:
     """Experts moved, and the largest device load without the t hottest experts, of 12 layers."""
     topology, degrees = nodes(32), [4] * 12
     layers = [counts_of(loads, "zipf 1.2", 32, 64, seed).sum(axis=0) for seed in range(12)]
-    start = [initial_owners(64, 32, layer) for layer in range(12)]
+    start = [initial_owners(64, 32, layer * 64) for layer in range(12)]
     results = {
         "before": start,
         "Algorithm 2": heterogeneous_sharding(layers, topology, degrees),
@@ -305,7 +305,7 @@ def resharding(report: Report, loads: Loads) -> None:
 def predictors(report: Report, setting: str, history: Int64) -> None:
     """How far each predictor is from the next loads, and the imbalance its copies leave."""
     devices, experts = history.shape[1:]
-    topology, owners = Topology(devices, devices), initial_owners(experts, devices, layer=0)
+    topology, owners = Topology(devices, devices), initial_owners(experts, devices)
     every = max(1, len(history) // 100)
     for predictor in get_args(Predictor):
         error, left, before = [], [], []

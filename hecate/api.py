@@ -102,7 +102,8 @@ class FSSDP:
         self._without_values = set(setup.without_values)
         move_dense(setup, model)
         self.pools = make_pools(setup, model, self._comms.rank)
-        shared = SharedBuffers(self._copies_memory) if config.rematerialize and setup.num_devices > 1 else None
+        sparse = config.rematerialize and setup.num_devices > 1
+        shared = SharedBuffers(self._copies_memory, setup.device) if sparse else None
         layers = make_plans(setup, model, self.pools, self._comms, shared, self._copies_memory)
         experts = [FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers]
         self._dense = make_dense(setup, model, [p for pool in self.pools for p in pool.parameters.values()])
@@ -123,9 +124,7 @@ class FSSDP:
         ahead = PlanAhead(layers, comms.topology.devices_per_node)
         resharder = Resharder(layers, setup.policy, self._watch, comms, config.reshard_interval)
         passes = Passes(layers, self.pools, comms, dense, ahead, rematerialize=shared is not None)
-        trainable = any(True for pool in self.pools for _ in pool.trainable())
-        anchor = torch.zeros((), device=setup.device, requires_grad=trainable)
-        return Engine(layers, passes, comms, dense, ahead, resharder, shared, anchor)
+        return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared)
 
     # What a training loop calls.
 
@@ -364,6 +363,5 @@ class FSSDP:
             )
 
     def _after_step(self) -> None:
-        self._engine.end_step()
         if self._engine.step <= STEPS_TO_MEASURE:
             self._memory.measure(self.model, self._watch.optimizers)

@@ -76,7 +76,7 @@ class Placement:
     @classmethod
     def even(cls, num_experts: int, num_devices: int) -> Placement:
         """Consecutive blocks of experts, sizes differing by at most one: the sharding that training starts from."""
-        return cls.from_owners(initial_owners(num_experts, num_devices, layer=0), num_devices)
+        return cls.from_owners(initial_owners(num_experts, num_devices), num_devices)
 
     @classmethod
     def from_owners(cls, owners: Sequence[int] | NDArray[np.integer], num_devices: int) -> Placement:
@@ -159,13 +159,17 @@ def check_owners(owners: Sequence[int] | NDArray[np.integer], num_devices: int) 
     return owner_of.astype(np.int64)
 
 
-def initial_owners(num_experts: int, num_devices: int, layer: int) -> NDArray[np.int64]:
+def initial_owners(num_experts: int, num_devices: int, before: int = 0) -> NDArray[np.int64]:
     """Even sharding of one layer, int64 `[num_experts]`: consecutive blocks, sizes differing by at most one.
 
-    Where devices do not divide the experts, the larger blocks start one remainder further with each layer, so that
-    the devices own equally many experts over all layers, within one.
+    Args:
+        num_experts: of the layer.
+        num_devices: that share it.
+        before: experts of the layers before this one. If devices do not divide the experts, the larger blocks begin
+            at the device where those of the layers before ended, so that the devices own equally many experts over all
+            layers, within one.
     """
     base, extra = divmod(num_experts, num_devices)
     size = np.full(num_devices, base, dtype=np.int64)
-    size[(np.arange(extra) + layer * extra) % num_devices] += 1
+    size[(np.arange(extra) + before) % num_devices] += 1
     return np.repeat(np.arange(num_devices, dtype=np.int64), size)

@@ -61,7 +61,7 @@ def test_even_sharding(experts: int, devices: int) -> None:
 @pytest.mark.parametrize(("experts", "devices"), [(7, 3), (3, 5), (8, 4), (5, 4)])
 @pytest.mark.parametrize("layers", [1, 2, 3, 5, 12])
 def test_initial_owners_are_even_over_all_layers(experts: int, devices: int, layers: int) -> None:
-    owned = sum(np.bincount(initial_owners(experts, devices, i), minlength=devices) for i in range(layers))
+    owned = sum(np.bincount(initial_owners(experts, devices, i * experts), minlength=devices) for i in range(layers))
     assert owned.max() - owned.min() <= 1
     assert owned.max() == -(-layers * experts // devices)
 

@@ -115,7 +115,7 @@ def both_saved(groups: Groups, tmp_path_factory: pytest.TempPathFactory) -> list
     path = tmp_path_factory.mktemp("saved") / "checkpoint"
     ranks: list[Unbroken] = groups(2).run(unbroken, str(path))
     run = ranks[0]
-    even = [initial_owners(TINY.num_experts, 2, layer).tolist() for layer in range(TINY.num_layers)]
+    even = [initial_owners(TINY.num_experts, 2, layer * TINY.num_experts).tolist() for layer in range(TINY.num_layers)]
     assert run.copies > 0, "a run without copies tests less"
     assert run.owners != even, "a run without moved experts tests less"
     assert not [p for p in path.parent.iterdir() if p != path]

@@ -22,7 +22,7 @@ def random_case(seed: int) -> tuple[Int64, Int64, Placement, Topology]:
     per_node = int(rng.choice([n for n in range(1, devices + 1) if devices % n == 0]))
     counts = rng.integers(0, 50, (devices, experts)) * rng.integers(0, 20, experts)
     counts[rng.random(devices) < 0.1] = 0
-    owners = rng.permutation(initial_owners(experts, devices, layer=0))
+    owners = rng.permutation(initial_owners(experts, devices))
     copies = rng.random((experts, devices)) < rng.choice([0.0, 0.15, 0.4, 1.0])
     placement = Placement(Placement.from_owners(owners, devices).matrix | copies)
     return counts.astype(np.int64), owners, placement, Topology(devices, per_node)

@@ -63,7 +63,7 @@ def cold_imbalance(owners: np.ndarray, load: np.ndarray, degree: int, num_device
 @pytest.mark.parametrize("seed", range(40))
 def test_few_moves_keeps_memory_and_never_makes_a_layer_worse(seed: int) -> None:
     loads, topology, degrees = layers_of(seed)
-    start = [initial_owners(len(load), topology.num_devices, layer) for layer, load in enumerate(loads)]
+    start = [initial_owners(len(load), topology.num_devices, layer * len(load)) for layer, load in enumerate(loads)]
     owners = few_moves(loads, start, topology, degrees)
     for old, new, load, degree in zip(start, owners, loads, degrees, strict=True):
         before, after = (np.bincount(o, minlength=topology.num_devices) for o in (old, new))
@@ -75,7 +75,7 @@ def test_few_moves_keeps_memory_and_never_makes_a_layer_worse(seed: int) -> None
 def test_few_moves_moves_fewer_experts_for_the_same_balance() -> None:
     topology, degrees = Topology(8, 4), [2] * 6
     loads = [synthetic_loads("zipf", 8, 32, 512, 2, seed)[0].sum(axis=0) for seed in range(6)]
-    start = [initial_owners(32, 8, layer) for layer in range(6)]
+    start = [initial_owners(32, 8, layer * 32) for layer in range(6)]
     paper, ours = heterogeneous_sharding(loads, topology, degrees), few_moves(loads, start, topology, degrees)
 
     def moved(owners: list[np.ndarray]) -> int:
@@ -114,7 +114,7 @@ def test_robust_copies_without_history_are_none() -> None:
     ("slots", "foreign", "mean", "worst"), [(2, None, 1.005, 1.03), (3, 2, 1.02, 1.06), (1, None, 1.12, 1.3)]
 )
 def test_robust_copies_balance_drifting_loads(slots: int, foreign: int | None, mean: float, worst: float) -> None:
-    topology, owners, left = Topology(32, 8), initial_owners(64, 32, layer=0), []
+    topology, owners, left = Topology(32, 8), initial_owners(64, 32), []
     for seed in range(2):
         loads = synthetic_loads("drift", 32, 64, 256, 2, seed, steps=9, drift_rate=0.1, step_noise=0.15)
         for step in range(5, 9):

@@ -71,7 +71,7 @@ def test_small_cases_need_at_most_one_copy_more_than_the_fewest(seed: int) -> No
     loads = rng.integers(0, 100, experts) * rng.integers(1, 8, experts)
     counts = np.zeros((devices, experts), dtype=np.int64)
     counts[0] = loads
-    owners = initial_owners(experts, devices, layer=0)
+    owners = initial_owners(experts, devices)
     target = int(loads.sum() * 1.1 / devices)
     fewest = fewest_copies(loads, owners, devices, 2, target)
     plan = hecate.plan(counts, owners, Topology(devices, devices), memory_slots=2, max_imbalance=1.1)
@@ -94,7 +94,7 @@ def test_lower_bound_is_one(seed: int, slots: int) -> None:
 
 def test_few_copies_and_crossings_at_scale() -> None:
     counts = synthetic_loads("zipf", 64, 256, 256, 8, seed=0, exponent=1.2)[0]
-    owners, topology = initial_owners(256, 64, layer=0), Topology(64, 8)
+    owners, topology = initial_owners(256, 64), Topology(64, 8)
     few = hecate.plan(counts, owners, topology, memory_slots=2, max_imbalance=1.01)
     local = hecate.plan(counts, owners, topology, memory_slots=4, max_imbalance=1.01, prefer="crossings")
     assert few.imbalance <= 1.01
@@ -115,7 +115,7 @@ def test_out_of_reach_of_the_dial_the_record_says_so() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("devices", "experts"), [(1, 1), (1, 5), (4, 1), (4, 4), (8, 3)])
 def test_no_tokens_one_device_one_expert(devices: int, experts: int, ahead: bool) -> None:
-    owners = initial_owners(experts, devices, layer=0)
+    owners = initial_owners(experts, devices)
     for tokens in (0, 5):
         counts = np.full((devices, experts), tokens)
         history = counts[None] if ahead else None
@@ -144,7 +144,7 @@ def test_two_to_the_40_tokens() -> None:
 
 def test_history_alone_decides_the_copies() -> None:
     history = synthetic_loads("drift", 8, 16, 64, 2, seed=1, steps=3)
-    topology, owners = Topology(8, 4), initial_owners(16, 8, layer=0)
+    topology, owners = Topology(8, 4), initial_owners(16, 8)
     first, second = (
         hecate.plan(counts, owners, topology, memory_slots=2, max_imbalance=1.0, history=history)
         for counts in (history[0], history[1] * 0 + 7)

@@ -31,7 +31,7 @@ def setting(topology: Topology, model: CostModel | None = None, **changes: Any) 
 def test_the_order_of_calls(name: str, devices: tuple[int, int], overlap: Any, calibrate: Any) -> None:
     topology = Topology(*devices)
     layer = setting(topology, overlap_degree=overlap, calibrate=calibrate)
-    policy, owners = get_policy(name), initial_owners(12, topology.num_devices, layer=0)
+    policy, owners = get_policy(name), initial_owners(12, topology.num_devices)
     loads = synthetic_loads("drift", topology.num_devices, 12, 128, 2, seed=0, steps=6)
     start = Placement.from_owners(owners, topology.num_devices)
     assert policy.materialize(layer, loads[:0], owners) == start
@@ -44,7 +44,7 @@ def test_the_order_of_calls(name: str, devices: tuple[int, int], overlap: Any, c
     assert (placed_counts(plan.quota, more) == loads[5]).all()
     assert plan.bytes == plan.copies * 2**21
     assert 1 <= plan.lower_bound <= plan.imbalance
-    second = initial_owners(12, topology.num_devices, layer=1)
+    second = initial_owners(12, topology.num_devices, 12)
     new = policy.reshard([layer, layer], [loads[5].sum(axis=0)] * 2, [owners, second])
     owned = sum(np.bincount(owner, minlength=topology.num_devices) for owner in new)
     assert owned.max() <= -(-24 // topology.num_devices)
@@ -53,7 +53,7 @@ def test_the_order_of_calls(name: str, devices: tuple[int, int], overlap: Any, c
 def test_balanced_beats_the_paper_beats_ep() -> None:
     topology, left = Topology(8, 8), {}
     loads = synthetic_loads("drift", 8, 32, 512, 2, seed=3, steps=6)
-    owners = initial_owners(32, 8, layer=0)
+    owners = initial_owners(32, 8)
     for name in NAMES:
         policy, layer = get_policy(name), setting(topology, overlap_degree=4, calibrate=False)
         placement = policy.materialize(layer, loads[:5], owners)
@@ -62,7 +62,7 @@ def test_balanced_beats_the_paper_beats_ep() -> None:
 
 
 def test_where_nothing_is_hidden_copies_wait_for_the_gate_and_must_pay() -> None:
-    topology, owners = Topology(2, 2), initial_owners(8, 2, layer=0)
+    topology, owners = Topology(2, 2), initial_owners(8, 2)
     counts = np.zeros((2, 8), dtype=np.int64)
     counts[:, 0] = 4000
     history, policy = counts[None], get_policy("balanced")

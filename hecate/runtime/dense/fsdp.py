@@ -43,6 +43,10 @@ class ShardedDense(Dense):
     def leave(self) -> None:
         """FSDP2's hooks do it."""
 
+    def leave_evaluation(self) -> None:
+        """FSDP2 keeps the root's parameters whole for a backward pass: optimizers and users would find those."""
+        self._model.reshard()
+
     def reduce(self) -> None:
         """FSDP2 has reduced them during the backward pass."""
 

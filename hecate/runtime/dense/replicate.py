@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from hecate.runtime.autograd_seam import at_end_of_backward, post_accumulate_hooks, refuse_hooks
 from hecate.runtime.dense.base import Dense
 from hecate.values.local import local_tensor
 
@@ -23,11 +24,16 @@ __all__ = ["ReplicatedDense"]
 
 @dataclass
 class _Replica:
-    """One parameter, the places it is used at, and the plain leaf that stands there during a pass."""
+    """One parameter, the places it is used at, and the plain leaf that stands there during a pass.
 
+    `watched`: whether the leaf tells when it gets a gradient.
+    """
+
+    name: str
     parameter: nn.Parameter
     places: list[tuple[nn.Module, str]]
     leaf: nn.Parameter
+    watched: bool = False
 
 
 class ReplicatedDense(Dense):
@@ -57,12 +63,18 @@ class ReplicatedDense(Dense):
         self._reduce_dtype = reduce_dtype
         self._replicas = list(self._build(model, {id(p) for p in ignored}))
         self._inside = False
+        self._unreduced = False  # whether leaves have gradients of a backward pass that is not over
         self.enter()
         self.leave()
 
     def enter(self) -> None:
         """Put plain leaves with the present values in place."""
         for r in self._replicas:
+            refuse_hooks(r.name, r.parameter)
+            r.leaf.requires_grad_(r.parameter.requires_grad)
+            if r.parameter.requires_grad and not r.watched:
+                r.watched = True
+                r.leaf.register_post_accumulate_grad_hook(lambda leaf: self._arrived())
             if r.leaf.data_ptr() != local_tensor(r.parameter).data_ptr():
                 r.leaf.data.copy_(local_tensor(r.parameter))
         self._place(plain=True)
@@ -71,8 +83,19 @@ class ReplicatedDense(Dense):
         """Put the DTensors back."""
         self._place(plain=False)
 
+    def _arrived(self) -> None:
+        """A leaf has got a gradient: of a pass that the engine knows of, or of a loss that reached the leaf alone."""
+        if not self._unreduced:
+            self._unreduced = True
+            at_end_of_backward(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        if self._unreduced and not self.awaited:
+            self.reduce()
+
     def reduce(self) -> None:
         """Average what the leaves collected since the last call, add it to the parameters' gradients. Collective."""
+        self._unreduced = self.awaited = False
         if not self.sync or not any(r.parameter.requires_grad for r in self._replicas):
             return
         trained = [r for r in self._replicas if r.parameter.requires_grad]
@@ -87,9 +110,12 @@ class ReplicatedDense(Dense):
         for r, grad in zip(reduced, grads, strict=True):
             r.leaf.grad = None
             self._add(r.parameter, (grad / self._mesh.size()).to(r.parameter.dtype))
+            for hook in post_accumulate_hooks(r.parameter):
+                hook(r.parameter)
 
     def drop(self) -> None:
         """Forget what the leaves collected since the last reduction."""
+        self._unreduced = self.awaited = False
         for r in self._replicas:
             r.leaf.grad = None
 
@@ -111,6 +137,7 @@ class ReplicatedDense(Dense):
 
     def _build(self, model: nn.Module, ignored: set[int]) -> Iterator[_Replica]:
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        names = {parameter: name for name, parameter in model.named_parameters()}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) not in ignored:
@@ -121,6 +148,7 @@ class ReplicatedDense(Dense):
                 dist.broadcast(parameter.data, group=group, group_src=0)
             leaf = parameter.data if self._dtype is None else parameter.data.to(self._dtype)
             yield _Replica(
+                names[parameter],
                 nn.Parameter(self._replicated(parameter.data), requires_grad=parameter.requires_grad),
                 where,
                 nn.Parameter(leaf, requires_grad=parameter.requires_grad),

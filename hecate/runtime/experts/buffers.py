@@ -36,18 +36,19 @@ class Tenant(Protocol):
 class SharedBuffers:
     """Two buffers that serve the copies of all layers in turn, for re-materialization (paper, section 4.2)."""
 
-    def __init__(self, memory: CopiesMemory) -> None:
+    def __init__(self, memory: CopiesMemory, device: torch.device) -> None:
         self._memory = memory
+        self._device = device
         self._bytes = [torch.empty(0, dtype=torch.uint8)] * 2
         self._tenant: list[Tenant | None] = [None, None]
 
-    def reserve(self, num_bytes: int, device: torch.device) -> None:
+    def reserve(self, num_bytes: int) -> None:
         """Make both at least that large. Between steps only: autograd may keep views while one runs."""
         if self._bytes[0].numel() < num_bytes:
             self.evict()
             self._memory.add(2 * (num_bytes - self._bytes[0].numel()))
             with torch.inference_mode(False):  # an evaluation may come first; training must be able to save views
-                self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+                self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
     def lend(self, tenant: Tenant, turn: int, num_bytes: int) -> Tensor:
         """Bytes of one of them; whoever had it holds nothing any more."""

@@ -6,7 +6,7 @@ has a row per expert held (docs/design.md, decision 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,7 +51,7 @@ class LayerExperts:
         memory_slots: copies a device may hold.
         shared: the buffers of re-materialization; None: each micro-batch has its own.
         memory: where own buffers are counted.
-        layout: of a copy; `gradients`: of its gradient (trainable kinds only).
+        layout: of a copy.
         bytes_sent: on all links together, since the last step.
     """
 
@@ -65,12 +65,15 @@ class LayerExperts:
     shared: SharedBuffers | None
     memory: CopiesMemory
     layout: ChunkLayout = field(init=False)
-    gradients: ChunkLayout = field(init=False)
     bytes_sent: int = 0
 
     def __post_init__(self) -> None:
         self.layout = ChunkLayout(self.pool.weights)
-        self.gradients = ChunkLayout([w for w in self.pool.weights if w.trainable])
+
+    def gradient_layout(self, kinds: Iterable[str] | None = None) -> ChunkLayout:
+        """How gradients of `kinds` lie in a chunk; None: of the kinds that are trained now."""
+        wanted = {kind for kind, _ in self.pool.trainable()} if kinds is None else set(kinds)
+        return ChunkLayout([w for w in self.pool.weights if w.kind in wanted])
 
     @property
     def casts(self) -> bool:
@@ -195,23 +198,24 @@ class LayerCopies:
         travel = shared + list(range(len(owned), len(self.experts)))
         own = {kind: [grad[i] for i in alone] for kind, grad in grads.items()}
         layer.pool.add_gradients(layer.place, alone, own, layer.comms.gradient_scale)
-        rows = self._gradient_rows(len(travel), layer.dtypes.reduce)
-        layer.gradients.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
-        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)))
+        layout = layer.gradient_layout(grads)
+        rows = self._gradient_rows(len(travel), layout, layer.dtypes.reduce)
+        layout.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
+        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)), layout)
 
-    def _reduce(self, shared: list[int], contributed: dict[int, Tensor]) -> Reduction:
+    def _reduce(self, shared: list[int], contributed: dict[int, Tensor], layout: ChunkLayout) -> Reduction:
         layer, wire = self.layer, self.layer.dtypes.reduce
         transport = layer.comms.experts
         if transport is None or not self._anything_shared:
             return Reduction(Pending(lambda: None), lambda: None)
         schedule = gather_schedule(layer.owners, self.placement).reversed
-        sums = self._gradient_rows(len(shared), accumulation_dtype(wire))
+        sums = self._gradient_rows(len(shared), layout, accumulation_dtype(wire))
         sums_of = dict(zip([self._owned[i] for i in shared], sums, strict=True))
-        layer.bytes_sent += schedule.num_transfers * layer.gradients.numel * wire.itemsize
+        layer.bytes_sent += schedule.num_transfers * layout.numel * wire.itemsize
         home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(schedule, contributed, sums_of, wire))
 
         def add() -> None:
-            layer.pool.add_gradients(layer.place, shared, layer.gradients.views(sums), layer.comms.gradient_scale)
+            layer.pool.add_gradients(layer.place, shared, layout.views(sums), layer.comms.gradient_scale)
 
         return Reduction(home, add)
 
@@ -226,8 +230,8 @@ class LayerCopies:
     def _new_experts(self, old: Placement, new: Placement) -> list[int]:
         return (new - old).held_by(self.layer.comms.rank).tolist()
 
-    def _gradient_rows(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(rows, self.layer.gradients.numel, dtype=dtype, device=self.layer.pool.device)
+    def _gradient_rows(self, rows: int, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(rows, layout.numel, dtype=dtype, device=self.layer.pool.device)
 
     def _allocate(self) -> None:
         layer = self.layer

@@ -24,14 +24,15 @@ WHOLE_TENSORS = ("torch.optim.Adafactor", "transformers.optimization.Adafactor")
 class OptimizerWatch:
     """Knows the optimizers that train the experts, and tells listeners when one has made a step.
 
-    Where all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer
-    that steps as gradients come) is not the end of a step. Before a step of `WHOLE_TENSORS` it raises ValueError.
+    If all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer that
+    steps as gradients come) ends when that pass does. Before a step of `WHOLE_TENSORS` it raises ValueError.
     """
 
     def __init__(self, model: nn.Module, pools: Sequence[ExpertPool]) -> None:
-        experts = [p for pool in pools for _, p in pool.trainable()]
-        self._trained = {id(p) for p in experts or model.parameters()}
+        self._model = weakref.ref(model)
+        self._pools = tuple(pools)
         self._listeners: list[Callable[[], None]] = []
+        self._in_backward = False
         self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
         self._sharded = any(pool.num_devices > 1 for pool in pools)
         # The hooks are global: they must not keep the model alive. They stay when this object goes, doing nothing:
@@ -45,9 +46,13 @@ class OptimizerWatch:
 
         def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
             alive = watch()
-            if alive is not None and not in_backward() and alive.add(optimizer):
-                for listener in alive._listeners:
-                    listener()
+            if alive is None or not alive.add(optimizer):
+                return
+            if in_backward():
+                alive._in_backward = True
+                return
+            for listener in alive._listeners:
+                listener()
 
         register_optimizer_step_pre_hook(before)
         register_optimizer_step_post_hook(after)
@@ -56,11 +61,25 @@ class OptimizerWatch:
         """Call `listener` after each step."""
         self._listeners.append(listener)
 
+    def stepped_in_backward(self) -> bool:
+        """Whether optimizers have stepped inside a backward pass since this was last asked."""
+        stepped, self._in_backward = self._in_backward, False
+        return stepped
+
     def add(self, optimizer: Optimizer) -> bool:
         """Take note of an optimizer; whether it trains what is watched."""
-        trained = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in self._trained]
-        self._latest.update(dict.fromkeys(trained, weakref.ref(optimizer)))
-        return bool(trained)
+        watched = self._watched()
+        held = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in watched]
+        self._latest.update(dict.fromkeys(held, weakref.ref(optimizer)))
+        return bool(held)
+
+    def _watched(self) -> set[int]:
+        """Ids of the experts' parameters; if all of them are frozen now, of all parameters of the model."""
+        experts = {id(p) for pool in self._pools for p in pool.parameters.values()}
+        if any(True for pool in self._pools for _ in pool.trainable()):
+            return experts
+        model = self._model()
+        return experts if model is None else {id(p) for p in model.parameters()}
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer state of a watched parameter: of the optimizer that stepped it last; empty before."""

@@ -7,7 +7,7 @@ permutation of slots: no shape changes. Rows beyond the owned experts are zero p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -67,8 +67,9 @@ class ExpertPool:
         return self.specs[0].weights
 
     def initial_owners(self) -> list[NDArray[np.int64]]:
-        """Per layer, the even sharding that training starts from."""
-        return [initial_owners(s.num_experts, self.num_devices, i) for i, s in enumerate(self.specs)]
+        """Per layer, the even sharding that training starts from; over all layers it is even within one expert."""
+        before = accumulate((s.num_experts for s in self.specs), initial=0)
+        return [initial_owners(s.num_experts, self.num_devices, n) for s, n in zip(self.specs, before, strict=False)]
 
     def fits(self, owners: Sequence[NDArray[np.int64]]) -> bool:
         """Whether no device would own more than its slots."""
@@ -121,6 +122,8 @@ class ExpertPool:
         """Add `scale * grads[kind][i]` to the gradient of a layer's owned expert number `positions[i]`."""
         start = self.rows(place).start
         for kind, rows in grads.items():
+            if not self.parameters[kind].requires_grad:  # frozen since the forward pass
+                continue
             target = self.gradient(kind)
             for position, row in zip(positions, rows, strict=True):
                 target[start + position].add_(row, alpha=scale)
@@ -133,12 +136,16 @@ class ExpertPool:
         return local_tensor(parameter.grad)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(kind, parameter) of the kinds that get gradients."""
+        """(kind, parameter) of the kinds that get gradients now; users may freeze and unfreeze them."""
         return ((kind, p) for kind, p in self.parameters.items() if p.requires_grad)
 
     def average_gradients(self, replicas: dist.ProcessGroup) -> None:
-        """Average over the devices that own the same experts. Collective."""
-        for kind, _ in self.trainable():
+        """Average over the devices that own the same experts; what none of them reached has no gradient. Collective."""
+        trained = [kind for kind, _ in self.trainable()]
+        flags = [int(self.parameters[kind].grad is not None) for kind in trained]
+        reached = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=replicas)
+        for kind in (kind for kind, by_any in zip(trained, reached.tolist(), strict=True) if by_any):
             gradient = self.gradient(kind)
             dist.all_reduce(gradient, group=replicas)
             gradient.div_(replicas.size())

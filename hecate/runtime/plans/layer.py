@@ -34,7 +34,7 @@ def layer_cost(model: CostModel, spec: ExpertsSpec, experts: LayerExperts, dense
     return LayerCost(
         model=model,
         expert_bytes=experts.layout.numel * experts.dtypes.param.itemsize,
-        gradient_bytes=experts.gradients.numel * experts.dtypes.reduce.itemsize,
+        gradient_bytes=experts.gradient_layout().numel * experts.dtypes.reduce.itemsize,
         token_flops=6 * weights,
         token_bytes=spec.width * experts.dtypes.token.itemsize,
         dense_token_flops=dense_token_flops,

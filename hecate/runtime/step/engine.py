@@ -18,6 +18,7 @@ from hecate.placement import Placement
 from hecate.runtime.comms import Comms, ExposedTime
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.buffers import SharedBuffers
+from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.plans.ownership import Resharder
@@ -37,8 +38,8 @@ class Engine:
         dense: the rest of the model.
         ahead: plans the copies of a step.
         resharder: moves owners between steps.
+        watch: knows when an optimizer has stepped.
         shared: the buffers of re-materialization, or None.
-        anchor: zero-dimensional tensor that requires a gradient if any expert does.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class Engine:
         dense: Dense,
         ahead: PlanAhead,
         resharder: Resharder,
+        watch: OptimizerWatch,
         shared: SharedBuffers | None,
-        anchor: Tensor,
     ) -> None:
         self.layers = tuple(layers)
         self.passes = passes
         self.comms = comms
-        self.anchor = anchor
         self.step = 0
         self._dense = dense
         self._ahead = ahead
         self._resharder = resharder
+        self._watch = watch
         self._shared = shared
         self._placements: list[Placement] | None = None  # of the step under way
         self._totals: list[LayerTotals] = []  # of the last step
@@ -68,7 +69,8 @@ class Engine:
     # The model's forward pass.
 
     def attach(self, model: nn.Module) -> None:
-        """Run with every forward pass of `model`."""
+        """Run with every forward pass of `model` and every step of its optimizer."""
+        self._watch.on_step(self.end_step)
         # Before FSDP2's own hook: what a failed pass left must be cleared first.
         model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True)
         model.register_forward_hook(lambda module, args, output: self.after_forward(output))
@@ -80,6 +82,8 @@ class Engine:
             self._dense.enter()
             return
         self.passes.recover()
+        if self._watch.stepped_in_backward():
+            self.end_step()
         # Inside one autocast region, a second pass would reuse casts of weights that FSDP2 has freed since: its
         # gradients of them are lost.
         torch.clear_autocast_cache()
@@ -98,7 +102,7 @@ class Engine:
         with label("reshard"):
             self._resharder.before_step(self.step)
         if self._shared is not None:
-            self._shared.reserve(max(layer.experts.buffer_bytes for layer in self.layers), self.anchor.device)
+            self._shared.reserve(max(layer.experts.buffer_bytes for layer in self.layers))
         with label("plan"):
             placements = self._ahead.placements()
         if self.comms.tokens is not None:

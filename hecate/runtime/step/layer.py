@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hecate.experts import ExpertsSpec
 from hecate.labels import label
 from hecate.ops.grouped import Groups
+from hecate.runtime.autograd_seam import accumulates
 from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.step.engine import Engine
+from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.record import LayerRecord
 
 __all__ = ["FSSDPExperts"]
@@ -93,7 +95,7 @@ def _run(
         rows = record.dispatch.dispatch(hidden_states.to(dtype))
     record.copies.ensure_held()
     with label("experts", spec.name):
-        rows = _run_parts(spec, rows, record, _ExpertWeights.of(engine, record.copies))
+        rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies))
     if rows.requires_grad:
         # Runs before the backward of the experts, which reads their weights.
         token = passes.token()
@@ -116,31 +118,41 @@ def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: We
 
 
 class _ExpertWeights(torch.autograd.Function):
-    """Gives the weights of the experts held here to autograd, and sends their gradients home."""
+    """Gives the weights of the experts held here to autograd, and sends their gradients home.
+
+    The pool's parameters are inputs, so that autograd knows which weights are trained: also under a frozen trunk, after
+    a change of `requires_grad`, and in `backward(inputs=...)`. They get no gradient through autograd.
+    """
 
     @staticmethod
-    def of(engine: Engine, copies: LayerCopies) -> Weights:
+    def of(passes: Passes, copies: LayerCopies) -> Weights:
         parts = copies.parts()
-        flat = _ExpertWeights.apply(engine.anchor, engine, copies, parts)
-        tensors = iter(flat)
+        parameters = copies.layer.pool.parameters
+        tensors = iter(_ExpertWeights.apply(passes, copies, parts, tuple(parameters), *parameters.values()))
         return [(positions, {kind: next(tensors) for kind in weights}) for positions, weights in parts]
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, engine: Engine, copies: LayerCopies, parts: Weights):  # type: ignore[no-untyped-def]
-        # The anchor requires a gradient, so that experts get theirs under a frozen trunk.
-        ctx.engine, ctx.copies = engine, copies
-        trainable = {w.kind for w in copies.layer.gradients.weights}
-        ctx.kinds = [list(weights) for _, weights in parts]
-        tensors = [w for _, weights in parts for w in weights.values()]
-        frozen = [w for _, weights in parts for kind, w in weights.items() if kind not in trainable]
-        ctx.mark_non_differentiable(*frozen)
-        return tuple(tensors)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, passes: Passes, copies: LayerCopies, parts: Weights, kinds: tuple[str, ...], *parameters: Tensor
+    ):
+        ctx.passes, ctx.copies, ctx.kinds = passes, copies, kinds
+        ctx.stacks = [kind for _, weights in parts for kind in weights]
+        trained = {kind for kind, parameter in zip(kinds, parameters, strict=True) if parameter.requires_grad}
+        tensors = [(kind, w) for _, weights in parts for kind, w in weights.items()]
+        ctx.mark_non_differentiable(*(w for kind, w in tensors if kind not in trained))
+        return tuple(w for _, w in tensors)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-        rows: dict[str, list[Tensor]] = {w.kind: [] for w in ctx.copies.layer.gradients.weights}
-        for kind, grad in zip((k for part in ctx.kinds for k in part), grads, strict=True):
+        name = ctx.copies.layer.name
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: create_graph=True, but gradients of experts cannot be differentiated again")
+        nodes = (node for node, _ in ctx.next_functions[-len(ctx.kinds) :])
+        wanted = {kind for kind, node in zip(ctx.kinds, nodes, strict=True) if node and accumulates(node, name)}
+        rows: dict[str, list[Tensor]] = {kind: [] for kind in ctx.kinds if kind in wanted}
+        for kind, grad in zip(ctx.stacks, grads, strict=True):
             if kind in rows:
                 rows[kind].extend(grad.unbind(0))
-        ctx.engine.passes.after_expert_gradients(ctx.copies, rows)
-        return None, None, None, None
+        if rows:
+            ctx.passes.after_expert_gradients(ctx.copies, rows)
+        return (None,) * (4 + len(ctx.kinds))

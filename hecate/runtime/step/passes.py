@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from hecate.collectives.agreement import debugging, differing_ranks
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
-from hecate.runtime.autograd_seam import at_end_of_backward, in_backward
+from hecate.runtime.autograd_seam import at_end_of_backward, in_backward, post_accumulate_hooks, refuse_hooks
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.copies import LayerCopies, Reduction
@@ -62,6 +63,7 @@ class Passes:
         self._step = 0
         self._placements: Sequence[Placement] = ()
         self._number = 0
+        self._runs = False  # whether a forward pass is under way
         self._current: MicroBatch | None = None  # of the latest forward pass
         self._token: GraphToken | None = None  # of that pass while it runs
         self._kept: dict[int, MicroBatch] = {}  # with records, by number
@@ -69,6 +71,8 @@ class Passes:
         self._in_backward: dict[int, MicroBatch] = {}  # in the running backward pass, by number
         self._backward_of: MicroBatch | None = None  # whose backward runs now
         self._reductions: list[Reduction] = []
+        self._complete: set[int] = set()  # ids of pools whose gradients are complete in the running backward pass
+        self._nodes: dict[int, Node] = {}  # of the pools' parameters in autograd graphs, by id of the parameter
 
     # The forward pass.
 
@@ -91,8 +95,11 @@ class Passes:
         """
         self._release_freed()
         self._leave_forward()
+        if with_grad:
+            self._watch_pools()
         self._step, self._placements = step, placements
         self._number += 1
+        self._runs = True
         self._current = MicroBatch(self._number, with_grad)
         if with_grad:
             self._kept[self._number] = self._current
@@ -104,13 +111,39 @@ class Passes:
         """The pass is over; its backward, if there will be one, begins at any of `outputs`, which require gradients."""
         micro_batch, token = self._current, self._token
         assert micro_batch is not None
+        self._runs = False
         if token is not None:
             for tensor in outputs:
                 tensor.register_hook(lambda grad: self.begin_backward(token))
-        if outputs or not micro_batch.with_grad:
+        if not outputs and not micro_batch.with_grad:
+            self._dense.leave_evaluation()
+        elif outputs:
             self._dense.leave()
         # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
         self._leave_forward()
+
+    def _watch_pools(self) -> None:
+        """Complete a pool's gradients before autograd runs the hooks that users registered for that moment."""
+        for pool in self._pools:
+            for kind, parameter in pool.trainable():
+                refuse_hooks(f"expert weights {kind!r} of {pool.specs[0].name}", parameter)
+                if id(parameter) not in self._nodes:
+                    node = self._nodes[id(parameter)] = get_gradient_edge(parameter).node
+                    node.register_prehook(lambda grads, pool=pool, parameter=parameter: self._before(pool, parameter))
+
+    def _before(self, pool: ExpertPool, parameter: Tensor) -> None:
+        """All layers of the pool have run backward."""
+        if post_accumulate_hooks(parameter):
+            with self._comms.guard():
+                self._finish_reductions()
+                self._complete_pool(pool)
+
+    def _complete_pool(self, pool: ExpertPool) -> None:
+        if id(pool) in self._complete:
+            return
+        self._complete.add(id(pool))
+        if self._dense.sync and self._comms.replicas is not None:
+            pool.average_gradients(self._comms.replicas)
 
     def _leave_forward(self) -> None:
         """Leave state FORWARD, also after a pass that raised."""
@@ -145,7 +178,7 @@ class Passes:
         """
         micro_batch = self._running()
         name = self._layers[layer].name
-        if micro_batch is None or not self._placements:
+        if micro_batch is None or not self._placements or not (self._runs or in_backward()):
             raise RuntimeError(
                 f"{name}: called outside a forward pass of the model that fully_shard was called with; call that "
                 "model instead"
@@ -172,7 +205,8 @@ class Passes:
         plans, comms, current = self._layers[layer], self._comms, self._current
         assert current is not None
         self._launch(layer)
-        position = Position(self._step, layer, current.with_grad)
+        trained = sum(p.requires_grad << i for i, p in enumerate(plans.experts.pool.parameters.values()))
+        position = Position(self._step, layer, current.with_grad, trained)
         with label("count", plans.name):
             counts = count_tokens(plans.name, position, index, weights, plans.num_experts, comms)
         copies = current.launched.pop(layer)
@@ -210,6 +244,7 @@ class Passes:
         self._book(micro_batch)
         if not self._in_backward:
             self._dense.enter()
+            self._dense.await_gradients()
             self._ahead.start()
             at_end_of_backward(self._finish_backward)
         if micro_batch.state is PassState.FORWARD:  # a hidden state is differentiated while the model runs
@@ -258,9 +293,9 @@ class Passes:
         self._end_backward()
         self._dense.leave()
         self._dense.reduce()
-        if self._dense.sync and self._comms.replicas is not None:
-            for pool in self._pools:
-                pool.average_gradients(self._comms.replicas)
+        for pool in self._pools:
+            self._complete_pool(pool)
+        self._complete.clear()
 
     def _end_backward(self) -> None:
         for number, micro_batch in self._in_backward.items():
@@ -281,6 +316,7 @@ class Passes:
         for reduction in self._reductions:
             reduction.discard()
         self._reductions.clear()
+        self._complete.clear()
         self._end_backward()
         self._dense.leave()
         self._dense.drop()

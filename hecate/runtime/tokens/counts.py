@@ -18,7 +18,7 @@ from hecate.runtime.comms import Comms
 
 __all__ = ["Position", "count_tokens"]
 
-OUTSIDE, NOT_FINITE, STEP, LAYER, WITH_GRAD = range(5)
+OUTSIDE, NOT_FINITE, STEP, LAYER, WITH_GRAD, TRAINED = range(6)
 """Columns that follow the experts' counts in the exchanged row."""
 
 
@@ -30,15 +30,17 @@ class Position:
         step: optimizer steps so far.
         layer: index of the MoE layer in the model.
         with_grad: whether a backward pass may follow.
+        trained: a bit per weight kind of the experts, whether it requires a gradient.
     """
 
     step: int
     layer: int
     with_grad: bool
+    trained: int
 
     def __str__(self) -> str:
-        kind = "with" if self.with_grad else "without"
-        return f"MoE layer {self.layer} {kind} gradients after {self.step} optimizer steps"
+        kind = f"with gradients of weight kinds {self.trained:b}" if self.with_grad else "without gradients"
+        return f"MoE layer {self.layer} {kind} after {self.step} optimizer steps"
 
 
 def count_tokens(
@@ -79,10 +81,10 @@ def count_tokens(
 
 
 def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E + 5]`: this rank's counts, then the columns that the others check."""
+    """int64 `[E + 6]`: this rank's counts, then the columns that the others check."""
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
-    row = torch.zeros(num_experts + WITH_GRAD + 1, dtype=torch.int64, device=index.device)
+    row = torch.zeros(num_experts + TRAINED + 1, dtype=torch.int64, device=index.device)
     row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
     row[num_experts + NOT_FINITE] = (~torch.isfinite(weights.detach())).sum()
     for column, value in enumerate(astuple(position), num_experts + STEP):
@@ -91,12 +93,13 @@ def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -
 
 
 def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
-    for rank, (step, layer, with_grad) in enumerate(columns.tolist()):
-        other = Position(step, layer, bool(with_grad))
+    for rank, (step, layer, with_grad, trained) in enumerate(columns.tolist()):
+        other = Position(step, layer, bool(with_grad), trained)
         if other != own:
             raise RuntimeError(
-                f"{name}: this rank runs {own}, rank {rank} {other}; all ranks must call the model equally often and "
-                "in the same mode (generate() of unequal lengths needs synced_gpus=True)"
+                f"{name}: this rank runs {own}, rank {rank} {other}; all ranks must call the model equally often, "
+                "in the same mode and with the same parameters frozen (generate() of unequal lengths needs "
+                "synced_gpus=True)"
             )
 
 

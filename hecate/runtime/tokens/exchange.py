@@ -50,8 +50,8 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.comms.guard():
-            return _all_to_all(grad, ctx.received, ctx.sent, ctx.comms, ctx.wire), None, None, None, None
+        with ctx.comms.guard():  # by `apply`, so that it can be differentiated again
+            return AllToAll.apply(grad, ctx.received, ctx.sent, ctx.comms, ctx.wire), None, None, None, None
 
 
 def _all_to_all(
