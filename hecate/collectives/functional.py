@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.collectives.agreement import check_placements, check_rows
-from hecate.collectives.group_seam import group_named
 from hecate.collectives.route import Links
 from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Rows, Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
+from hecate.private_torch import group_named
 
 __all__ = ["SparseWork", "sparse_all_gather", "sparse_reduce_scatter"]
 

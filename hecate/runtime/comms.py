@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hecate.collectives.group_seam import timeout_of
 from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.route import Links
 from hecate.collectives.routed import Routed
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Topology
+from hecate.private_torch import timeout_of
 from hecate.ranks.heartbeat import Heartbeat
 
 __all__ = ["Comms", "ExposedTime", "Lane", "Pending", "make_comms"]

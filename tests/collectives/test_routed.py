@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.group_seam import default_store
 from hecate.collectives.order import accumulation_dtype
 from hecate.collectives.p2p import PointToPoint
 from hecate.collectives.route import Links, gather_route, reduce_route
@@ -16,6 +15,7 @@ from hecate.collectives.routed import Routed
 from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport, Work
 from hecate.placement import Placement, Topology
+from hecate.private_torch import default_store
 from tests.collectives.reference import Case
 from tests.workers import Groups
 

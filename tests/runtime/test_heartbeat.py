@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hecate.collectives.group_seam import default_store
 from hecate.errors import MissingRankError
+from hecate.private_torch import default_store
 from hecate.ranks.heartbeat import Heartbeat
 from tests.workers import Group
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as fsdp2
 
+from hecate.private_torch import forget_step
 from hecate.runtime.dense.base import Dense
-from hecate.runtime.fsdp_seam import forget_step
 from hecate.runtime.setup import Setup
 
 __all__ = ["ShardedDense"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from hecate.runtime.autograd_seam import at_end_of_backward, post_accumulate_hooks, refuse_hooks
+from hecate.private_torch import at_end_of_backward, post_accumulate_hooks, refuse_hooks
 from hecate.runtime.dense.base import Dense
 from hecate.values.local import local_tensor
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hecate.runtime.autograd_seam import in_backward
+from hecate.private_torch import in_backward
 from hecate.runtime.experts.pool import ExpertPool
 
 __all__ = ["OptimizerWatch"]

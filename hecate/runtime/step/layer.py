@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hecate.experts import ExpertsSpec
 from hecate.labels import label
 from hecate.ops.grouped import Groups
-from hecate.runtime.autograd_seam import accumulates
+from hecate.private_torch import accumulates
 from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.step.engine import Engine
 from hecate.runtime.step.passes import Passes

@@ -18,7 +18,7 @@ from hecate.collectives.agreement import debugging, differing_ranks
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
-from hecate.runtime.autograd_seam import at_end_of_backward, in_backward, post_accumulate_hooks, refuse_hooks
+from hecate.private_torch import at_end_of_backward, in_backward, post_accumulate_hooks, refuse_hooks
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.copies import LayerCopies, Reduction
