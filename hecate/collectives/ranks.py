@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from hecate.ranks.raised import Raised
+
 __all__ = ["agree", "gather", "on_rank_0", "rank_and_world"]
 
 T = TypeVar("T")
@@ -26,15 +28,20 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """`function()`; where it raises on any rank, all raise what the lowest such rank did. Collective."""
+    """`function()`; if it raises on any rank, all raise what the lowest such rank did. Collective.
+
+    On that rank it is the exception itself; elsewhere one of the same class and text, or a RuntimeError that names the
+    rank, class and text if the exception cannot be pickled.
+    """
     error: Exception | None = None
     try:
         value = function()
     except Exception as raised:
         error = raised
-    first = next((e for e in gather(error, group) if e is not None), None)
-    if first is not None:
-        raise first from error
+    for rank, raised_there in enumerate(gather(None if error is None else Raised.of(error), group)):
+        if raised_there is not None:
+            own = rank == (dist.get_rank(group) if dist.is_initialized() else 0)
+            raise error if own and error is not None else raised_there.rebuilt(rank, also=error)
     return value
 
 

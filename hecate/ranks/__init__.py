@@ -1,1 +1,1 @@
-"""What all ranks agree on, and which of them is missing."""
+"""What ranks must know of each other: whether all hold the same values, which one raised, and which one is missing."""
