@@ -17,10 +17,10 @@ from torch import Tensor
 
 import hecate
 from benchmarks.report import Report
-from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.groups import transport_of
+from hecate.collectives.moves import moves_between
+from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Links, Route, gather_route, reduce_route
-from hecate.collectives.routed import Routed
-from hecate.collectives.schedule import gather_schedule
 from hecate.collectives.transport import Transport
 from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology
@@ -193,7 +193,8 @@ class Case:
     def __post_init__(self) -> None:
         rank, group = dist.get_rank(), dist.group.WORLD
         assert group is not None
-        self.ours, self.plain = Routed(group, self.topology, self.links), PointToPoint(group, self.topology)
+        self.ours = transport_of(group, "cpu", self.topology, self.links)
+        self.plain = PointToPoint(group, self.topology)
         generator = torch.Generator().manual_seed(rank)
         owners, new = self.src.owners, (self.dst - self.src).matrix
         # As in training, experts that stay where they are take no part.
@@ -242,11 +243,11 @@ class Case:
             raise RuntimeError(f"rank {dist.get_rank()}: the routed transport gave other bits than the plain one")
 
     def gather(self, transport: Transport) -> None:
-        transport.gather(gather_schedule(self.src, self.dst), self.shard, self.copies).wait()
+        transport.gather(moves_between(self.src, self.dst), self.shard, self.copies).wait()
 
     def reduce(self, transport: Transport) -> None:
-        schedule = gather_schedule(self.src, self.dst).reversed
-        transport.reduce(schedule, self.grads, self.sums, torch.float32).wait()
+        moves = moves_between(self.src, self.dst).reversed
+        transport.reduce(moves, self.grads, self.sums, torch.float32).wait()
 
     def broadcasts(self) -> None:
         """The paper's: one broadcast an expert among its holders, all at once."""

@@ -111,8 +111,8 @@ def refuse_hooks(name: str, parameter: Tensor) -> None:
 def forget_step(model: nn.Module) -> None:
     """Bring FSDP2 back to where it is between passes, without gradients that were not reduced yet.
 
-    `reset_iter_state` is its own way back from a pass that raised, but keeps what `no_sync` has accumulated in unsharded
-    gradients. The next reduction would add those to the gradients of another step, and nothing public reaches them.
+    `reset_iter_state` is its own way back from a pass that raised, but keeps what `no_sync` has accumulated in
+    unsharded gradients. The next reduction would add those to another step's gradients; nothing public reaches them.
 
     Args:
         model: the root that FSDP2's `fully_shard` was called on; any other module is left alone.

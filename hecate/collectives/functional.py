@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.agreement import check_placements, check_rows
+from hecate.collectives.groups import transport_of
+from hecate.collectives.moves import moves_between
 from hecate.collectives.route import Links
-from hecate.collectives.routed import Routed
-from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.summation import accumulation_dtype
 from hecate.collectives.transport import Rows, Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
 from hecate.private_torch import group_named
+from hecate.ranks.same import agree_on, described
 
-__all__ = ["SparseWork", "sparse_all_gather", "sparse_reduce_scatter"]
+__all__ = ["SparseWork", "sparse_all_gather", "sparse_reduce_scatter", "start_gather", "start_reduce"]
 
 
 class SparseWork:
@@ -48,20 +48,23 @@ def sparse_all_gather(
 ) -> Tensor | SparseWork:
     """Bring every expert from its owner to all its holders. Collective; differentiable.
 
+    The ranks first compare what they pass: eight bytes from each rank, for which the host waits.
+
     Args:
         shard: `[experts owned here under src, *chunk]`, ascending expert id, any dtype.
-        src: exactly one device an expert.
-        dst: any placement; where it contains `src`, owners keep their chunks.
+        src: exactly one device per expert.
+        dst: any placement; a device that owns an expert under `src` and holds it here keeps its chunk.
         group: default: the default process group.
-        topology: default: torchrun's LOCAL_WORLD_SIZE devices a node.
+        topology: default: torchrun's LOCAL_WORLD_SIZE devices per node.
         async_op: return a `SparseWork`, whose `wait()` returns the result.
 
     Returns:
         `[experts held here under dst, *chunk]`, ascending expert id.
 
     Raises:
-        ValueError: a placement of another group size, an expert without exactly one owner, a shard of other rows, or
-            ranks whose chunks differ in size.
+        ValueError: a placement of another group size, an expert without exactly one owner, a shard of other rows, a
+            backend that cannot carry them, or ranks that pass different placements, chunks or dtypes. On all ranks,
+            before anything is sent, even if only one rank is wrong.
     """
     return _run(_GATHER, shard, src, dst, group, topology, async_op)
 
@@ -77,14 +80,14 @@ def sparse_reduce_scatter(
     """Sum every expert's chunks over its holders at its owner. Collective; differentiable.
 
     The sum runs over the ranks of a node ascending, then the nodes ascending, partial sums in float32 (float64 for
-    float64): the same bits every run.
+    float64, integers exactly): the same bits every run. The ranks first compare what they pass, as above.
 
     Args:
-        grads: `[experts held here under src, *chunk]`, ascending expert id, any dtype but bool.
+        grads: `[experts held here under src, *chunk]`, ascending expert id; a floating-point, complex or integer dtype.
         src: any placement; an expert that nobody holds sums to zero.
-        dst: exactly one device an expert.
+        dst: exactly one device per expert.
         group: default: the default process group.
-        topology: default: torchrun's LOCAL_WORLD_SIZE devices a node.
+        topology: default: torchrun's LOCAL_WORLD_SIZE devices per node.
         async_op: return a `SparseWork`, whose `wait()` returns the result.
 
     Returns:
@@ -92,25 +95,42 @@ def sparse_reduce_scatter(
 
     Raises:
         ValueError: as for `sparse_all_gather`.
+        TypeError: a dtype that has no sum, e.g. bool; on all ranks.
     """
     return _run(_REDUCE, grads, src, dst, group, topology, async_op)
 
 
-_TRANSPORTS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, str], Transport]] = WeakKeyDictionary()
+def start_gather(shard: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
+    """The result of `sparse_all_gather`, valid after `wait()`. All ranks must pass equal placements and chunks."""
+    rank = transport.group.rank()
+    shard = shard.detach().contiguous()
+    out = shard.new_empty(len(dst.held_by(rank)), *shard.shape[1:])
+    sent, received = _by_expert(shard, src, rank), _by_expert(out, dst, rank)
+    for expert in sent.keys() & received.keys():
+        received[expert].copy_(sent[expert])
+    return out, transport.gather(moves_between(src, dst), sent, received)
+
+
+def start_reduce(grads: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
+    """The result of `sparse_reduce_scatter`, valid after `wait()`. All ranks must pass equal placements and chunks."""
+    rank = transport.group.rank()
+    grads = grads.detach().contiguous()
+    out = grads.new_empty(len(dst.held_by(rank)), *grads.shape[1:])
+    contributed, sums = _by_expert(grads, src, rank), _by_expert(out, dst, rank)
+    return out, transport.reduce(moves_between(dst, src).reversed, contributed, sums, grads.dtype)
+
+
+def _by_expert(rows: Tensor, placement: Placement, rank: int) -> Rows:
+    flat = rows.view(rows.shape[0], math.prod(rows.shape[1:]))
+    return dict(zip(placement.held_by(rank).tolist(), flat.unbind(0), strict=True))
 
 
 def _transport(group: dist.ProcessGroup, topology: Topology, device_type: str) -> Transport:
-    """The one transport of a group, so that calls under way at once do not take each other's messages."""
-    of_group = _TRANSPORTS.setdefault(group, {})
-    key = (topology, device_type)
-    if key not in of_group:
-        of_group[key] = Routed(
-            group, topology, Links.of(CostModel.cpu() if device_type == "cpu" else CostModel(), topology, device_type)
-        )
-    return of_group[key]
+    cost = CostModel.cpu() if device_type == "cpu" else CostModel()
+    return transport_of(group, device_type, topology, Links.of(cost, topology, device_type))
 
 
-# The ops take placements as flat lists of `expert * D + device`, the group by name: what torch.library can carry.
+# `torch.library` ops cannot take placements or groups: they get flat lists of `expert * D + device`, and group names.
 
 
 def _encode(placement: Placement) -> list[int]:
@@ -123,38 +143,8 @@ def _decode(pairs: Sequence[int], num_experts: int, num_devices: int) -> Placeme
     return Placement(matrix.reshape(num_experts, num_devices))
 
 
-def _by_expert(rows: Tensor, placement: Placement, rank: int) -> Rows:
-    flat = rows.view(rows.shape[0], math.prod(rows.shape[1:]))
-    return dict(zip(placement.held_by(rank).tolist(), flat.unbind(0), strict=True))
-
-
-def _chunk_bytes(rows: Tensor) -> int:
-    return math.prod(rows.shape[1:]) * rows.itemsize
-
-
-def _start_gather(shard: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
-    rank = transport.group.rank()
-    shard = shard.detach().contiguous()
-    out = shard.new_empty(len(dst.held_by(rank)), *shard.shape[1:])
-    transport.agree_on_chunk(_chunk_bytes(shard))
-    sent, received = _by_expert(shard, src, rank), _by_expert(out, dst, rank)
-    for expert in sent.keys() & received.keys():
-        received[expert].copy_(sent[expert])
-    return out, transport.gather(gather_schedule(src, dst), sent, received)
-
-
-def _start_reduce(grads: Tensor, src: Placement, dst: Placement, transport: Transport) -> tuple[Tensor, Work]:
-    rank = transport.group.rank()
-    grads = grads.detach().contiguous()
-    out = grads.new_empty(len(dst.held_by(rank)), *grads.shape[1:])
-    transport.agree_on_chunk(_chunk_bytes(grads))
-    schedule = gather_schedule(dst, src).reversed
-    sums = _by_expert(out, dst, rank)
-    return out, transport.reduce(schedule, _by_expert(grads, src, rank), sums, grads.dtype)
-
-
 _GATHER, _REDUCE = "sparse_all_gather", "sparse_reduce_scatter"
-_START = {_GATHER: _start_gather, _REDUCE: _start_reduce}
+_START = {_GATHER: start_gather, _REDUCE: start_reduce}
 
 
 def _run(
@@ -169,10 +159,8 @@ def _run(
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise RuntimeError(f"{name}: no process group: call torch.distributed.init_process_group first")
+    _check(name, rows, src, dst, group, topology)
     topology = Topology.detect(group.size()) if topology is None else topology
-    _check(name, rows, src, dst, group)
-    check_placements(name, (src, dst), group)
-    check_rows(name, rows, group)
     call = (_encode(src), _encode(dst), src.num_experts, topology.devices_per_node, group.group_name)
     if not async_op:
         return getattr(torch.ops.hecate, name)(rows, *call)
@@ -185,19 +173,47 @@ def _run(
     return SparseWork(wait)
 
 
-def _check(name: str, rows: Tensor, src: Placement, dst: Placement, group: dist.ProcessGroup) -> None:
+@torch.compiler.disable
+def _check(
+    name: str, rows: Tensor, src: Placement, dst: Placement, group: dist.ProcessGroup, topology: Topology | None
+) -> None:
+    """Raise the same exception on every rank if any rank passes something wrong or different. Collective.
+
+    What passes here holds for the backward pass too: the gradient has the shape and dtype of the result.
+    """
+
+    def values() -> dict[str, object]:
+        nodes = Topology.detect(group.size()) if topology is None else topology
+        _check_own(name, rows, src, dst, group)
+        _transport(group, nodes, rows.device.type)
+        return {
+            "collective": name,
+            "chunk shape": tuple(rows.shape[1:]),
+            "dtype": rows.dtype,
+            "device type": rows.device.type,
+            "src": described(src),
+            "dst": described(dst),
+            "devices per node": nodes.devices_per_node,
+        }
+
+    agree_on(name, values, group)
+
+
+def _check_own(name: str, rows: Tensor, src: Placement, dst: Placement, group: dist.ProcessGroup) -> None:
     if src.matrix.shape != dst.matrix.shape or src.num_devices != group.size():
         raise ValueError(
             f"{name}: src {src.matrix.shape} and dst {dst.matrix.shape} must both be "
             f"[num_experts, num_devices] with the group's {group.size()} ranks as devices"
         )
-    _ = (src if name == _GATHER else dst).owners  # one owner an expert, or ValueError
+    _ = (src if name == _GATHER else dst).owners  # ValueError unless every expert has one owner
     expected = len(src.held_by(group.rank()))
     if rows.ndim < 1 or rows.shape[0] != expected:
         raise ValueError(
             f"{name}: rank {group.rank()} passes rows of shape {tuple(rows.shape)}, "
-            f"src gives it {expected} experts; they must be one row an expert"
+            f"src gives it {expected} experts; they must be one row per expert"
         )
+    if name == _REDUCE:
+        accumulation_dtype(rows.dtype)  # TypeError if it has no sum
 
 
 def _execute(

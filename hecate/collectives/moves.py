@@ -1,7 +1,6 @@
-"""From a pair of placements to frozen rounds of transfers: pure functions, no process group.
+"""Which expert goes from which device to which, for a pair of placements. Pure: no process group.
 
-A schedule says who sends which expert to whom, and in which round. Transports only execute it. The reduction's schedule
-is the gather's, reversed: whoever sent a chunk gets its sum back.
+A reduction's moves are the gather's, reversed: whoever sent a chunk gets its sum back.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from functools import cached_property, lru_cache
 
 from hecate.placement import Placement
 
-__all__ = ["Schedule", "Transfer", "gather_schedule"]
+__all__ = ["Moves", "Transfer", "moves_between"]
 
 
 @dataclass(frozen=True, order=True)
 class Transfer:
-    """One chunk on its way: `expert` from device `src` to device `dst`."""
+    """The chunk of `expert` goes from device `src` to device `dst`."""
 
     expert: int
     src: int
@@ -24,44 +23,37 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Transfers that turn placement `src` into placement `dst`.
+class Moves:
+    """Transfers that turn placement `src` into placement `dst`; none depends on another.
 
     Attributes:
         src: who holds what before.
         dst: who holds what afterwards.
-        rounds: transfers of one round are independent of each other; a round needs the rounds before it.
+        transfers: by expert, then by the device that gets it.
     """
 
     src: Placement
     dst: Placement
-    rounds: tuple[tuple[Transfer, ...], ...]
+    transfers: tuple[Transfer, ...]
 
     @cached_property
-    def reversed(self) -> Schedule:
-        """The mirror image: every transfer backwards, last round first."""
-        back = tuple(
-            tuple(Transfer(t.expert, src=t.dst, dst=t.src) for t in transfers) for transfers in self.rounds[::-1]
-        )
-        return Schedule(self.dst, self.src, back)
-
-    @property
-    def num_transfers(self) -> int:
-        """Chunks that cross from one device to another."""
-        return sum(map(len, self.rounds))
+    def reversed(self) -> Moves:
+        """Every transfer backwards."""
+        back = tuple(Transfer(t.expert, src=t.dst, dst=t.src) for t in self.transfers)
+        return Moves(self.dst, self.src, back)
 
 
 @lru_cache(maxsize=1024)
-def gather_schedule(src: Placement, dst: Placement) -> Schedule:
-    """Point-to-point schedule of SparseAllGather (paper, section 3.1): each owner sends to each new holder, one round.
+def moves_between(src: Placement, dst: Placement) -> Moves:
+    """The moves of SparseAllGather (paper, section 3.1): each owner sends to each new holder.
 
     Args:
-        src: exactly one device an expert.
+        src: exactly one device per expert.
         dst: any placement of the same shape.
+
+    Raises:
+        ValueError: an expert without exactly one owner, or placements of different shapes.
     """
-    new = (dst - src).matrix
     owners = src.owners
-    transfers = tuple(
-        Transfer(expert, int(owners[expert]), device) for expert, device in zip(*map(list, new.nonzero()), strict=True)
-    )
-    return Schedule(src, dst, (transfers,) if transfers else ())
+    new = zip(*map(list, (dst - src).matrix.nonzero()), strict=True)
+    return Moves(src, dst, tuple(Transfer(expert, int(owners[expert]), device) for expert, device in new))

@@ -1,4 +1,4 @@
-"""Plain point-to-point transport: each transfer is one send and one receive over torch.distributed."""
+"""Plain transport: each transfer is one send and one receive, all of a call in one batch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.order import ordered_sum
-from hecate.collectives.schedule import Schedule, Transfer
+from hecate.collectives.moves import Moves, Transfer
+from hecate.collectives.summation import ordered_sum
 from hecate.collectives.transport import Rows, Transport, Work
 
 __all__ = ["PointToPoint"]
 
 
 class PointToPoint(Transport):
-    """gloo for CPU tensors, NCCL for CUDA tensors; a round is one batch of isend/irecv."""
+    """Owners send every copy themselves, and get every contribution themselves."""
 
-    def gather(self, schedule: Schedule, sent: Rows, received: Rows) -> Work:
-        return self._start(schedule, sent, lambda t: received[t.expert])
+    def gather(self, moves: Moves, sent: Rows, received: Rows) -> Work:
+        return self._start(moves, sent, lambda t: received[t.expert])
 
-    def reduce(self, schedule: Schedule, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
+    def reduce(self, moves: Moves, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
         rank = self.group.rank()
         parts: dict[int, dict[int, Tensor]] = {expert: {} for expert in sums}
         for expert in sums.keys() & contributed.keys():
@@ -31,7 +31,7 @@ class PointToPoint(Transport):
             parts[t.expert][t.src] = torch.empty_like(sums[t.expert], dtype=wire)
             return parts[t.expert][t.src]
 
-        transfers = self._start(schedule, contributed, staging)
+        transfers = self._start(moves, contributed, staging)
 
         def finish() -> None:
             transfers.wait()
@@ -43,14 +43,11 @@ class PointToPoint(Transport):
 
         return Work(finish)
 
-    def _start(self, schedule: Schedule, sent: Rows, place: Callable[[Transfer], Tensor]) -> Work:
-        rank = self.group.rank()
-        works: list[dist.Work] = []
-        for transfers in schedule.rounds:
-            operations = [self._operation(dist.isend, sent[t.expert], t.dst) for t in transfers if t.src == rank]
-            operations += [self._operation(dist.irecv, place(t), t.src) for t in transfers if t.dst == rank]
-            if operations:
-                works += dist.batch_isend_irecv(operations)
+    def _start(self, moves: Moves, sent: Rows, place: Callable[[Transfer], Tensor]) -> Work:
+        rank, transfers = self.group.rank(), moves.transfers
+        operations = [self._operation(dist.isend, sent[t.expert], t.dst) for t in transfers if t.src == rank]
+        operations += [self._operation(dist.irecv, place(t), t.src) for t in transfers if t.dst == rank]
+        works = dist.batch_isend_irecv(operations) if operations else []
 
         def finish() -> None:
             for work in works:
@@ -59,5 +56,5 @@ class PointToPoint(Transport):
         return Work(finish)
 
     def _operation(self, operation: Callable[..., object], row: Tensor, peer: int) -> dist.P2POp:
-        # Bytes, so that every dtype travels on every backend.
+        # Sent as bytes, so that every dtype travels on every backend.
         return dist.P2POp(operation, row.view(torch.uint8), group=self.group, group_peer=peer)

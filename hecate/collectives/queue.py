@@ -1,47 +1,50 @@
-"""One group's collectives on the host take turns: messages between two ranks match in the order they are started in."""
+"""One queue per process group: messages between two ranks match in the order they start in, so that must not vary."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from weakref import WeakKeyDictionary
-
-import torch.distributed as dist
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import Any
+from weakref import finalize
 
 from hecate.collectives.transport import Work
 
-__all__ = ["Turns"]
+__all__ = ["HostQueue"]
 
 
-class Turns:
-    """A thread that runs what it is given, one after the other. One for all transports of a process group.
+class HostQueue:
+    """A thread that runs collectives in the order they were started in; one for all transports of a process group.
 
     Args:
-        thread: in place of a thread of its own, for tests.
+        executor: where they run; None makes a thread.
     """
 
-    def __init__(self, thread: Executor | None = None) -> None:
-        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="hecate-collectives")
+    def __init__(self, executor: Executor | None = None) -> None:
+        self._executor = _DaemonThread() if executor is None else executor
         self._last: Future[None] | None = None
         self._failure: str | None = None
-
-    @staticmethod
-    def of(group: dist.ProcessGroup) -> Turns:
-        """Those of `group`."""
-        return _OF_GROUP.setdefault(group, Turns())
+        self._closed = False
 
     @property
     def idle(self) -> bool:
-        """Whether all it was given is done: what starts now overtakes nothing."""
-        return self._last is None or self._last.done()
+        """Whether everything that was started has ended: what starts now overtakes nothing. False once closed."""
+        return not self._closed and (self._last is None or self._last.done())
 
     def start(self, run: Callable[[], None]) -> Work:
-        """`run` behind what was started before; RuntimeError from `wait()` where one of those failed."""
+        """Run `run` behind everything that was started before.
+
+        Raises:
+            RuntimeError: the queue was closed. From `Work.wait()`: a collective before this one failed.
+        """
+        if self._closed:
+            raise RuntimeError("Transport: closed; it carries nothing more")
         alone = self.idle
-        mine = self._last = self._thread.submit(self._run, run)
+        mine = self._last = self._executor.submit(self._run, run)
 
         def finish() -> None:
-            # Who waits at once does it himself: that spares two hand-overs. Nothing queued may be overtaken.
+            # If nothing is queued before it, run it on the waiting thread: saves two thread switches.
             if alone and self._last is mine and mine.cancel():
                 self._run(run)
             else:
@@ -49,15 +52,61 @@ class Turns:
 
         return Work(finish)
 
+    def close(self) -> None:
+        """Wait for what was started and end the thread; `start` raises from now on."""
+        self._closed = True
+        self._executor.shutdown(wait=True)
+
     def _run(self, run: Callable[[], None]) -> None:
-        """`run`, unless one before it failed: what is queued then fails at once, not one timeout after the other."""
+        """Run `run`; after a failure everything queued fails at once, instead of one timeout after the other."""
         if self._failure is not None:
-            raise RuntimeError(f"Routed: a collective before this one failed: {self._failure}")
+            raise RuntimeError(f"Transport: a collective before this one failed: {self._failure}")
         try:
             run()
         except Exception as error:
-            self._failure = str(error)  # not the error, which holds the rows
+            self._failure = str(error)  # not the exception, which would keep the rows alive
             raise
 
 
-_OF_GROUP: WeakKeyDictionary[dist.ProcessGroup, Turns] = WeakKeyDictionary()
+class _DaemonThread(Executor):
+    """One thread, started when first needed. It ends with this object, and does not keep the interpreter alive.
+
+    `ThreadPoolExecutor` is joined at exit: a process that fails would wait there for peers, who wait for it, until the
+    process group's timeout.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        if self._thread is None:
+            # The thread holds the tasks only, so that this object can go.
+            self._thread = threading.Thread(target=_work, args=(self._tasks,), name="hecate-collectives", daemon=True)
+            self._thread.start()
+            finalize(self, self._tasks.put, None)
+        future: Future = Future()
+        self._tasks.put((future, lambda: function(*args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._thread is not None:
+            self._tasks.put(None)
+            if wait and self._thread is not threading.current_thread():
+                self._thread.join()
+
+
+def _work(tasks: SimpleQueue[tuple[Future, Callable[[], Any]] | None]) -> None:
+    """Run tasks until None comes."""
+    while (task := tasks.get()) is not None:
+        _run(*task)
+        del task  # an idle thread must not hold rows
+
+
+def _run(future: Future, function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,8 +1,8 @@
-"""How the pieces of a schedule travel: placements, topology and links -> frozen rounds of hops (DESIGN, decision 7).
+"""How chunks travel: placements, topology and links -> frozen rounds of hops (docs/design.md, decision 7).
 
 A gather hands pieces on inside nodes, so that an expert crosses each node border once; a reduction adds on the way, in
-the order of `collectives.order`. The search is C++ (csrc/collectives) and pure: every rank finds the same route. It
-takes the fastest of several shapes by its own model of the links, so never one that is slower than plain sends.
+the order of `collectives.summation`. The search is C++ (csrc/collectives) and pure: every rank finds the same route. It
+takes the shape that is fastest by its model of the links. Plain sends are one of the shapes, so none chosen is slower.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate import _native
+from hecate._native import route as find_route
 from hecate.cost import CostModel
 from hecate.placement import Placement, Topology
 
@@ -22,7 +22,7 @@ __all__ = ["Hop", "Links", "Part", "Route", "gather_route", "reduce_route"]
 
 @dataclass(frozen=True)
 class Links:
-    """What carries messages, per direction. Each carries one message after the other, several of them at once.
+    """The links between devices, in each direction. A link serializes its messages; different links run in parallel.
 
     Attributes:
         device: bytes per second into or out of one device, inside its node.
@@ -48,7 +48,7 @@ class Links:
 
     @classmethod
     def of(cls, cost: CostModel, topology: Topology, device_type: str) -> Links:
-        """The links of a cost model: a network port a device. Processes on CPU share their machine's memory."""
+        """The links of a cost model: one network port per device; processes on CPU share one, and their memory."""
         per_node = topology.devices_per_node
         return cls(
             device=cost.intra_node_bandwidth,
@@ -62,16 +62,17 @@ class Links:
 
 @dataclass(frozen=True)
 class Hop:
-    """One piece of one expert on its way from device `src` to device `dst`.
+    """One message: a piece of one expert's chunk goes from device `src` to device `dst`.
 
     Attributes:
-        expert: its number.
-        piece, pieces: which of how many.
+        expert: its id.
+        piece, pieces: the piece's number, and how many the chunk is cut into.
         src, dst: devices.
-        first: reductions: the lowest device whose contribution is in it.
-        partial: reductions: a sum of several contributions, in accumulation dtype; else one, in wire dtype.
-        final: reductions: added to the owner's result, not to a sum that the owner hands on.
-        alone: reductions: all of the owner's result.
+        first: in reductions, the lowest device whose contribution is in it.
+        partial: in reductions, whether it is a sum of several contributions, in accumulation dtype; a single one is in
+            wire dtype.
+        final: in reductions, whether it is added to the owner's result, not to a sum that the owner hands on.
+        alone: in reductions, whether it is the owner's result, to which nothing is added.
     """
 
     expert: int
@@ -85,13 +86,13 @@ class Hop:
     alone: bool
 
     def range_of(self, numel: int) -> slice:
-        """Which elements of a chunk of `numel` it carries."""
+        """Which elements of a chunk of `numel` elements it carries."""
         return slice(numel * self.piece // self.pieces, numel * (self.piece + 1) // self.pieces)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one device does in one round, in this order."""
+    """The messages of one device in one round."""
 
     sends: tuple[Hop, ...]
     receives: tuple[Hop, ...]
@@ -99,14 +100,15 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Hops in rounds: a hop carries what came in earlier rounds.
+    """Hops in rounds. A hop carries only what its sender had from the start or got in an earlier round.
 
     Attributes:
-        hops: read-only int64 `[hops, 10]`: the round, then the attributes of `Hop` in their order; by round.
+        hops: read-only int64 `[hops, 10]`, by round: the round, then the attributes of `Hop` in their order.
         shape: the chosen shape, in words.
-        predicted_ns: how long it takes by the model of the links.
-        direct_ns: how long plain sends would take, likewise; at least `predicted_ns`.
-        bound_ns: no schedule is faster: bytes into or out of a device or across a node border, over its bandwidth.
+        predicted_ns: how long the route takes, by the model of the links.
+        direct_ns: how long plain sends would take, by the same model; at least `predicted_ns`.
+        bound_ns: a lower bound for any route: the bytes that must enter or leave one device or node, divided by its
+            bandwidth; the largest of these.
     """
 
     hops: NDArray[np.int64]
@@ -120,7 +122,7 @@ class Route:
         return {}
 
     def part(self, rank: int) -> tuple[Part, ...]:
-        """The rounds that device `rank` takes part in; one empty part where it leaves out any between two."""
+        """The rounds that device `rank` takes part in, with one empty part for any number of rounds it sits out."""
         if rank not in self._parts:
             self._parts[rank] = self._part(rank)
         return self._parts[rank]
@@ -136,7 +138,7 @@ class Route:
         before = None
         for number, (sends, receives) in rounds.items():
             if before is not None and number > before + 1:
-                parts.append(Part((), ()))  # what is received after a pause takes no memory before it
+                parts.append(Part((), ()))  # receives start a round ahead; after a pause not before it
             parts.append(Part(tuple(sends), tuple(receives)))
             before = number
         return tuple(parts)
@@ -147,11 +149,11 @@ def gather_route(src: Placement, dst: Placement, topology: Topology, links: Link
     """Route of SparseAllGather (paper, section 3.1).
 
     Args:
-        src: exactly one device an expert.
+        src: exactly one device per expert.
         dst: any placement of the same shape.
-        topology: of the devices.
-        links: between them.
-        chunk_bytes: of one expert.
+        topology: which devices share a node.
+        links: between the devices.
+        chunk_bytes: size of one expert.
     """
     return _route("gather", dst, src, topology, links, chunk_bytes, chunk_bytes)
 
@@ -164,11 +166,11 @@ def reduce_route(
 
     Args:
         src: who contributes.
-        dst: exactly one device an expert.
-        topology: of the devices.
-        links: between them.
-        chunk_bytes: of one contribution.
-        partial_bytes: of a partial sum, in accumulation dtype.
+        dst: exactly one device per expert.
+        topology: which devices share a node.
+        links: between the devices.
+        chunk_bytes: size of one contribution.
+        partial_bytes: size of a partial sum, in accumulation dtype.
     """
     return _route("reduce", src, dst, topology, links, chunk_bytes, partial_bytes)
 
@@ -182,7 +184,7 @@ def _route(
             f"with the topology's num_devices={topology.num_devices}"
         )
     numbers = np.array([getattr(links, f.name) for f in fields(Links)], dtype=np.int64)
-    hops, shape, *times = _native.route(
+    hops, shape, *times = find_route(
         kind, holds.matrix, owns.owners, topology.devices_per_node, chunk, partial, numbers
     )
     hops.setflags(write=False)

@@ -1,73 +1,62 @@
-"""The one summation order of every reduction (DESIGN, decision 2), whatever the schedule or transport.
+"""The one order in which every reduction adds (docs/design.md, decision 2), whatever the route or transport.
 
-Ranks of a node ascending, then nodes ascending; partial sums in float32 (float64 for float64); one cast at the owner.
+The ranks of a node ascending, then the nodes ascending; partial sums in a wider dtype; one cast at the owner.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort_left
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from hecate.collectives.staging import Staging
 from hecate.placement import Topology
 
-__all__ = ["OrderedSum", "Staging", "accumulation_dtype", "ordered_sum"]
+__all__ = ["OrderedSum", "accumulation_dtype", "ordered_sum"]
+
+_ADDED_AS_THEY_ARE = (
+    *(torch.float64, torch.float32, torch.complex128, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+_ADDED_WIDER = {
+    **dict.fromkeys((torch.bfloat16, torch.float16), torch.float32),
+    **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e4m3fnuz), torch.float32),
+    **dict.fromkeys((torch.float8_e5m2, torch.float8_e5m2fnuz), torch.float32),
+    torch.complex32: torch.complex64,
+    # torch adds no unsigned integers wider than 8 bits. Sums wrap around as theirs would when they are cast back.
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.int64,
+}
+_PROMOTED = (*_ADDED_AS_THEY_ARE, torch.bfloat16, torch.float16)
+"""What torch adds to its accumulation dtype without a cast before."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of partial sums: float32 for narrower floating-point types, else the type itself.
+    """The dtype of partial sums: float32 for narrower floating-point types, else one that loses nothing.
 
     Raises:
-        TypeError: for bool, which has no sum of its own type.
+        TypeError: for dtypes that have no sum, such as bool and packed or quantized ones.
     """
-    if dtype == torch.bool:
-        raise TypeError("sparse_reduce_scatter: dtype torch.bool has no sum; convert to an integer type")
-    if dtype.is_floating_point and dtype != torch.float64:
-        return torch.float32
-    return dtype
-
-
-class Staging:
-    """Memory of pieces on their way, used again: fresh memory costs a page fault every few KiB on CPU.
-
-    Never more buffers than pieces that were on their way at once, none larger than the largest of them, whatever sizes
-    come one after the other. Buffers only grow, so calls that repeat soon allocate nothing.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[torch.device, list[Tensor]] = {}  # bytes, ascending size
-
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialized `[numel]`."""
-        size = numel * dtype.itemsize
-        free = self._free.setdefault(device, [])
-        at = bisect_left(free, size, key=Tensor.numel)
-        if at < len(free):
-            memory = free.pop(at)
-        else:
-            if free:
-                free.pop()  # all are too small: the new one takes the place of the largest
-            with torch.inference_mode(False):  # a call in inference mode may come first
-                memory = torch.empty(size, dtype=torch.uint8, device=device)
-        return memory[:size].view(dtype)
-
-    def give(self, piece: Tensor) -> None:
-        """`piece` from `take` is not used any more."""
-        memory = torch.empty(0, dtype=torch.uint8, device=piece.device).set_(piece.untyped_storage())
-        # Before others of its size: what was used last is still in the caches.
-        insort_left(self._free[piece.device], memory, key=Tensor.numel)
+    if dtype in _ADDED_AS_THEY_ARE:
+        return dtype
+    if dtype not in _ADDED_WIDER:
+        summed = ", ".join(sorted(str(d).removeprefix("torch.") for d in (*_ADDED_AS_THEY_ARE, *_ADDED_WIDER)))
+        raise TypeError(f"sparse_reduce_scatter: dtype {dtype} has no sum; convert to one of {summed}")
+    return _ADDED_WIDER[dtype]
 
 
 class OrderedSum:
-    """A sum under way: what is added must come in the one order; the own row finds its place by itself.
+    """A sum to which rows are added one by one.
+
+    Contributions must arrive in summation order; this rank's own is inserted automatically.
 
     Args:
         topology: says which ranks share a node.
-        staging: where memory comes from, and added scratch goes to.
-        own: (rank, row) to add when its turn comes.
-        out: in accumulation dtype, where the sum goes; else it comes from `staging`.
+        staging: where memory is taken from, and where scratch rows go when they have been added.
+        own: this rank and its row, if it contributes.
+        out: row in accumulation dtype that gets the sum; None takes one from `staging`.
     """
 
     def __init__(
@@ -91,8 +80,8 @@ class OrderedSum:
         Args:
             first: the lowest rank whose contribution is in `row`.
             row: in wire or accumulation dtype.
-            scratch: whether `row` is staging memory that the sum takes over.
-            last: whether all else that is to be added is of other nodes, except the own row.
+            scratch: whether `row` is staging memory, which the sum takes over.
+            last: whether nothing else of this node comes, except perhaps this rank's own row.
         """
         node = self._topology.node_of(first)
         if self._own is not None and self._own[0] < first and self._own_node != node:
@@ -102,7 +91,7 @@ class OrderedSum:
             self._node = node
         if self._own is not None and self._own[0] < first:
             if self._partial is None and scratch and row.dtype == accumulation_dtype(row.dtype):
-                row.add_(self._take_own())  # the other way round, with the same bits
+                _add(row, self._take_own())  # row + own instead of own + row: the same bits, and no copy
             else:
                 self._accumulate(self._take_own())
         own_follows = self._own is not None and self._own_node == node
@@ -113,7 +102,7 @@ class OrderedSum:
             self._close_node()
 
     def result(self) -> Tensor | None:
-        """The sum in `accumulation_dtype`; None where nothing was added. Ends it."""
+        """The sum in `accumulation_dtype`; None if nothing was added. To be called once, at the end."""
         if self._own is not None:
             self._add_own()
         self._close_node()
@@ -130,23 +119,31 @@ class OrderedSum:
         return row
 
     def _add_own(self) -> None:
-        """The own row, when nothing more of its node comes."""
+        """Add this rank's own row; nothing more of its node comes."""
         if self._own_node != self._node:
             self._close_node()
             self._node = self._own_node
         self._accumulate(self._take_own(), alone=True)
 
     def _accumulate(self, row: Tensor, scratch: bool = False, alone: bool = False) -> None:
-        """Add to the present node's; `alone`: it is all of it, unless others came before."""
+        """Add to the sum of the present node.
+
+        Args:
+            row: to add.
+            scratch: whether it is staging memory.
+            alone: whether nothing follows it in its node. If nothing came before it either, it is added to the total
+                right away, which saves a copy.
+        """
         into = self._total if alone and self._partial is None else self._partial
         if into is None:
             self._partial = self._begin(row, scratch)
             return
-        into.add_(row)
+        _add(into, row)
         if scratch:
             self._staging.give(row)
 
     def _begin(self, row: Tensor, scratch: bool) -> Tensor:
+        """Memory in accumulation dtype that holds `row`: the result's, the row's own, or new."""
         wide = accumulation_dtype(row.dtype)
         if self._total is None and self._out is not None:
             memory = self._out
@@ -160,6 +157,7 @@ class OrderedSum:
         return memory
 
     def _close_node(self) -> None:
+        """Add the sum of the present node to the total."""
         partial, self._partial = self._partial, None
         if partial is None:
             return
@@ -171,10 +169,14 @@ class OrderedSum:
 
 
 def ordered_sum(rows: Mapping[int, Tensor], topology: Topology) -> Tensor:
-    """Sum of one chunk's contributions, at least one, device -> flat row, in `accumulation_dtype`."""
+    """Sum of one chunk's contributions, at least one: device -> flat row. In `accumulation_dtype`."""
     total = OrderedSum(topology, Staging())
     for device in sorted(rows):
         total.add(device, rows[device])
     result = total.result()
     assert result is not None
     return result
+
+
+def _add(into: Tensor, row: Tensor) -> None:
+    into.add_(row if row.dtype in _PROMOTED else row.to(into.dtype))

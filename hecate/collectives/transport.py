@@ -1,4 +1,4 @@
-"""What carries chunks between devices: allocation apart from the call, starting apart from waiting."""
+"""What carries chunks between devices. The caller allocates the memory; starting and waiting are two calls."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.schedule import Schedule
+from hecate.collectives.moves import Moves
 from hecate.placement import Topology
 
-__all__ = ["Transport", "Work"]
+__all__ = ["Rows", "Transport", "Work"]
 
 Rows = Mapping[int, Tensor]
 """expert -> one flat contiguous chunk."""
 
 
 class Work:
-    """Communication under way; `wait()` finishes it, once.
+    """Communication under way. `wait()` finishes it; further calls do nothing.
 
     On CUDA `wait()` makes the current stream wait, never the host.
     """
@@ -36,10 +36,10 @@ class Work:
 
 
 class Transport(ABC):
-    """Executes schedules over one process group.
+    """Carries chunks between the ranks of one process group. `collectives.groups.transport_of` makes it.
 
-    All ranks of the group call the same methods with the same schedules in the same order. A rank passes only the rows
-    it takes part with; rows stay untouched by the caller until `wait()`.
+    All ranks of the group call the same methods with the same moves and chunk size in the same order; nothing checks
+    that here. A rank passes only the rows it takes part with, and leaves them untouched until `wait()`.
     """
 
     def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
@@ -48,9 +48,8 @@ class Transport(ABC):
                 f"Transport: topology has num_devices={topology.num_devices}, the process group {group.size()} ranks; "
                 "they must be equal"
             )
-        self._group = ref(group)  # torch holds it until it is destroyed; transports are kept by group
+        self._group = ref(group)  # torch keeps the group until it is destroyed; a transport must not
         self.topology = topology
-        self._agreed: set[int] = set()
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -60,40 +59,23 @@ class Transport(ABC):
             raise RuntimeError("Transport: its process group was destroyed (torch.distributed.destroy_process_group)")
         return group
 
-    def agree_on_chunk(self, num_bytes: int) -> None:
-        """ValueError where ranks come with chunks of other sizes; asked once a size. Collective.
-
-        Without it a backend may take a shorter message for a longer one and leave the rest of the row unwritten.
-        """
-        if num_bytes in self._agreed:
-            return
-        everyone = [0] * self.group.size()
-        dist.all_gather_object(everyone, num_bytes, group=self.group)
-        for rank, other in enumerate(everyone):
-            if other != everyone[0]:
-                raise ValueError(
-                    f"Transport: a chunk is {everyone[0]} bytes on rank 0 and {other} bytes on rank {rank}; "
-                    "all ranks must pass chunks of one size"
-                )
-        self._agreed.add(num_bytes)
-
     @abstractmethod
-    def gather(self, schedule: Schedule, sent: Rows, received: Rows) -> Work:
+    def gather(self, moves: Moves, sent: Rows, received: Rows) -> Work:
         """SparseAllGather (paper, section 3.1).
 
         Args:
-            schedule: from `gather_schedule`.
-            sent: this rank's rows under `schedule.src`, at least those that it sends.
-            received: where the rows go that this rank holds under `schedule.dst` only.
+            moves: from `moves_between`.
+            sent: this rank's rows under `moves.src`, at least those that it sends.
+            received: where to write the rows that this rank holds under `moves.dst` only.
         """
 
     @abstractmethod
-    def reduce(self, schedule: Schedule, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
-        """SparseReduceScatter (paper, section 3.1), summed in the order of `collectives.order`.
+    def reduce(self, moves: Moves, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
+        """SparseReduceScatter (paper, section 3.1), summed in the order of `collectives.summation`.
 
         Args:
-            schedule: a gather's schedule, reversed.
-            contributed: this rank's rows under `schedule.src`.
-            sums: this rank's rows under `schedule.dst`, to be written; zero where nobody contributes.
+            moves: those of a gather, reversed.
+            contributed: this rank's rows under `moves.src`.
+            sums: where to write this rank's rows under `moves.dst`; zero if nobody contributes.
             wire: dtype of every rank's contributions.
         """

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.groups import transport_of
 from hecate.collectives.route import Links
-from hecate.collectives.routed import Routed
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Topology
@@ -161,17 +160,8 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, h
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
     tokens, experts = (_new_group(ranks, shard, device) for _ in range(2))
     replicas = mesh.get_group(0) if mesh.ndim == 2 else None
-    transport = _transport(experts, topology, cost, device)
+    transport = transport_of(experts, device.type, topology, Links.of(cost, topology, device.type))
     return Comms(shard.rank(), topology, tokens, transport, replicas, *lanes, exposed, heart)
-
-
-def _transport(group: dist.ProcessGroup, topology: Topology, cost: CostModel, device: torch.device) -> Transport:
-    # Routes cross each border once; where there is none, plain sends are a single group call. Neither has run on NCCL:
-    # rounds are held to the same bits over gloo, and their group calls to NCCL's rules in a simulation
-    # (tests/collectives/test_rounds.py).
-    if device.type == "cuda" and topology.num_nodes == 1:
-        return PointToPoint(group, topology)
-    return Routed(group, topology, Links.of(cost, topology, device.type))
 
 
 def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

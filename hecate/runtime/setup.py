@@ -13,11 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hecate.adapters.base import find_experts
-from hecate.collectives.ranks import agree, gather
+from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
 from hecate.cost import CostModel
 from hecate.experts import Dtypes, ExpertsSpec
 from hecate.policies import Policy, get_policy
+from hecate.ranks.same import check_same
 from hecate.text import listed
 from hecate.values.initialize import initialize, on_meta
 
@@ -187,14 +188,7 @@ def _check_same(specs: Sequence[ExpertsSpec], cost: CostModel, config: FSSDPConf
     for spec in specs:
         weights = [(w.kind, w.shape, str(w.dtype), w.trainable) for w in spec.weights]
         values[f"model.{spec.name}"] = repr((spec.num_experts, weights))
-    everyone = gather(values)
-    for rank, other in enumerate(everyone):
-        for key in sorted(everyone[0].keys() | other.keys()):
-            if other.get(key) != everyone[0].get(key):
-                raise ValueError(
-                    f"fully_shard: {key} is {everyone[0].get(key)} on rank 0 and {other.get(key)} on rank {rank}; "
-                    "all ranks must pass the same"
-                )
+    check_same("fully_shard", values)
 
 
 def resolve_dtypes(spec: ExpertsSpec, config: FSSDPConfig) -> Dtypes:

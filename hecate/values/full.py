@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hecate.collectives.functional import sparse_all_gather
+from hecate.collectives.functional import start_gather
 from hecate.collectives.transport import Transport
 from hecate.experts import OwnedExperts
 from hecate.placement import Placement
@@ -26,12 +26,11 @@ def full_experts(entry: OwnedExperts, slots: Tensor, transport: Transport | None
     Args:
         entry: where this device's experts of it are.
         slots: `[slots, *shape]` of this device: the pool's parameter, its gradient or optimizer state.
-        transport: among the devices of the pool; None on one device.
+        transport: between the devices of the pool; None on one device.
     """
     rows = entry.of(slots)
     if transport is not None:
         everywhere = Placement(np.ones_like(entry.placement.matrix))
-        gathered = sparse_all_gather(rows, entry.placement, everywhere, transport.group, transport.topology)
-        assert isinstance(gathered, Tensor)
-        rows = gathered
+        rows, work = start_gather(rows, entry.placement, everywhere, transport)
+        work.wait()
     return rows.to("cpu", copy=True)

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import hecate
-from hecate.collectives.p2p import PointToPoint
-from hecate.collectives.routed import Routed
-from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.groups import transport_of
+from hecate.collectives.moves import moves_between
+from hecate.collectives.on_host import RoutedOnHost
+from hecate.collectives.plain import PointToPoint
+from hecate.collectives.queue import HostQueue
 from hecate.collectives.transport import Rows, Transport, Work
 from hecate.placement import Placement, Topology
 from tests.collectives.test_routed import FINE
@@ -29,33 +30,33 @@ SMALL = 20_000
 VICTIM = 1
 
 
-def transport_of(kind: type[Transport]) -> Transport:
+def make(kind: type[Transport]) -> Transport:
     """On a group of its own: the timeout is for collectives, not for the start of the processes."""
     world = dist.get_world_size()
     group = dist.new_group(timeout=TIMEOUT)
     topology = Topology(world, 2 if world == 4 else world)
-    return Routed(group, topology, FINE) if kind is Routed else kind(group, topology)
+    return transport_of(group, "cpu", topology, FINE) if kind is RoutedOnHost else kind(group, topology)
 
 
 def start_gather(transport: Transport, numel: int) -> Work:
     """An expert a rank, to all."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    schedule = gather_schedule(Placement.even(world, world), Placement([[True] * world] * world))
+    moves = moves_between(Placement.even(world, world), Placement([[True] * world] * world))
     sent: Rows = {rank: torch.zeros(numel)}
-    return transport.gather(schedule, sent, {e: torch.zeros(numel) for e in range(world) if e != rank})
+    return transport.gather(moves, sent, {e: torch.zeros(numel) for e in range(world) if e != rank})
 
 
 def start_reduce(transport: Transport, numel: int) -> Work:
     """The mirror."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    schedule = gather_schedule(Placement.even(world, world), Placement([[True] * world] * world)).reversed
+    moves = moves_between(Placement.even(world, world), Placement([[True] * world] * world)).reversed
     contributed: Rows = {e: torch.zeros(numel) for e in range(world)}
-    return transport.reduce(schedule, contributed, {rank: torch.zeros(numel)}, torch.float32)
+    return transport.reduce(moves, contributed, {rank: torch.zeros(numel)}, torch.float32)
 
 
 def survive(kind: type[Transport], collectives: Callable[[Transport], None]) -> str:
     """What a survivor's collectives raised."""
-    transport = transport_of(kind)
+    transport = make(kind)
     start_gather(transport, SMALL).wait()  # all are connected
     dist.barrier()
     try:
@@ -85,7 +86,7 @@ def many_small_ones(transport: Transport) -> None:
 
 
 @pytest.mark.parametrize("collectives", [large_ones, many_small_ones])
-@pytest.mark.parametrize(("kind", "world"), [(Routed, 4), (PointToPoint, 3)])
+@pytest.mark.parametrize(("kind", "world"), [(RoutedOnHost, 4), (PointToPoint, 3)])
 def test_a_killed_rank_is_an_error_on_every_survivor(
     kind: type[Transport], world: int, collectives: Callable[[Transport], None]
 ) -> None:
@@ -116,29 +117,15 @@ def test_what_is_queued_behind_a_failure_fails_with_it(groups: Groups) -> None:
 
 
 def queue_behind_a_failure() -> None:
-    transport, go, ran = Routed(dist.new_group(), Topology(1, 1), FINE), threading.Event(), []
+    queue, go, ran = HostQueue(), threading.Event(), []
 
     def fail() -> None:
         go.wait()
         raise RuntimeError("rank 7 is gone")
 
-    works = [transport._turns.start(run) for run in (fail, lambda: ran.append(1))]
+    works = [queue.start(run) for run in (fail, lambda: ran.append(1))]
     go.set()
     for work in works:
         with pytest.raises(RuntimeError, match="rank 7 is gone"):
             work.wait()
     assert not ran
-
-
-def disagree_on_known_sizes() -> None:
-    """Both sizes were agreed on before, so nobody asks again."""
-    rank, group = dist.get_rank(), dist.new_group(timeout=TIMEOUT)
-    src, dst = Placement.from_owners([0], 2), Placement([[True, True]])
-    for numel in (1000, 1001):
-        hecate.sparse_all_gather(torch.ones(1 - rank, numel), src, dst, group)
-    with pytest.raises(RuntimeError, match=r"Timed out|closed|reset"):
-        hecate.sparse_all_gather(torch.ones(1 - rank, 1000 + rank), src, dst, group)
-
-
-def test_a_chunk_size_that_differs_is_an_error_also_later(groups: Groups) -> None:
-    groups(2).run(disagree_on_known_sizes)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import weakref
 from collections.abc import Callable
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hecate
-from hecate.collectives import functional
 from hecate.placement import Placement, Topology
+from hecate.ranks.same import described
 from tests.collectives.reference import Case, gathered, reduced
 from tests.workers import Groups
 
@@ -111,23 +107,6 @@ def test_each_is_the_others_gradient(groups: Groups, devices: int, per_node: int
     groups(devices).run(check_gradients, devices, per_node, async_op)
 
 
-def use_a_group_for_a_while() -> None:
-    src = Placement.from_owners([0, 1], 2)
-    topology = Topology(2, 2)
-    group = dist.new_group([0, 1])
-    hecate.sparse_all_gather(torch.zeros(1, 4), src, src, group, topology)
-    transport = weakref.ref(functional._transport(group, topology, "cpu"))
-    assert transport() is not None
-    dist.destroy_process_group(group)
-    del group
-    gc.collect()
-    assert transport() is None
-
-
-def test_a_destroyed_group_leaves_no_transport(groups: Groups) -> None:
-    groups(2).run(use_a_group_for_a_while)
-
-
 def check_not_contiguous() -> None:
     src, dst = Placement.from_owners([0, 1], 2), Placement(np.ones((2, 2)))
     rank = dist.get_rank()
@@ -167,38 +146,113 @@ def test_needs_a_process_group() -> None:
         hecate.sparse_all_gather(torch.zeros(1, 1), src, src)
 
 
+def message_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def disagree(what: str) -> str:
     """Rank 1 calls with something else; the message that every rank gets."""
     odd = dist.get_rank() == 1
     src = Placement.from_owners([0, 1, 2], 3)
     dst = Placement(np.eye(3) if odd and what == "placement" else np.ones((3, 3)))
     rows = torch.zeros(
-        (1, 5 if odd and what == "chunk" else 4),
+        (2 if odd and what == "rows" else 1, 5 if odd and what == "chunk" else 4),
         dtype=torch.float64 if odd and what == "dtype" else torch.float32,
     )
-    with mock.patch.dict(os.environ, HECATE_DEBUG="1"), pytest.raises(RuntimeError) as caught:
-        hecate.sparse_all_gather(rows, src, dst)
-    return str(caught.value)
+    topology = Topology(3, 3 if odd and what == "nodes" else 1)
+    return message_of(lambda: hecate.sparse_all_gather(rows, src, dst, None, topology))
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("placement", "sparse_all_gather: rank 1 has another placement than the other ranks"),
-        ("chunk", "sparse_all_gather: rank 1 has another chunk shape (5,) than the other ranks' (4,)"),
-        ("dtype", "sparse_all_gather: rank 1 has another dtype torch.float64 than the other ranks' torch.float32"),
+        ("placement", "sparse_all_gather: dst is ALL on rank 0 and EYE on rank 1; all ranks must pass the same"),
+        ("chunk", "sparse_all_gather: chunk shape is (4,) on rank 0 and (5,) on rank 1; all ranks must pass the same"),
+        (
+            "dtype",
+            "sparse_all_gather: dtype is torch.float32 on rank 0 and torch.float64 on rank 1; "
+            "all ranks must pass the same",
+        ),
+        ("nodes", "sparse_all_gather: devices per node is 1 on rank 0 and 3 on rank 1; all ranks must pass the same"),
+        (
+            "rows",
+            "sparse_all_gather: rank 1 passes rows of shape (2, 4), src gives it 1 experts; "
+            "they must be one row per expert",
+        ),
     ],
 )
-def test_debug_names_the_rank_that_differs(groups: Groups, what: str, message: str) -> None:
-    assert groups(3).run(disagree, what) == [message] * 3
+def test_a_rank_that_differs_is_named_on_all(groups: Groups, what: str, message: str) -> None:
+    for name, matrix in (("ALL", np.ones((3, 3))), ("EYE", np.eye(3))):
+        message = message.replace(name, described(Placement(matrix)))
+    assert groups(3).run(disagree, what) == [f"ValueError: {message}"] * 3
 
 
-def another_chunk() -> None:
-    src, dst = Placement.from_owners([0], 2), Placement(np.ones((1, 2)))
-    held = len(src.held_by(dist.get_rank()))
-    with pytest.raises(ValueError, match="a chunk is 4000 bytes on rank 0 and 4004 bytes on rank 1"):
-        hecate.sparse_all_gather(torch.zeros(held, 1000 + dist.get_rank()), src, dst)
+def disagree_on_known_chunks() -> list[str]:
+    """Both shapes were agreed on before."""
+    rank = dist.get_rank()
+    src, dst = Placement.from_owners([0], 2), Placement([[True, True]])
+    for numel in (1000, 1001):
+        hecate.sparse_all_gather(torch.ones(1 - rank, numel), src, dst)
+    odd = 1000 + rank
+    return [
+        message_of(lambda: hecate.sparse_all_gather(torch.ones(1 - rank, odd), src, dst)),
+        message_of(lambda: hecate.sparse_reduce_scatter(torch.ones(1, odd), dst, src)),
+        message_of(lambda: hecate.sparse_all_gather(torch.ones(1 - rank, 1000), src, dst)),
+    ]
 
 
-def test_a_chunk_size_that_differs_is_an_error(groups: Groups) -> None:
-    groups(2).run(another_chunk)
+def test_a_known_chunk_that_differs_is_named_on_all(groups: Groups) -> None:
+    differs = "chunk shape is (1000,) on rank 0 and (1001,) on rank 1; all ranks must pass the same"
+    for messages in groups(2).run(disagree_on_known_chunks):
+        assert messages == [
+            f"ValueError: sparse_all_gather: {differs}",
+            f"ValueError: sparse_reduce_scatter: {differs}",
+            "no error",
+        ]
+
+
+NO_SUM = [torch.bool, torch.float8_e8m0fnu]
+
+
+def reduce_what_has_no_sum(dtype: torch.dtype) -> str:
+    src, dst = Placement(np.ones((1, 2))), Placement.from_owners([0], 2)
+    return message_of(lambda: hecate.sparse_reduce_scatter(torch.ones(1, 4).to(dtype), src, dst))
+
+
+@pytest.mark.parametrize("dtype", NO_SUM)
+def test_a_dtype_without_sum_is_named_on_all(groups: Groups, dtype: torch.dtype) -> None:
+    for message in groups(2).run(reduce_what_has_no_sum, dtype):
+        assert message.startswith(f"TypeError: sparse_reduce_scatter: dtype {dtype} has no sum; convert to one of ")
+
+
+NARROW_FLOATS = {
+    **dict.fromkeys([torch.float8_e4m3fn, torch.float8_e4m3fnuz], 16),
+    **dict.fromkeys([torch.float8_e5m2, torch.float8_e5m2fnuz], 8),
+}
+"""With the least power of two that 1 cannot be added to."""
+WIDE_UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
+
+
+def check_what_torch_does_not_add(dtype: torch.dtype) -> None:
+    """Two experts on four ranks, owned by rank 3, to which 1 cannot be added in `dtype`; 2 can, or wraps around."""
+    base = NARROW_FLOATS.get(dtype) or torch.iinfo(dtype).max
+    rank = dist.get_rank()
+    mine = [[base, 1, 1, 2][rank]] * 3
+    rows = [mine] * (2 if rank < 3 else 1)
+    grads = torch.tensor(rows).to(dtype) if dtype.is_floating_point else torch.tensor(rows, dtype=dtype)
+    holders = Placement([[True, True, True, False], [True] * 4])
+    owners = Placement.from_owners([3, 3], 4)
+    got = hecate.sparse_reduce_scatter(grads, holders, owners, None, Topology(4, 2))
+    assert got.dtype == dtype
+    sums = [base + 2, base + 4] if dtype.is_floating_point else [1, 3]
+    values = (got.double() if dtype.is_floating_point else got).tolist()
+    assert values == ([[s] * 3 for s in sums] if rank == 3 else [])
+
+
+@pytest.mark.parametrize("dtype", [*NARROW_FLOATS, *WIDE_UNSIGNED])
+def test_sums_that_torch_does_not_take_are_taken_wider(groups: Groups, dtype: torch.dtype) -> None:
+    groups(4).run(check_what_torch_does_not_add, dtype)

@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.collectives_rank import placements
-from hecate.collectives.order import Staging, accumulation_dtype
+from hecate.collectives.moves import moves_between
+from hecate.collectives.on_host import RoutedOnHost
+from hecate.collectives.queue import HostQueue
 from hecate.collectives.route import Hop, Links, Part, gather_route, reduce_route
-from hecate.collectives.routed import Routed, _Reduction
-from hecate.collectives.schedule import gather_schedule
-from hecate.collectives.turns import Turns
+from hecate.collectives.routed import ReductionState, Routed
+from hecate.collectives.staging import Staging
+from hecate.collectives.summation import accumulation_dtype
 from hecate.placement import Placement, Topology
 from tests.collectives.reference import Case
 from tests.collectives.test_rounds import Recorder, Rounds
@@ -35,7 +37,7 @@ TOPOLOGY = Topology(4, 2)
 CLUSTER = Links(600_000_000, 900_000_000, 48_000_000, 48_000_000, 200_000, 400_000)
 """About what `benchmarks.collectives` measures on its emulated cluster."""
 SIZES = (1 << 15, 50_001, 1 << 17)  # elements of a chunk; pieces have at least 64 KiB
-KINDS = (Routed, Rounds)
+KINDS = (RoutedOnHost, Rounds)
 
 
 class Allocations(TorchDispatchMode):
@@ -78,9 +80,8 @@ class Inline(Executor):
 
 
 def transport_of(kind: type[Routed]) -> Routed:
-    transport = kind(dist.group.WORLD, TOPOLOGY, FINE)
-    transport._turns = Turns(Inline())
-    return transport
+    queue = {"queue": HostQueue(Inline())} if kind is RoutedOnHost else {}
+    return kind(dist.group.WORLD, TOPOLOGY, FINE, **queue)
 
 
 def gather(transport: Routed, case: Case, numel: int, seen: Allocations) -> int:
@@ -89,7 +90,7 @@ def gather(transport: Routed, case: Case, numel: int, seen: Allocations) -> int:
     sent = {e: torch.full((numel,), float(e)) for e in case.src.held_by(rank).tolist()}
     received = {e: torch.empty(numel) for e in (case.dst - case.src).held_by(rank).tolist()}
     with seen:
-        transport.gather(gather_schedule(case.src, case.dst), sent, received).wait()
+        transport.gather(moves_between(case.src, case.dst), sent, received).wait()
     assert all(bool((row == e).all()) for e, row in received.items())
     route = gather_route(case.src, case.dst, TOPOLOGY, FINE, 4 * numel)
     return sum(hop.expert in received for part in route.part(rank) for hop in part.sends)
@@ -111,9 +112,9 @@ def reduce(transport: Routed, case: Case, numel: int, wire: torch.dtype, seen: A
     rank, wide = dist.get_rank(), accumulation_dtype(wire)
     contributed = {e: torch.ones(numel, dtype=wire) for e in case.dst.held_by(rank).tolist()}
     sums = {e: torch.empty(numel, dtype=wide) for e in case.src.held_by(rank).tolist()}
-    schedule = gather_schedule(case.src, case.dst).reversed
+    moves = moves_between(case.src, case.dst).reversed
     with seen:
-        transport.reduce(schedule, contributed, sums, wire).wait()
+        transport.reduce(moves, contributed, sums, wire).wait()
     assert all(bool((row == len(case.dst.holders_of(e))).all()) for e, row in sums.items())
 
 
@@ -126,18 +127,18 @@ class Staged:
 
     @contextmanager
     def counted(self):  # type: ignore[no-untyped-def]
-        stage, add = _Reduction.stage, _Reduction.add
+        stage, add = ReductionState.stage, ReductionState.add
 
-        def staged(state: _Reduction, hop: Hop) -> Tensor:
+        def staged(state: ReductionState, hop: Hop) -> Tensor:
             self._now[hop.src] += 1
             self.most = max(self.most, self._now[hop.src])
             return stage(state, hop)
 
-        def added(state: _Reduction, hop: Hop, piece: Tensor) -> None:
+        def added(state: ReductionState, hop: Hop, piece: Tensor) -> None:
             self._now[hop.src] -= 1
             add(state, hop, piece)
 
-        with mock.patch.multiple(_Reduction, stage=staged, add=added):
+        with mock.patch.multiple(ReductionState, stage=staged, add=added):
             yield
 
 
@@ -185,7 +186,7 @@ def check_reductions(kind: type[Routed], wire: torch.dtype) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reduction_stages_two_pieces_a_peer(groups: Groups, kind: type[Routed], wire: torch.dtype) -> None:
     most = max(groups(4).run(check_reductions, kind, wire))
-    assert most == (2 if kind is Routed else 1)
+    assert most == (2 if kind is RoutedOnHost else 1)
 
 
 class Taken(Staging):
@@ -219,8 +220,8 @@ def check_staging(owners: Placement, holders: Placement, topology: Topology, lin
             parts, staging = route.part(rank), Taken()
             held = {e: torch.empty(numel, dtype=wire, device="meta") for e in holders.held_by(rank).tolist()}
             sums = {e: torch.empty(numel, dtype=result, device="meta") for e in owners.held_by(rank).tolist()}
-            state = _Reduction(rank, topology, parts, held, sums, wire, staging)
-            Recorder(rank, topology)._reduce(parts, state, ahead=1)
+            state = ReductionState(rank, topology, parts, held, sums, wire, staging)
+            Recorder(rank, topology)._run_reduction(parts, state, ahead=1)
             hops = [h for part in parts for h in (*part.receives, *part.sends)]
             peers = {h.src for h in hops} | {h.dst for h in hops if h.partial}
             piece = max((-(-numel // h.pieces) for h in hops), default=0) * wide.itemsize

@@ -17,25 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hecate.collectives import routed
-from hecate.collectives.order import Staging, accumulation_dtype
-from hecate.collectives.p2p import PointToPoint
+from hecate.collectives import on_host, on_stream
+from hecate.collectives.on_stream import RoutedOnStream
+from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Hop, Links, gather_route, reduce_route
-from hecate.collectives.routed import Routed
-from hecate.collectives.transport import Transport, Work
-from hecate.cost import CostModel
+from hecate.collectives.routed import ReductionState
+from hecate.collectives.staging import Staging
+from hecate.collectives.summation import accumulation_dtype
+from hecate.collectives.transport import Work
 from hecate.placement import Placement, Topology
-from hecate.runtime.setup import _transport
 from tests.collectives.test_route import LINKS, settings_of
 from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
 from tests.workers import Groups
 
 
-class Rounds(Routed):
+class Rounds(RoutedOnStream):
     """On CPU what is done on CUDA, the host in place of the side stream."""
-
-    def _by_group_calls(self, row: Tensor) -> bool:
-        return True
 
     def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
         run()
@@ -65,7 +62,7 @@ def compare(devices: int, per_node: int, dtype: torch.dtype) -> int:
             for start in (start_gather, start_reduce):
                 expected, work = start(plain, case, dtype)
                 work.wait()
-                with mock.patch.object(routed.dist, "batch_isend_irecv", coalesced):
+                with mock.patch.object(on_stream.dist, "batch_isend_irecv", coalesced):
                     got, work = start(rounds, case, dtype)
                 work.wait()
                 assert torch.equal(got, expected), f"{start.__name__}, seed {seed}, {links}"
@@ -84,7 +81,7 @@ def test_same_bits_as_plain_sends(groups: Groups, devices: int, per_node: int, d
 Call = tuple[list[Hop], list[Hop]]
 
 
-class Recorder(Routed):
+class Recorder(RoutedOnStream):
     """One rank's group calls, with nobody to talk to."""
 
     def __init__(self, rank: int, topology: Topology) -> None:
@@ -115,8 +112,8 @@ def group_calls(devices: int, per_node: int, seed: int) -> list[list[Call]]:
             recorder._gather_in_rounds(gather.part(rank), held | owned)
             sums = {e: torch.zeros(numel) for e in owned}
             parts = reduce.part(rank)
-            state = routed._Reduction(rank, topology, parts, held, sums, torch.float32, Staging())
-            recorder._reduce(parts, state, ahead=0)
+            state = ReductionState(rank, topology, parts, held, sums, torch.float32, Staging())
+            recorder._run_reduction(parts, state, ahead=0)
     return [recorder.calls for recorder in recorders]
 
 
@@ -184,12 +181,12 @@ def test_messages_of_a_tag_are_received_in_the_order_they_are_sent_in(
         held = {e: torch.empty(numel, dtype=wire, device="meta") for e in holders.held_by(rank).tolist()}
         result = wire if narrow else wide
         sums = {e: torch.empty(numel, dtype=result, device="meta") for e in owners.held_by(rank).tolist()}
-        recorder._reduce(parts, routed._Reduction(rank, topology, parts, held, sums, wire, Staging()), ahead=1)
+        recorder._run_reduction(parts, ReductionState(rank, topology, parts, held, sums, wire, Staging()), ahead=1)
         for call in recorder.calls:
             for hops, messages in zip(call, (sent, received), strict=True):
                 for hop in hops:
                     span, dtype = hop.range_of(numel), wide if hop.partial else wire
-                    tag = routed._tag(hop, (span.stop - span.start) * dtype.itemsize)
+                    tag = on_host.tag_of(hop, (span.stop - span.start) * dtype.itemsize)
                     messages[hop.src, hop.dst, tag].append(hop)
     assert sent == received
 
@@ -277,21 +274,3 @@ def test_after_an_error_the_callers_stream_is_behind_what_was_started(cuda: Fake
         Recorder(0, Topology(1, 1))._on_stream(run, torch.device("cpu"))
     assert cuda.log == ["side waits for caller", "caller waits for side"]
     assert cuda.current.name == "caller"
-
-
-class FourRanks:
-    """As much of a process group as transports need to be made."""
-
-    def size(self) -> int:
-        return 4
-
-    def rank(self) -> int:
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("device", "per_node", "kind"), [("cuda", 4, PointToPoint), ("cuda", 2, Routed), ("cpu", 4, Routed)]
-)
-def test_engines_follow_routes_where_they_save_something(device: str, per_node: int, kind: type[Transport]) -> None:
-    transport = _transport(FourRanks(), Topology(4, per_node), CostModel(), torch.device(device))  # type: ignore[arg-type]
-    assert type(transport) is kind

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.collectives.order import accumulation_dtype
-from hecate.collectives.p2p import PointToPoint
+from hecate.collectives.groups import transport_of
+from hecate.collectives.moves import moves_between
+from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Links, gather_route, reduce_route
-from hecate.collectives.routed import Routed
-from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.summation import accumulation_dtype
 from hecate.collectives.transport import Transport, Work
 from hecate.placement import Placement, Topology
 from hecate.private_torch import default_store
@@ -40,21 +40,22 @@ def start_gather(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[
     shard = case.rows(case.src, rank, dtype)
     new = case.dst - case.src
     out = torch.empty(len(new.held_by(rank)), *CHUNK, dtype=dtype)
-    return out, transport.gather(gather_schedule(case.src, case.dst), rows_of(shard, case.src), rows_of(out, new))
+    return out, transport.gather(moves_between(case.src, case.dst), rows_of(shard, case.src), rows_of(out, new))
 
 
 def start_reduce(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[Tensor, Work]:
     rank = dist.get_rank()
     grads = case.rows(case.dst, rank, dtype)
     out = torch.empty(len(case.src.held_by(rank)), *CHUNK, dtype=accumulation_dtype(dtype))
-    schedule = gather_schedule(case.src, case.dst).reversed
-    return out, transport.reduce(schedule, rows_of(grads, case.dst), rows_of(out, case.src), dtype)
+    moves = moves_between(case.src, case.dst).reversed
+    return out, transport.reduce(moves, rows_of(grads, case.dst), rows_of(out, case.src), dtype)
 
 
 def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> int:
     """Hops that carry less than a chunk; so that the test knows it saw some."""
     topology = Topology(devices, per_node)
-    plain, routed = PointToPoint(dist.group.WORLD, topology), Routed(dist.group.WORLD, topology, links)
+    plain = PointToPoint(dist.group.WORLD, topology)
+    routed = transport_of(dist.group.WORLD, "cpu", topology, links)
     pieces = 0
     for seed in range(4):
         case = case_of(devices, per_node, seed)
@@ -96,7 +97,7 @@ def overlap(devices: int, nodes_of: tuple[int, ...]) -> None:
         out, work = start(PointToPoint(dist.group.WORLD, topology), case, torch.float32)
         work.wait()
         expected.append(out)
-    routed = {topology: Routed(dist.group.WORLD, topology, FINE) for topology, _, _ in calls}
+    routed = {topology: transport_of(dist.group.WORLD, "cpu", topology, FINE) for topology, _, _ in calls}
     got = [start(routed[topology], case, torch.float32) for topology, case, start in calls]
     for (out, work), right in zip(got[::-1], expected[::-1], strict=True):
         work.wait()
@@ -111,7 +112,7 @@ def test_many_under_way_at_once(groups: Groups, nodes_of: tuple[int, ...]) -> No
 def hand_on_without_waiting() -> None:
     """Half of rank 2's copy goes through rank 1, which does not wait for its own before rank 2 has all."""
     topology = Topology(3, 3)
-    routed = Routed(dist.group.WORLD, topology, FINE)
+    routed = transport_of(dist.group.WORLD, "cpu", topology, FINE)
     case = Case(Placement.from_owners([0], 3), Placement(np.ones((1, 3))), topology, CHUNK, 0)
     out, work = start_gather(routed, case, torch.float32)
     if dist.get_rank() == 1:

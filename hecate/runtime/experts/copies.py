@@ -13,8 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from hecate.collectives.order import accumulation_dtype
-from hecate.collectives.schedule import Schedule, gather_schedule
+from hecate.collectives.moves import Moves, moves_between
+from hecate.collectives.summation import accumulation_dtype
 from hecate.experts import Dtypes
 from hecate.placement import Placement
 from hecate.runtime.comms import Comms, Pending
@@ -140,7 +140,7 @@ class LayerCopies:
         if self.state is not CopyState.SHARDED:
             return
         self._allocate()
-        self._start(gather_schedule(self.layer.owners, self.placement))
+        self._start(moves_between(self.layer.owners, self.placement))
 
     def extend(self, placement: Placement) -> None:
         """GATHERING: bring the experts too that `placement` has beyond the present one. Collective."""
@@ -148,7 +148,7 @@ class LayerCopies:
         owners, old = self.layer.owners, self.placement
         self._copies = self._copies + self._new_experts(old, placement)
         self.placement = placement
-        self._start(gather_schedule(owners, owners | (placement - old)))
+        self._start(moves_between(owners, owners | (placement - old)))
 
     def ensure_held(self) -> None:
         """Return in state HELD: wait for the copies, or gather them now if they were released."""
@@ -208,11 +208,11 @@ class LayerCopies:
         transport = layer.comms.experts
         if transport is None or not self._anything_shared:
             return Reduction(Pending(lambda: None), lambda: None)
-        schedule = gather_schedule(layer.owners, self.placement).reversed
+        moves = moves_between(layer.owners, self.placement).reversed
         sums = self._gradient_rows(len(shared), layout, accumulation_dtype(wire))
         sums_of = dict(zip([self._owned[i] for i in shared], sums, strict=True))
-        layer.bytes_sent += schedule.num_transfers * layout.numel * wire.itemsize
-        home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(schedule, contributed, sums_of, wire))
+        layer.bytes_sent += len(moves.transfers) * layout.numel * wire.itemsize
+        home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(moves, contributed, sums_of, wire))
 
         def add() -> None:
             layer.pool.add_gradients(layer.place, shared, layout.views(sums), layer.comms.gradient_scale)
@@ -246,20 +246,20 @@ class LayerCopies:
         if layer.casts:
             layer.layout.pack(layer.pool.weights_of(layer.place), self._buffer[: len(self._owned)])
 
-    def _start(self, schedule: Schedule) -> None:
+    def _start(self, moves: Moves) -> None:
         """Launch one gather into the buffer; nothing to do where nobody copies."""
         layer, self.state = self.layer, CopyState.GATHERING
         transport = layer.comms.experts
-        if transport is None or not schedule.rounds:
+        if transport is None or not moves.transfers:
             return
-        layer.bytes_sent += schedule.num_transfers * layer.layout.numel * layer.dtypes.param.itemsize
-        sent, received = self._sent(schedule), self._received(schedule)
-        self._pending.append(layer.comms.copies.start(layer.index, lambda: transport.gather(schedule, sent, received)))
+        layer.bytes_sent += len(moves.transfers) * layer.layout.numel * layer.dtypes.param.itemsize
+        sent, received = self._sent(moves), self._received(moves)
+        self._pending.append(layer.comms.copies.start(layer.index, lambda: transport.gather(moves, sent, received)))
 
-    def _sent(self, schedule: Schedule) -> dict[int, Tensor]:
+    def _sent(self, moves: Moves) -> dict[int, Tensor]:
         """Rows that leave this device, packed and cast."""
         layer, rank = self.layer, self.layer.comms.rank
-        leaving = sorted({t.expert for transfers in schedule.rounds for t in transfers if t.src == rank})
+        leaving = sorted({t.expert for t in moves.transfers if t.src == rank})
         position = {e: i for i, e in enumerate(self._owned)}
         if layer.casts and self._buffer is not None:
             return {e: self._buffer[position[e]] for e in leaving}
@@ -268,9 +268,9 @@ class LayerCopies:
         layer.layout.pack({k: [w[position[e]] for e in leaving] for k, w in weights.items()}, rows)
         return dict(zip(leaving, rows, strict=True))
 
-    def _received(self, schedule: Schedule) -> dict[int, Tensor]:
-        """Rows of the buffer that the schedule's copies go to."""
-        arriving = self._new_experts(schedule.src, schedule.dst)
+    def _received(self, moves: Moves) -> dict[int, Tensor]:
+        """Rows of the buffer that the copies go to."""
+        arriving = self._new_experts(moves.src, moves.dst)
         first = len(self._owned) if self.layer.casts else 0
         position = {e: first + i for i, e in enumerate(self._copies)}
         return {} if self._buffer is None else {e: self._buffer[position[e]] for e in arriving}

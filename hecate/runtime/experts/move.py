@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecate.collectives.schedule import gather_schedule
+from hecate.collectives.moves import moves_between
 from hecate.collectives.transport import Transport
 from hecate.placement import Placement
 from hecate.runtime.experts.pool import ExpertPool
@@ -30,7 +30,7 @@ def move(
     before, after = (Placement.from_owners(np.concatenate(o), pool.num_devices) for o in (pool.owners, list(owners)))
     if before == after:
         return
-    schedule = gather_schedule(before, after)
+    moves = moves_between(before, after)
     old, new = before.held_by(pool.rank).tolist(), after.held_by(pool.rank).tolist()
     slot_before, slot_after = ({expert: slot for slot, expert in enumerate(held)} for held in (old, new))
     arriving = [e for e in new if e not in slot_before]
@@ -38,7 +38,7 @@ def move(
     for tensor in tensors:
         rows = tensor.view(pool.slots, -1)
         received = dict(zip(arriving, rows.new_empty(len(arriving), rows.shape[1]), strict=True))
-        transport.gather(schedule, dict(zip(old, rows, strict=False)), received).wait()
+        transport.gather(moves, dict(zip(old, rows, strict=False)), received).wait()
         _shift(rows, kept)
         for expert, row in received.items():
             rows[slot_after[expert]].copy_(row)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecate.collectives.agreement import check_placements
 from hecate.placement import Placement
 from hecate.policies.base import Policy
+from hecate.ranks.same import check_placements
 from hecate.runtime.comms import Comms
 from hecate.runtime.experts.move import move
 from hecate.runtime.experts.optimizers import OptimizerWatch

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.collectives.agreement import check_placements
 from hecate.labels import label
 from hecate.placement import Placement
+from hecate.ranks.same import check_placements
 from hecate.runtime.comms import Comms, ExposedTime
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.buffers import SharedBuffers

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from hecate.collectives.agreement import debugging, differing_ranks
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
 from hecate.private_torch import at_end_of_backward, in_backward, post_accumulate_hooks, refuse_hooks
+from hecate.ranks.same import check_same, debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.copies import LayerCopies, Reduction
@@ -223,8 +223,8 @@ class Passes:
     def _check_plan(self, name: str, plan: Plan) -> None:
         """Under HECATE_DEBUG=1: whether the plan is valid, and the same on all ranks. Collective."""
         plan.validate()
-        if self._comms.tokens is not None and (wrong := differing_ranks(plan.digest(), self._comms.tokens)):
-            raise RuntimeError(f"{name}: rank {', '.join(map(str, wrong))} has another plan than the other ranks")
+        if self._comms.tokens is not None:
+            check_same(name, {"plan digest": plan.digest()}, self._comms.tokens, "make the same plan", RuntimeError)
 
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """`layer` has run forward: prefetch the next layer's copies, free what nothing reads."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.errors import NonFiniteError
+from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
 
 __all__ = ["Position", "count_tokens"]
@@ -93,14 +94,14 @@ def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -
 
 
 def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
-    for rank, (step, layer, with_grad, trained) in enumerate(columns.tolist()):
-        other = Position(step, layer, bool(with_grad), trained)
-        if other != own:
-            raise RuntimeError(
-                f"{name}: this rank runs {own}, rank {rank} {other}; all ranks must call the model equally often, "
-                "in the same mode and with the same parameters frozen (generate() of unequal lengths needs "
-                "synced_gpus=True)"
-            )
+    if (columns == np.array(astuple(own))).all():
+        return
+    everyone = [{"the pass": Position(step, layer, bool(grad), bits)} for step, layer, grad, bits in columns.tolist()]
+    rule = (
+        "call the model equally often, in the same mode and with the same parameters frozen (generate() of unequal "
+        "lengths needs synced_gpus=True)"
+    )
+    check_equal(name, everyone, rule, RuntimeError)
 
 
 def _check_range(layer: str, outside: NDArray[np.int64], num_experts: int) -> None:

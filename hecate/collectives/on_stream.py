@@ -1,0 +1,85 @@
+"""Routes followed on a CUDA side stream: NCCL, each round one group call; the host waits for nothing.
+
+Why group calls cannot wait for each other in a circle: NCCL ends a group call when all its peers have entered the one
+with the other half of each message; on first use of a connection the host waits for that too. Both halves of a hop are
+in the group call of the same collective and round, and every rank enters the ones it takes part in by ascending
+(collective, round). So among all that have not ended, the lowest one has been entered by all its ranks, and ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.collectives.route import Links, Part
+from hecate.collectives.routed import Pieces, ReductionState, Routed, Waits, nothing, piece_of
+from hecate.collectives.transport import Rows, Work
+from hecate.placement import Topology
+
+__all__ = ["RoutedOnStream"]
+
+
+class RoutedOnStream(Routed):
+    """Each round's messages are one group call, which starts and ends as a whole."""
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology, links: Links) -> None:
+        super().__init__(group, topology, links)
+        self._stream: torch.cuda.Stream | None = None
+
+    def _start_gather(self, parts: Sequence[Part], rows: Rows, sent: Rows) -> Work:
+        return self._on_stream(lambda: self._gather_in_rounds(parts, rows), next(iter(rows.values())).device)
+
+    def _start_reduce(self, parts: Sequence[Part], state: ReductionState, device: torch.device) -> Work:
+        # No receive ahead of its round: it would keep the stream from the sends of the rounds before.
+        return self._on_stream(lambda: self._run_reduction(parts, state, ahead=0), device)
+
+    def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
+        """Call `run` with the side stream as current one, behind everything on the caller's stream.
+
+        The caller's stream owns the memory of the rows: once they are freed, its next tensors may lie there, whatever
+        the side stream still does with them. So the work holds the rows, through `run`, until `wait()`.
+        `Tensor.record_stream` would be safe too, but gives memory back whenever the device gets there, at another
+        moment on every rank and in every step; FSDP2 holds references as well. Staging memory is allocated on the side
+        stream and used only there.
+        """
+        caller = torch.cuda.current_stream(device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        side = self._stream
+        side.wait_stream(caller)
+        try:
+            with torch.cuda.stream(side):
+                run()
+        except BaseException:
+            caller.wait_stream(side)  # what was started before the error still uses the rows
+            raise
+        done = side.record_event()
+
+        def finish(held: object = run) -> None:
+            # The memory goes back to the caller's stream, even if another stream waits for the results.
+            for stream in {caller, torch.cuda.current_stream(device)}:
+                stream.wait_event(done)
+
+        return Work(finish)
+
+    def _gather_in_rounds(self, parts: Sequence[Part], rows: Rows) -> None:
+        """One group call per round; the next round is behind it on the stream."""
+        for part in parts:
+            sends, receives = ([(h, piece_of(rows[h.expert], h)) for h in hops] for hops in (part.sends, part.receives))
+            for wait in self._post(sends, receives):
+                wait()
+
+    def _post(self, sends: Pieces, receives: Pieces) -> Waits:
+        """A group call is already waited for, by the stream; its waits do nothing."""
+
+        def operation(run: Callable[..., object], piece: Tensor, peer: int) -> dist.P2POp:
+            return dist.P2POp(run, piece.view(torch.uint8), group=self.group, group_peer=peer)
+
+        operations = [operation(dist.isend, piece, hop.dst) for hop, piece in sends]
+        operations += [operation(dist.irecv, piece, hop.src) for hop, piece in receives]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return [nothing] * len(operations)

@@ -1,0 +1,34 @@
+"""Which backend of a process group serves which kind of device."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["backend_of", "small_tensor_device"]
+
+
+def backend_of(group: dist.ProcessGroup, device_type: str) -> str:
+    """Name of the backend that carries tensors of that device type, e.g. "gloo" or "nccl".
+
+    Raises:
+        ValueError: the group has none for it.
+    """
+    backends = _backends(group)
+    if device_type not in backends:
+        raise ValueError(
+            f"the process group has backends {backends}, none for device type {device_type!r}; "
+            f"make it with backend='{device_type}:...', or keep the rows on {' or '.join(backends)}"
+        )
+    return backends[device_type]
+
+
+def small_tensor_device(group: dist.ProcessGroup) -> torch.device:
+    """Where the few numbers that ranks compare are put: the CPU if the group serves it, else its accelerator."""
+    kind = next(iter(sorted(_backends(group), key=lambda kind: kind != "cpu")))
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """Device type -> backend; torch gives them as "cpu:gloo,cuda:nccl"."""
+    return dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
