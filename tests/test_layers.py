@@ -1,11 +1,13 @@
-"""Holds DESIGN.md's import rule: a folder imports only what stands above it, and planning needs no process group."""
+"""Holds the import rule: a folder imports only what stands above it, nothing in a circle, and planning needs no process
+group.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ ORDER = (
     "loads",
     "planning",
     "policies",
+    "private_torch",
     "ranks",
     "collectives",
     "adapters",
@@ -37,8 +40,18 @@ ORDER = (
     "train",
     "examples",
 )
-WITHOUT_PROCESS_GROUP = ("placement", "cost", "config", "loads", "planning", "policies", "collectives.schedule")
+WITHOUT_PROCESS_GROUP = (
+    "placement",
+    "cost",
+    "config",
+    "loads",
+    "planning",
+    "policies",
+    "collectives.moves",
+    "collectives.route",
+)
 NATIVE = "_native"  # the C++ extension imports nothing
+UPWARDS = {("ranks.agree", "collectives.ranks")}
 
 
 def modules() -> dict[str, Path]:
@@ -98,7 +111,71 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_imports_only_what_stands_above(name: str) -> None:
     above = {*ORDER[: ORDER.index(folder(name)) + 1], NATIVE}
     for other in own_imports(name):
-        assert folder(other) in above, f"hecate.{name} imports hecate.{other}, which stands below it"
+        assert folder(other) in above or (name, other) in UPWARDS, (
+            f"hecate.{name} imports hecate.{other}, which stands below it"
+        )
+
+
+Graph = dict[str, set[str]]
+
+
+def circles(graph: Graph) -> list[set[str]]:
+    """Sets of nodes that all reach each other."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        todo = list(graph[start])
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += graph[node]
+        return found
+
+    reach = {node: reached(node) for node in graph}
+    together = {frozenset(n for n in reach[node] if node in reach[n]) for node in graph}
+    return [set(nodes) for nodes in together if nodes]
+
+
+def by_file() -> Graph:
+    return {name: own_imports(name) & MODULES.keys() for name in MODULES}
+
+
+def by_folder() -> Graph:
+    """Files directly in a folder, and its subfolders as one node each."""
+
+    def node(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    graph: Graph = {node(name): set() for name in MODULES}
+    for name, others in by_file().items():
+        graph[node(name)] |= {node(other) for other in others} - {node(name)}
+    return graph
+
+
+def test_circles_are_found() -> None:
+    graph: Graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"d"}, "e": {"a"}}
+    assert sorted(map(sorted, circles(graph))) == [["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("graph", [by_file, by_folder])
+def test_nothing_imports_itself_in_a_circle(graph: Callable[[], Graph]) -> None:
+    found = [" <-> ".join(sorted(nodes)) for nodes in circles(graph())]
+    assert not found, f"hecate: {found} import each other"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "private_torch"])
+def test_private_names_of_torch_are_in_one_file(name: str) -> None:
+    for imported in imports(name):
+        parts = imported.split(".")
+        assert parts[0] != "torch" or not any(p.startswith("_") for p in parts[1:]), f"hecate.{name}: {imported}"
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            base: ast.expr = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            private = isinstance(base, ast.Name) and base.id in ("torch", "dist")
+            assert not private, f"hecate.{name}, line {node.lineno}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, WITHOUT_PROCESS_GROUP)])
