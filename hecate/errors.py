@@ -14,7 +14,12 @@ class NonFiniteError(ValueError):
 class MissingRankError(RuntimeError):
     """A collective failed because ranks stopped; `ranks` are those whose heart beats no more."""
 
-    def __init__(self, ranks: list[int], silent_for: timedelta) -> None:
+    def __init__(self, ranks: list[int], silent_for: timedelta, why: str | None = None) -> None:
         named = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
-        super().__init__(f"{named} missing: no heartbeat for {silent_for.total_seconds():g} s; it died or hangs")
+        silent = f"no heartbeat for {silent_for.total_seconds():g} s; it died or hangs"
+        super().__init__(f"{named} missing: {silent if why is None else why}")
         self.ranks = ranks
+        self._arguments = (ranks, silent_for, why)
+
+    def __reduce__(self) -> tuple[type[MissingRankError], tuple[list[int], timedelta, str | None]]:
+        return type(self), self._arguments

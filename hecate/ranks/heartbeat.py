@@ -6,8 +6,10 @@ to a rank that merely gave up before. A rank whose beat stands still is the one 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +31,9 @@ UNEQUAL_CALLS = (
     "or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
 )
 """What a time-out means where no rank is missing."""
+
+CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out")
+"""What a backend says if a peer has gone."""
 
 
 class Heartbeat:
@@ -77,12 +82,32 @@ class Heartbeat:
         except (MissingRankError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            ranks = self.missing()
-            if ranks:
-                raise MissingRankError(ranks, PATIENCE * self._interval) from error
+            if (missing := self._blamed_for(error)) is not None:
+                raise missing from error
             if "timed out" in str(error).lower() and UNEQUAL_CALLS not in getattr(error, "__notes__", ()):
                 error.add_note(UNEQUAL_CALLS)
             raise
+
+    def _blamed_for(self, error: RuntimeError) -> MissingRankError | None:
+        """The ranks whose end explains `error`; None if there are none."""
+        left = self._left() if _lost_connection(error) else {}
+        # A rank that missed another one ended because of that one. Without an exception it may have ended so too.
+        first = {rank: why for rank, why in left.items() if MissingRankError.__name__ not in why}
+        if any(first.values()):
+            return _ended(first)
+        if ranks := self.missing():
+            return MissingRankError(ranks, PATIENCE * self._interval)
+        return _ended(first or left) if left else None
+
+    def _left(self) -> dict[int, str]:
+        """Ranks whose hearts were all stopped, each with its last uncaught exception; empty if there was none."""
+        try:
+            alive = self._read("{}/alive")
+            left = [rank for rank in range(self._world_size) if rank != self._rank and not alive[rank]]
+            keys = {rank: f"{rank}/why" for rank in left}
+            return {rank: self._store.get(k).decode() if self._store.check([k]) else "" for rank, k in keys.items()}
+        except (RuntimeError, OSError):  # `missing` will say that rank 0's store is gone
+            return {}
 
     def _read(self, key: str) -> list[int]:
         # Adding nothing reads a counter without waiting for a key.
@@ -102,4 +127,16 @@ def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threadin
     if thread is not threading.current_thread():  # the garbage collector may run this in any thread
         thread.join()
     with suppress(RuntimeError, OSError):  # the store may have gone before
+        # Python keeps here what it prints when a process ends by an exception.
+        if (error := getattr(sys, "last_value", None)) is not None:
+            store.set(f"{rank}/why", "".join(traceback.format_exception_only(type(error), error)).strip())
         store.add(f"{rank}/alive", -1)
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(text in str(error).lower() for text in CONNECTION_LOST)
+
+
+def _ended(left: dict[int, str]) -> MissingRankError:
+    said = (f"rank {rank} ended" + (f", last uncaught exception: {why}" if why else "") for rank, why in left.items())
+    return MissingRankError(list(left), timedelta(0), "; ".join(said))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from hecate.errors import MissingRankError
 from hecate.private_torch import default_store
 from hecate.ranks.heartbeat import Heartbeat
-from tests.workers import Group
+from tests.workers import Group, free_port
 
 
 def _wait_for_victim(victim: int, sign: signal.Signals) -> tuple[str, list[int]]:
@@ -70,3 +74,57 @@ def test_passes_other_errors_on() -> None:
         assert group.run(_error_without_missing_rank) == ["RuntimeError: something else"] * 2
     finally:
         group.close()
+
+
+def test_the_error_travels_between_processes() -> None:
+    for error in (MissingRankError([1, 2], timedelta(seconds=5)), MissingRankError([1], timedelta(0), "rank 1 ended")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.ranks) == (str(error), error.ranks)
+
+
+ENDING_RANK = """
+import sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from hecate.collectives.queue import HostQueue
+from hecate.private_torch import default_store
+from hecate.ranks.heartbeat import Heartbeat
+
+rank, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(hours=1))
+heart = Heartbeat(default_store(), rank, 3)
+dist.barrier()
+if rank == 2 and how == "raises":
+    begun = []
+    HostQueue().start(lambda: (begun.append(1), dist.recv(torch.zeros(1), 0)))  # nobody sends that
+    while not begun:
+        time.sleep(0.01)
+    raise ValueError("bad data")
+if rank == 2:
+    sys.exit(0)
+with heart.naming_missing_ranks():
+    dist.all_reduce(torch.zeros(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "why"),
+    [("raises", 1, "rank 2 ended, last uncaught exception: ValueError: bad data"), ("exits", 0, "rank 2 ended")],
+)
+def test_says_why_a_rank_ended(how: str, code: int, why: str) -> None:
+    """Although the time-out is an hour, and that rank has a collective under way."""
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", ENDING_RANK, str(rank), port, how], stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[2].returncode == code, errors[2]
+    for process, error in list(zip(ranks, errors, strict=True))[:2]:
+        assert process.returncode == 1
+        assert f"MissingRankError: rank 2 is missing: {why}\n" in error
