@@ -237,6 +237,7 @@ class FSSDP:
         optimizer: Optimizer | None = None,
         async_op: bool = False,
         extra: Mapping[str, Any] | None = None,
+        sha256: bool = False,
     ) -> SaveHandle | None:
         """Write a checkpoint folder with torch.distributed.checkpoint, by original names and shapes. Collective.
 
@@ -248,9 +249,11 @@ class FSSDP:
             path: the folder, on a file system that all ranks share.
             optimizer: of the model's parameters.
             async_op: copy everything to the CPU, return, and write the copy while training goes on. The next `save` or
-                `load` waits for it.
+                `load` waits for it, and so does Python when it ends; `destroy_process_group` does not disturb it. If it
+                fails and nobody waits, the process says so and ends with exit code 1.
             extra: what else to keep, of numbers, strings, lists and mappings as JSON has them: the position in the
                 data, a scheduler's `state_dict()`. Rank 0's is written.
+            sha256: record the SHA-256 of every file beside its size and CRC-32; `load` compares what was recorded.
 
         Returns:
             With `async_op`, a handle whose `wait()` returns when the checkpoint is in place, or raises.
@@ -258,15 +261,21 @@ class FSSDP:
         Raises:
             OSError: it could not be written; on all ranks, and the one before is intact.
             ValueError: an optimizer of other parameters, or state or `extra` that cannot be saved.
+            RuntimeError: the process group is gone, or a rank died; the one before is intact.
         """
         self._check_values()
-        return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra)
+        return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra, sha256)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Read what `save` wrote, on any number of devices, or a plain `dcp.save(model.state_dict())`. Collective.
 
         On an equal mesh owners and cost model become the saved ones, and training goes on bit by bit; on another one
         owners become the initial ones and the cost model stays the config's. Pending gradients are dropped.
+
+        A checkpoint of somebody else runs no code: of `.metadata` only what DCP itself writes is read, of the other
+        files tensors (`torch.load(weights_only=True)`) and JSON, nothing that is stored as bytes, and no file outside
+        of the folder. Its values are as trustworthy as who wrote them: a CRC-32 or SHA-256 in the same folder shows
+        damage, not forgery.
 
         Args:
             path: the folder.
@@ -276,9 +285,10 @@ class FSSDP:
             The `extra` that `save` was given; empty without one.
 
         Raises:
-            ValueError: no checkpoint, damaged (names the file), of a newer format, or of another model or optimizer;
-                on all ranks, before anything is overwritten.
+            ValueError: no checkpoint, damaged (names the file), incomplete (names the tensor), of a newer format, or of
+                another model or optimizer; on all ranks, before anything is overwritten.
             OSError: it could not be read.
+            RuntimeError: the process group is gone.
         """
         self._saves.finish()
         extra = load(Path(path), self._training_state(), optimizer)

@@ -1,19 +1,28 @@
-"""Checkpoints written while training goes on: from a copy, in a thread, over a process group of its own."""
+"""Checkpoints written while training goes on: from a copy, in a thread, over a process group of its own.
+
+The interpreter waits for the thread when it ends, and `destroy_process_group` does not disturb it. A checkpoint that
+could not be written and that nobody waited for ends the process with an error.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from hecate.checkpoint.folder import resolved
 from hecate.checkpoint.state import TrainingState
-from hecate.checkpoint.store import collect, write
+from hecate.checkpoint.store import check_ranks, collect, write
+from hecate.collectives.ranks import PrivateRanks, Ranks
 
 __all__ = ["SaveHandle", "Saves"]
 
@@ -25,9 +34,11 @@ class SaveHandle:
         waited: whether `wait` was called, which is to be on all ranks or on none.
     """
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, path: Path, future: Future[None]) -> None:
+        self.path, self.waited = path, False
         self._future = future
-        self.waited = False
+        _unseen.add(self)
+        future.add_done_callback(lambda future: None if future.exception() else _unseen.discard(self))
 
     def done(self) -> bool:
         """Whether `wait` returns at once, on this rank."""
@@ -40,7 +51,34 @@ class SaveHandle:
     def wait(self) -> None:
         """Return when the checkpoint is in place. OSError where it could not be written, on all ranks."""
         self.waited = True
-        self._future.result()
+        try:
+            self._future.result()
+        finally:
+            if self._future.done():  # else Ctrl-C came first
+                _unseen.discard(self)
+
+    def problem(self) -> str:
+        """What went wrong, for those who did not wait."""
+        why = repr(self._future.exception()) if self._future.done() else "the process ended before it was written"
+        return f"checkpoint {self.path} is not in place, the one before is kept: {why}"
+
+
+_unseen: set[SaveHandle] = set()
+"""Those that are not in place, as far as their caller knows."""
+os.register_at_fork(after_in_child=_unseen.clear)
+
+
+@atexit.register
+def _report() -> None:
+    """Python has waited for the threads by now. Its exit status can be changed in no other way than by ending here."""
+    if not _unseen:
+        return
+    for handle in _unseen:
+        print(f"hecate: {handle.problem()}", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class Saves:
@@ -48,7 +86,8 @@ class Saves:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hecate-save")
-        self._group: dist.ProcessGroup | None = None
+        self._ranks: PrivateRanks | None = None
+        self._count = 0
         self._pending: SaveHandle | None = None
 
     def save(
@@ -58,17 +97,18 @@ class Saves:
         optimizer: Optimizer | None,
         async_op: bool,
         extra: Mapping[str, Any] | None,
+        sha256: bool,
     ) -> SaveHandle | None:
         """See `FSSDP.save`."""
         self.finish()
         path = resolved(path)
         contents = collect(path, state, optimizer, extra or {}, copy=async_op)
+        ranks = self._next(path, state)
         if not async_op:
-            write(path, contents, None, in_thread=False)
+            write(path, contents, ranks, in_thread=False, sha256=sha256)
             return None
-        if self._group is None and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # the thread's collectives must not meet those of training
-        self._pending = SaveHandle(self._thread.submit(partial(write, path, contents, self._group, in_thread=True)))
+        task = partial(write, path, contents, ranks, in_thread=True, sha256=sha256)
+        self._pending = SaveHandle(path, self._thread.submit(task))
         return self._pending
 
     def finish(self) -> None:
@@ -76,3 +116,11 @@ class Saves:
         pending, self._pending = self._pending, None
         if pending is not None and not pending.waited:
             pending.wait()
+
+    def _next(self, path: Path, state: TrainingState) -> PrivateRanks:
+        """The ranks of this moment, for one more checkpoint."""
+        if self._ranks is None:
+            check_ranks(f"FSSDP.save({str(path)!r})", state, Ranks.current())
+            self._ranks = PrivateRanks.make()
+        self._count += 1
+        return replace(self._ranks, task=self._count)

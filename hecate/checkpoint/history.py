@@ -7,30 +7,32 @@ import sys
 import warnings
 from pathlib import Path
 
-from hecate.checkpoint.folder import MANIFEST, RECORD, aside, delete, read_record, verify
-from hecate.collectives.ranks import agree, on_rank_0, rank_and_world
+from hecate.checkpoint.folder import aside, delete
+from hecate.checkpoint.manifest import MANIFEST, RECORD, read_record, verify
+from hecate.collectives.ranks import agree, gather, on_rank_0, rank_and_world
 
 __all__ = ["checkpoints", "latest", "prune"]
 
 
 DELETED = ".deleted"
 UNREADABLE = sys.maxsize
-"""Step of a checkpoint whose record is damaged: tried first, so that it is named."""
+"""Step of a checkpoint whose record cannot be read: tried first, so that it is named."""
 
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint anywhere below `folder` with the most steps whose files are all whole; None if there is none.
 
-    Found by what is in it, not by its name; it may be a link. One that is damaged is passed over with a warning that
-    names the file. Collective. OSError where a folder cannot be listed.
+    Found by what is in it, not by its name; it may be a link. One that is damaged, or that the disk does not let be
+    read, is passed over with a warning that names the file. Collective. OSError if a folder cannot be listed.
     """
-    steps = agree(lambda: checkpoints(folder))
+    rank, world = rank_and_world()
+    steps = gather(agree(lambda: checkpoints(folder) if rank == 0 else {}))[0]  # what the others see may be older
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
         try:
-            agree(lambda path=path: verify(path, *rank_and_world()))  # type: ignore[misc]
-        except ValueError as error:
-            text = f"{error}; it is passed over"
-            on_rank_0(lambda text=text: warnings.warn(text, stacklevel=4))  # type: ignore[misc]
+            agree(lambda path=path: verify(path, rank, world))  # type: ignore[misc]
+        except (ValueError, OSError) as error:
+            if rank == 0:
+                warnings.warn(f"{error}; it is passed over", stacklevel=2)
         else:
             return path
     return None
@@ -90,9 +92,9 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _step(path: Path) -> int:
-    """The record's; `UNREADABLE` where that or the manifest is damaged."""
+    """The record's; `UNREADABLE` if that or the manifest is damaged, or the disk does not let them be read."""
     try:
         record = read_record(path)
-        return int(record["step"]) if record is not None and (path / MANIFEST).is_file() else UNREADABLE
-    except (ValueError, KeyError, TypeError):
+        return UNREADABLE if record is None else int(record["step"])
+    except (ValueError, OSError, KeyError, TypeError):
         return UNREADABLE

@@ -124,6 +124,7 @@ class OptimizerTarget:
             name, _, key = entry.removeprefix(OPTIMIZER).rpartition(".")
             keys[name].append(key)
         self._keys = {p: _common("state", names, keys) for p, (names, _) in self._homes.items()}
+        self._check_sizes()
         self._state: dict[Tensor, dict[str, Tensor]] = {}
 
     @property
@@ -192,6 +193,22 @@ class OptimizerTarget:
                 f"optimizer: {type(self._optimizer).__name__} has settings {listed(own - saved)}, the saved one "
                 f"{listed(saved - own)}; must be of the same kind"
             )
+
+    def _check_sizes(self) -> None:
+        """ValueError unless a pool's state is of all experts of its layers, in equal shapes and dtypes."""
+        for parameter, (names, pool) in self._homes.items():
+            if pool is None:
+                continue
+            for key in self._keys[parameter]:
+                saved = {name: self._saved[f"{OPTIMIZER}{name}.{key}"] for name in names}
+                _common(f"dtype of {key}", names, {name: s.properties.dtype for name, s in saved.items()})
+                _common(f"shape of {key} of an expert", names, {name: tuple(s.size[1:]) for name, s in saved.items()})
+                for name, spec in zip(names, pool.specs, strict=True):
+                    if saved[name].size and saved[name].size[0] != spec.num_experts:
+                        raise ValueError(
+                            f"optimizer: {key} of {name} has shape {tuple(saved[name].size)} in the checkpoint; its "
+                            f"first dimension must be the {spec.num_experts} experts"
+                        )
 
     def _match_groups(self) -> list[dict[str, Any]]:
         """Saved values of each of the optimizer's groups."""

@@ -6,6 +6,7 @@ reads as one stacked tensor anywhere.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,8 @@ class ExpertRows:
 
     def read_items(self, name: str, saved: TensorStorageMetadata) -> list[ReadItem]:
         """However it was cut when it was saved; experts with consecutive ids are read together."""
+        if saved.size != self.shape:
+            raise ValueError(f"{name} has shape {tuple(saved.size)} in the checkpoint, {tuple(self.shape)} here")
         starts = np.flatnonzero(np.diff(self.experts, prepend=-2) != 1)
         sizes = np.diff(starts, append=len(self.experts))
         chunks = [self._chunk(int(self.experts[at]), int(n)) for at, n in zip(starts, sizes, strict=True)]
@@ -141,9 +144,14 @@ class ExpertsLoadPlanner(DefaultLoadPlanner):
         items = list(create_default_local_load_plan(rest, self.metadata).items)
         for name, rows in experts.items():
             saved = self.metadata.state_dict_metadata[name]
-            assert isinstance(saved, TensorStorageMetadata)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise ValueError(f"{name} is stored as pickled bytes, which are not read")
             items += rows.read_items(name, saved)
         return LoadPlan(items)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """ValueError: the default unpickles them, and with them runs whatever code they hold."""
+        raise ValueError(f"{read_item.dest_index.fqn} is stored as pickled bytes, which are not read")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """Where to read to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,23 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from hecate.checkpoint.folder import ChecksumWriter, aside, find, prepare, publish, read_record, verify
+from hecate.checkpoint.cover import check_stored
+from hecate.checkpoint.folder import aside, find, prepare, publish
+from hecate.checkpoint.manifest import MANIFEST, METADATA, RECORD, file_of, read_files, read_record, verify
+from hecate.checkpoint.metadata import CheckedReader, read_metadata
 from hecate.checkpoint.optimizer import OPTIMIZER, OptimizerTarget, optimizer_entries, optimizer_record
-from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner, ExpertsSavePlanner
-from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names
-from hecate.collectives.ranks import agree, gather, on_rank_0, rank_and_world
+from hecate.checkpoint.record import check_planners, check_record, planner_entries
+from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner
+from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names, listed
+from hecate.checkpoint.writer import ProvingWriter, write_entries
+from hecate.collectives.ranks import PrivateRanks, Ranks
 from hecate.cost import CostModel
 
-__all__ = ["Contents", "collect", "load", "write"]
+__all__ = ["Contents", "check_ranks", "collect", "load", "write"]
 
-Saved = dict[str, TensorStorageMetadata]
+Keys = Mapping[str, Mapping[str, str]]
+"""Layer -> key of its planner's state -> entry."""
+MOST_AUTOMATIC_SLOTS = 2
+"""That `memory_slots="auto"` takes."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +66,24 @@ def collect(
     return Contents(entries, record)
 
 
-def write(path: Path, contents: Contents, group: dist.ProcessGroup | None, in_thread: bool) -> None:
-    """Put a checkpoint in the place of `path`, over `group` (None: the default one). Collective.
+def write(path: Path, contents: Contents, ranks: PrivateRanks, in_thread: bool, sha256: bool) -> None:
+    """Put a checkpoint in the place of `path`: all of it, with every rank's proof, or nothing. Collective.
 
     Args:
         path: the folder; no link, see `resolved`.
         contents: of it.
-        group: of all ranks.
+        ranks: that hold the model; whatever becomes of the process group meanwhile.
         in_thread: whether other threads of the process go on meanwhile.
+        sha256: whether to record that of every file too.
     """
-    temporary = aside(path)
-    agree(lambda: on_rank_0(lambda: prepare(path)), group)
+    where, temporary = f"FSSDP.save({str(path)!r})", aside(path)
+    ranks.agree(lambda: ranks.on_rank_0(lambda: prepare(path)))
     try:
-        writer = ChecksumWriter(temporary)
-        with _dcp(f"FSSDP.save({str(path)!r})"), nullcontext() if in_thread else _one_checksum():
-            dcp.save(
-                contents.entries,
-                storage_writer=writer,
-                planner=ExpertsSavePlanner(),
-                process_group=group,
-                no_dist=not dist.is_initialized(),
-            )
-        checksums = {name: value for files in gather(writer.checksums, group) for name, value in files.items()}
-        agree(lambda: on_rank_0(lambda: publish(temporary, path, contents.record, checksums)), group)
+        with nullcontext() if in_thread else _one_checksum():
+            files = write_entries(where, contents.entries, ProvingWriter(temporary, sha256), ranks)
+        ranks.agree(lambda: ranks.on_rank_0(lambda: publish(temporary, path, contents.record, files, sha256)))
     except OSError:
-        on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        ranks.on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise
 
 
@@ -101,83 +101,146 @@ def _as_json(where: str, extra: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{where}: extra must be numbers, strings, lists and mappings: {error}") from None
 
 
+def check_ranks(where: str, state: TrainingState, ranks: Ranks) -> None:
+    """RuntimeError unless `ranks` are those that the model is on: without its process group, each would act alone."""
+    held = state.replicas * state.pools[0].num_devices
+    if ranks.size != held:
+        raise RuntimeError(
+            f"{where}: the model is on {held} ranks, the process group has {ranks.size}; call it on all of them, and "
+            "before destroy_process_group"
+        )
+
+
 def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> dict[str, Any]:
     """See `FSSDP.load`. All checks come first, then small entries are read, then what overwrites the model."""
-    where = f"FSSDP.load({str(path)!r})"
-    folder = agree(lambda: _verified(path))
-    saved, record = agree(lambda: _read_metadata(folder))
-    weights = state.weights()
-    target = agree(lambda: _checked(where, saved, record, weights, state, optimizer))
-    keys = None if record is None else state.planner_keys(record["mesh"][1])
-    small = {key: _empty(saved[key]) for names in (keys or {}).values() for key in names.values()}
+    where, ranks = f"FSSDP.load({str(path)!r})", Ranks.current()
+    check_ranks(where, state, ranks)
+    folder = ranks.agree(lambda: _verified(path, ranks))
+    found = ranks.agree(lambda: Found(folder, read_metadata(folder), read_record(folder)))
+    target, keys = ranks.agree(lambda: _checked(where, found, state, optimizer))
+    small = {key: _empty(found.tensors[key]) for names in keys.values() for key in names.values()}
     small |= {} if target is None else target.scalars()
-    _read(where, folder, dict(small))
+    _read(where, found, dict(small), ranks)
     scalars = {key: value for key, value in small.items() if key.startswith(OPTIMIZER)}
-    agree(lambda: target.check_scalars(scalars) if target is not None else None)
-    _restart(state, record, keys, small)
+    ranks.agree(lambda: _check_small(where, found, target, keys, small))
+    _restart(state, found.record, keys, small)
     entries = state.weights()
     if target is not None:
         target.prepare(scalars)
         entries |= target.entries()
-    _read(where, folder, entries)
+    _read(where, found, entries, ranks)
     for pool in state.pools:
         for parameter in pool.parameters.values():
             pool.clear_padding(parameter)
     if target is not None:
         target.commit()
-    return {} if record is None else record.get("extra", {})
+    return {} if found.record is None else found.record.get("extra", {})
 
 
-def _restart(
-    state: TrainingState,
-    record: dict[str, Any] | None,
-    keys: Mapping[str, Mapping[str, str]] | None,
-    small: Mapping[str, Tensor],
-) -> None:
+def _restart(state: TrainingState, record: dict[str, Any] | None, keys: Keys, small: Mapping[str, Tensor]) -> None:
     """Owners and cost model as saved where the mesh is the same, so that the run goes on bit by bit."""
-    if record is None or keys is None:
+    if record is None:
         state.restart(0, None, None)
         return
     planners: dict[str, dict[str, NDArray[np.int64]]] = {
         layer: {key: small[entry].numpy() for key, entry in entries.items()} for layer, entries in keys.items()
     }
+    for layer in state.engine.layers:  # room for more copies than there are experts is none to allocate
+        slots = planners[layer.name]["slots"]
+        np.minimum(slots, max(MOST_AUTOMATIC_SLOTS, layer.num_experts), out=slots)
     state.restart(record["step"], planners, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
 
 
 # Checks before anything is overwritten.
 
 
-def _verified(path: Path) -> Path:
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to load, whose files are whole.
+
+    Attributes:
+        folder: that it is in.
+        metadata: of its tensors.
+        record: what is no tensor; None in a checkpoint of another program.
+    """
+
+    folder: Path
+    metadata: Metadata
+    record: dict[str, Any] | None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """By name."""
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _verified(path: Path, ranks: Ranks) -> Path:
     folder = find(path)
-    verify(folder, *rank_and_world())
+    verify(folder, ranks.rank, ranks.size)
     return folder
 
 
-def _read_metadata(folder: Path) -> tuple[Saved, dict[str, Any] | None]:
-    """Tensors by name, and what is no tensor."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {k: v for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}, read_record(folder)
-
-
 def _checked(
-    where: str,
-    saved: Saved,
-    record: dict[str, Any] | None,
-    weights: Mapping[str, Entry],
-    state: TrainingState,
-    optimizer: Optimizer | None,
-) -> OptimizerTarget | None:
+    where: str, found: Found, state: TrainingState, optimizer: Optimizer | None
+) -> tuple[OptimizerTarget | None, Keys]:
+    """Where the optimizer's state goes, and the entries of the planners' state; all that is to be read is there."""
+    weights, saved = state.weights(), found.tensors
+    if found.record is not None:
+        check_record(f"checkpoint {found.folder}: file {RECORD} is damaged", found.record)
+    _check_no_bytes(where, found, weights)
+    _check_weights(where, saved, weights)
+    target = None if optimizer is None else _target(where, found, state, optimizer)
+    keys: Keys = {} if found.record is None else state.planner_keys(found.record["mesh"][1])
+    names = {*weights}
+    if found.record is not None:
+        experts = {layer.name: layer.num_experts for layer in state.engine.layers}
+        names |= set(planner_entries(where, saved, keys, experts, found.record["mesh"][2]))
+    if target is not None:
+        names |= {name for name in saved if name.startswith(OPTIMIZER)}
+    check_stored(where, found.metadata, sorted(names), _file_sizes(where, found, names))
+    return target, keys
+
+
+def _check_no_bytes(where: str, found: Found, weights: Mapping[str, Entry]) -> None:
+    """DCP unpickles what is stored as bytes, whatever is in there."""
+    for name, entry in found.metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) and (name in weights or name.startswith((OPTIMIZER, PLANNER))):
+            raise ValueError(f"{where}: {name} is stored as pickled bytes, which are not read; it must be a tensor")
+
+
+def _check_weights(where: str, saved: Mapping[str, TensorStorageMetadata], weights: Mapping[str, Entry]) -> None:
     own = [name for name in saved if not name.startswith((OPTIMIZER, PLANNER))]
     compare_names(where, own, weights, "parameters and buffers")
     # Experts first: another number of them shows in the router's shape too, which says less.
     for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], ExpertRows)):
         _check_same(where, name, saved[name], value)
-    if optimizer is None:
-        return None
-    if record is None or record["optimizer"] is None:
+
+
+def _target(where: str, found: Found, state: TrainingState, optimizer: Optimizer) -> OptimizerTarget:
+    if found.record is None or found.record["optimizer"] is None:
         raise ValueError(f"{where}: the checkpoint was saved without an optimizer; pass optimizer=None to load weights")
-    states = {key: value for key, value in saved.items() if key.startswith(OPTIMIZER)}
-    return OptimizerTarget(state, optimizer, record["optimizer"], states)
+    states = {key: value for key, value in found.tensors.items() if key.startswith(OPTIMIZER)}
+    return OptimizerTarget(state, optimizer, found.record["optimizer"], states)
+
+
+def _file_sizes(where: str, found: Found, names: Collection[str]) -> dict[str, int]:
+    """Bytes of the files that hold those tensors; ValueError if one is not the checkpoint's own."""
+    files = read_files(found.folder)
+    used = {info.relative_path for index, info in found.metadata.storage_data.items() if index.fqn in names}
+    if files is not None and (unknown := used - files.keys()):
+        raise ValueError(f"{where}: {METADATA} names files that {MANIFEST} does not: {listed(unknown)}")
+    return {name: file_of(found.folder, name).stat().st_size for name in used}
+
+
+def _check_small(
+    where: str, found: Found, target: OptimizerTarget | None, keys: Keys, small: Mapping[str, Tensor]
+) -> None:
+    """What was read first, apart from the model, makes sense."""
+    if target is not None:
+        target.check_scalars({key: value for key, value in small.items() if key.startswith(OPTIMIZER)})
+    if found.record is not None:
+        check_planners(where, keys, small, found.record["mesh"][2])
 
 
 def _check_same(where: str, name: str, saved: TensorStorageMetadata, value: Entry) -> None:
@@ -207,11 +270,16 @@ def _empty(saved: TensorStorageMetadata) -> Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 
-def _read(where: str, folder: Path, entries: dict[str, Entry]) -> None:
+def _read(where: str, found: Found, entries: dict[str, Entry], ranks: Ranks) -> None:
     """Read into `entries`, in place."""
     with _dcp(where):
-        reader = dcp.FileSystemReader(folder)
-        dcp.load(entries, storage_reader=reader, planner=ExpertsLoadPlanner(), no_dist=not dist.is_initialized())
+        dcp.load(
+            entries,
+            storage_reader=CheckedReader(found.folder, found.metadata),
+            planner=ExpertsLoadPlanner(),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""All ranks write the tensors of one checkpoint, and rank 0 sees the proof that nothing is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from hecate.checkpoint.cover import check_stored
+from hecate.checkpoint.manifest import FileProof, Files
+from hecate.checkpoint.rows import ExpertsSavePlanner
+from hecate.checkpoint.state import Entry
+from hecate.collectives.ranks import PrivateRanks
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["ProvingWriter", "write_entries"]
+
+
+class _Stream(io.BufferedWriter):
+    """A file being written, and the proof of what was."""
+
+    def __init__(self, path: Path, sha256: bool) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._num_bytes = self._crc32 = 0
+        self._sha256 = hashlib.sha256() if sha256 else None
+
+    def write(self, data: Buffer) -> int:
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._num_bytes += memoryview(data).nbytes
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        return super().write(data)
+
+    @property
+    def proof(self) -> FileProof:
+        return FileProof(self._num_bytes, self._crc32, None if self._sha256 is None else self._sha256.hexdigest())
+
+
+class _ProvenFiles(FileSystem):
+    """The file system of DCP's writer, keeping the proofs of what it writes."""
+
+    def __init__(self, sha256: bool) -> None:
+        self.files: dict[str, FileProof] = {}
+        self._sha256 = sha256
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        assert mode == "wb", mode
+        with _Stream(Path(path), self._sha256) as stream:
+            yield stream
+        self.files[Path(path).name] = stream.proof
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.files[Path(new_path).name] = self.files.pop(Path(path).name)
+
+
+class ProvingWriter(FileSystemWriter):
+    """DCP's writer of files, synced to the disk.
+
+    Args:
+        folder: where to.
+        sha256: whether to prove the files by that too.
+    """
+
+    def __init__(self, folder: Path, sha256: bool) -> None:
+        super().__init__(folder, sync_files=True)
+        self.folder = folder
+        self.fs = _ProvenFiles(sha256)
+
+    @property
+    def files(self) -> Files:
+        """That this rank has written."""
+        return cast(_ProvenFiles, self.fs).files
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """What one rank has written: its files, and which chunk of which tensor is where in them."""
+
+    files: Files
+    chunks: Sequence[WriteResult]
+
+
+def write_entries(where: str, entries: Mapping[str, Entry], writer: ProvingWriter, ranks: PrivateRanks) -> Files:
+    """Write the tensors of all ranks; on rank 0 the files of all ranks, elsewhere this rank's. Collective.
+
+    Does what `dcp.save` does with the same planner and writer. That looks the process group up at every step, and where
+    it is gone by then, each rank goes on as if it was the only one.
+
+    Raises:
+        OSError: a rank could not write; on all ranks.
+        ValueError: what the ranks wrote is not every tensor exactly; on all ranks.
+    """
+    planner, first = ExpertsSavePlanner(), ranks.rank == 0
+    writer.reset()
+
+    def local_plan() -> SavePlan:
+        planner.set_up_planner(dict(entries), writer.storage_meta(), first)
+        writer.set_up_storage_writer(first, rank=ranks.rank, use_collectives=True)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def global_plans(plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata | None]:
+        made, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(made), metadata
+
+    def write(plan: SavePlan) -> _Proof:
+        try:
+            done = writer.write_data(planner.finish_plan(plan), planner)
+            return _Proof(writer.files, done.wait())
+        except Exception as error:  # torch.save has other errors for those of its file
+            raise OSError(f"{where}: rank {ranks.rank}: {error!r}") from error
+
+    local = ranks.to_rank_0(ranks.agree(local_plan))
+    plans, metadata = ranks.agree(lambda: global_plans(local) if first else ([], None))
+    plan = ranks.from_rank_0(plans)
+    proofs = ranks.to_rank_0(ranks.agree(lambda: write(plan)))
+    return ranks.agree(lambda: writer.files if metadata is None else _finish(where, writer, metadata, proofs))
+
+
+def _finish(where: str, writer: ProvingWriter, metadata: Metadata, proofs: Sequence[_Proof]) -> Files:
+    """Write the metadata; ValueError unless the ranks together wrote every tensor exactly."""
+    files = {name: proof for rank in proofs for name, proof in rank.files.items()}
+    writer.finish(metadata, [list(rank.chunks) for rank in proofs])
+    if len(metadata.storage_data) != sum(len(rank.chunks) for rank in proofs):
+        raise ValueError(f"{where}: two ranks wrote the same chunk of a tensor")
+    sizes = {name: proof.num_bytes for name, proof in files.items()}
+    check_stored(where, metadata, metadata.state_dict_metadata, sizes)
+    return files | dict(writer.files)
