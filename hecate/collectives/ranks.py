@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Ranks:
     """The ranks that act together, as they were when this was made.
 
-    Whatever becomes of the process group later, no rank takes itself for the only one: its next message fails.
+    Whatever becomes of the process group later, no rank takes itself for the only one: its messages arrive, or fail.
 
     Attributes:
         rank, size: of the process group, (0, 1) without one.
@@ -40,9 +40,10 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """What every rank passes, by rank. Collective."""
-        values = [value] * self.size
-        if self.group is not None:
-            dist.all_gather_object(values, value, group=self.group)
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def agree(self, function: Callable[[], T]) -> T:

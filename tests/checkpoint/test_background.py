@@ -100,3 +100,24 @@ def test_copy_shares_nothing(tmp_path: Path) -> None:
         left, right = (getattr(v, "rows", v) for v in (value, copied.entries[name]))
         assert torch.equal(left, right), name
         assert left.data_ptr() != right.data_ptr(), name
+
+
+def after_the_process_group(path: str) -> list[str]:
+    """Errors of a rank that finds no process group, but has a model on two ranks."""
+    run, errors = Run(), []
+    run.engine.save(path)
+    fresh = Run()
+    with patch.object(dist, "is_initialized", lambda: False):
+        for call in (lambda: fresh.engine.save(path), lambda: run.engine.load(path)):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            errors.append(str(error.value))
+    return errors
+
+
+def test_no_rank_takes_itself_for_the_only_one(groups: Groups, tmp_path: Path) -> None:
+    for errors in groups(2).run(after_the_process_group, str(tmp_path / "checkpoint")):
+        for error, call in zip(errors, ("save", "load"), strict=True):
+            assert f"FSSDP.{call}(" in error
+            assert "the model is on 2 ranks, the process group has 1" in error
+    Run().engine.load(tmp_path / "checkpoint")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from hecate.checkpoint.history import latest, prune
 from tests.checkpoint.runs import Run
@@ -96,6 +101,80 @@ def test_damaged_is_passed_over_and_named(folder: Path, name: str) -> None:
 def test_ranks_agree_although_each_checks_other_files(groups: Groups, folder: Path) -> None:
     damage(folder / "b/state/__0_0.distcp")
     assert groups(2).run(latest, folder) == [folder / "a"] * 2
+
+
+def unreadable(file: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """Opening it, or reading it once it is open (EIO), fails as on a bad disk."""
+    path_open, read_bytes = Path.open, Path.read_bytes
+
+    class Broken(io.RawIOBase):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(error, os.strerror(error))
+
+    def open_file(path: Path, *args: Any, **settings: Any) -> Any:
+        return Broken() if path == file else path_open(path, *args, **settings)
+
+    def read(path: Path) -> bytes:
+        if path == file:
+            raise OSError(error, os.strerror(error))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    monkeypatch.setattr(Path, "read_bytes", read)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", FILES)
+def test_unreadable_is_passed_over_and_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: int
+) -> None:
+    unreadable(folder / "b/state" / name, monkeypatch, error)
+    with pytest.warns(UserWarning, match=rf"b/state: file {name} cannot be read: {os.strerror(error)}; it is passed"):
+        assert latest(folder) == folder / "a"
+    run = Run()
+    with pytest.raises(OSError, match=f"file {name} cannot be read"):
+        run.engine.load(folder / "b/state")
+    assert run.engine.stats()["step"] == 0
+
+
+def latest_with_a_bad_disk(folder: Path) -> tuple[Path | None, list[str]]:
+    """One rank cannot read the settings, nor the tensors, of the newest."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if dist.get_rank() == 1:
+            for name in ("hecate.json", "__0_0.distcp"):
+                unreadable(folder / "b/state" / name, patch, errno.EIO)
+        return latest(folder), [str(warning.message) for warning in caught]
+
+
+def test_ranks_agree_although_one_cannot_read(groups: Groups, folder: Path) -> None:
+    (found, said), (other, nothing) = groups(2).run(latest_with_a_bad_disk, folder)
+    assert found == other == folder / "a"
+    assert len(said) == 1
+    assert "cannot be read: Input/output error; it is passed over" in said[0]
+    assert nothing == []
+
+
+def test_folder_that_cannot_be_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path) == folder / "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="checkpoints/b"):
+        latest(folder)
+
+
+def test_flipped_step_is_not_taken_for_an_older_one(folder: Path) -> None:
+    """Step 3 of the newest reads as 1: it would silently come after the others."""
+    record = folder / "b/state/hecate.json"
+    assert '"step": 3' in record.read_text()
+    record.write_text(record.read_text().replace('"step": 3', '"step": 1'))
+    with pytest.warns(UserWarning, match=r"b/state: file hecate\.json is damaged"):
+        assert latest(folder) == folder / "a"
 
 
 def test_prune_keeps_those_with_most_steps(folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""A job that ends while a checkpoint is written: that is complete afterwards, or the old one is kept and it says so."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hecate
+from hecate.models.gpt import GPTMoE
+from tests.faults.endings import TINY
+from tests.faults.jobs import own_environment
+from tests.workers import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(path: Path, how: str) -> tuple[list[int], list[str]]:
+    """Exit codes and what was printed to stderr, of both ranks."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.endings", str(rank), port, str(path), how],
+            cwd=ROOT,
+            env=own_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def step_of(path: Path) -> int:
+    """Of the checkpoint there, which is read into every weight."""
+    engine = hecate.fully_shard(GPTMoE(TINY))
+    optimizer = torch.optim.AdamW(engine.model.parameters())
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.fill_(float("nan"))
+    engine.load(path, optimizer)
+    assert not any(value.isnan().any() for value in engine.full_state_dict().values())
+    return int(engine.stats()["step"])
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("destroy", 0), ("destroy, then save", 0), ("nothing", 0), ("exit", 3), ("error", 1), ("Ctrl-C", -signal.SIGINT)],
+)
+def test_python_waits_for_it(tmp_path: Path, how: str, code: int) -> None:
+    codes, errors = run(tmp_path / "checkpoint", how)
+    assert codes == [code] * 2, errors
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    assert step_of(tmp_path / "checkpoint") == 2
+    assert not any("is not in place" in error for error in errors)
+
+
+def test_failure_that_nobody_waited_for(tmp_path: Path) -> None:
+    codes, errors = run(tmp_path / "checkpoint", "cannot be written")
+    assert codes == [1, 1]
+    for error in errors:
+        assert "checkpoint is not in place, the one before is kept: NotADirectoryError" in error
+        assert str(tmp_path / "checkpoint" / "hecate.json" / "checkpoint") in error
+    assert step_of(tmp_path / "checkpoint") == 1
+
+
+def test_rank_that_dies(tmp_path: Path) -> None:
+    codes, errors = run(tmp_path / "checkpoint", "the other dies")
+    assert codes == [1, -signal.SIGKILL]
+    assert "hecate: checkpoint " in errors[0]
+    assert "checkpoint is not in place, the one before is kept: RuntimeError" in errors[0]
+    assert step_of(tmp_path / "checkpoint") == 1
