@@ -31,6 +31,7 @@ class SaveHandle:
     """A checkpoint that is being written.
 
     Attributes:
+        path: its folder.
         waited: whether `wait` was called, which is to be on all ranks or on none.
     """
 

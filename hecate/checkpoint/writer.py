@@ -98,37 +98,45 @@ class _Proof:
 def write_entries(where: str, entries: Mapping[str, Entry], writer: ProvingWriter, ranks: PrivateRanks) -> Files:
     """Write the tensors of all ranks; on rank 0 the files of all ranks, elsewhere this rank's. Collective.
 
-    Does what `dcp.save` does with the same planner and writer. That looks the process group up at every step, and where
-    it is gone by then, each rank goes on as if it was the only one.
+    Does what `dcp.save` does with the same planner and writer. That looks the process group up at every step, so that
+    it cannot go on without one; here only `ranks` says who takes part.
 
     Raises:
         OSError: a rank could not write; on all ranks.
         ValueError: what the ranks wrote is not every tensor exactly; on all ranks.
     """
     planner, first = ExpertsSavePlanner(), ranks.rank == 0
-    writer.reset()
-
-    def local_plan() -> SavePlan:
-        planner.set_up_planner(dict(entries), writer.storage_meta(), first)
-        writer.set_up_storage_writer(first, rank=ranks.rank, use_collectives=True)
-        return writer.prepare_local_plan(planner.create_local_plan())
-
-    def global_plans(plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata | None]:
-        made, metadata = planner.create_global_plan(plans)
-        return writer.prepare_global_plan(made), metadata
-
-    def write(plan: SavePlan) -> _Proof:
-        try:
-            done = writer.write_data(planner.finish_plan(plan), planner)
-            return _Proof(writer.files, done.wait())
-        except Exception as error:  # torch.save has other errors for those of its file
-            raise OSError(f"{where}: rank {ranks.rank}: {error!r}") from error
-
-    local = ranks.to_rank_0(ranks.agree(local_plan))
-    plans, metadata = ranks.agree(lambda: global_plans(local) if first else ([], None))
+    local = ranks.to_rank_0(ranks.agree(lambda: _local_plan(dict(entries), planner, writer, ranks)))
+    plans, metadata = ranks.agree(lambda: _global_plans(local, planner, writer) if first else ([], None))
     plan = ranks.from_rank_0(plans)
-    proofs = ranks.to_rank_0(ranks.agree(lambda: write(plan)))
+    proofs = ranks.to_rank_0(ranks.agree(lambda: _write(f"{where}: rank {ranks.rank}", plan, planner, writer)))
     return ranks.agree(lambda: writer.files if metadata is None else _finish(where, writer, metadata, proofs))
+
+
+def _local_plan(
+    entries: dict[str, Entry], planner: ExpertsSavePlanner, writer: ProvingWriter, ranks: PrivateRanks
+) -> SavePlan:
+    """What this rank could write."""
+    writer.reset()
+    planner.set_up_planner(entries, writer.storage_meta(), ranks.rank == 0)
+    writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank, use_collectives=True)
+    return writer.prepare_local_plan(planner.create_local_plan())
+
+
+def _global_plans(
+    local: list[SavePlan], planner: ExpertsSavePlanner, writer: ProvingWriter
+) -> tuple[list[SavePlan], Metadata | None]:
+    """What each rank is to write, so that one alone writes what several have."""
+    plans, metadata = planner.create_global_plan(local)
+    return writer.prepare_global_plan(plans), metadata
+
+
+def _write(where: str, plan: SavePlan, planner: ExpertsSavePlanner, writer: ProvingWriter) -> _Proof:
+    try:
+        chunks = writer.write_data(planner.finish_plan(plan), planner).wait()
+    except Exception as error:  # torch.save has other errors for those of its file
+        raise OSError(f"{where}: {error!r}") from error
+    return _Proof(writer.files, chunks)
 
 
 def _finish(where: str, writer: ProvingWriter, metadata: Metadata, proofs: Sequence[_Proof]) -> Files:

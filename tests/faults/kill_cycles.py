@@ -1,9 +1,10 @@
-"""Kill a run over and over at random moments and compare its end with that of a run that nobody killed.
+"""End a run over and over at random moments and compare its end with that of a run that nobody touched.
 
     python -m tests.faults.kill_cycles --cycles 30
 
 Each cycle starts `hecate.train` on two processes, and after a random number of steps kills (SIGKILL) one rank, or all
-processes at once, or waits for a checkpoint to be written and does so in the middle of that. After the last kill the
+processes at once, or waits for a checkpoint to be written in the background and kills, interrupts (Ctrl-C) or stops
+(SIGTERM) all processes in the middle of that. What is there then as a checkpoint must be whole. After the last one the
 run goes on to its end. Weights, optimizer state, planner state, all losses and the validation must then be bit for bit
 those of the other run.
 """
@@ -22,12 +23,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hecate.checkpoint.cover import check_stored
+from hecate.checkpoint.history import checkpoints
+from hecate.checkpoint.manifest import verify
+from hecate.checkpoint.metadata import read_metadata
 from tests.faults.jobs import POLL_SECONDS, Job, command, differences, last_step, write_text
 
 INTERVAL = 5
 LONGEST = 12
 """Most steps of a cycle: more than two checkpoints."""
-KINDS = ("one rank", "all", "in a save")
+SIGNALS = {
+    "one rank": signal.SIGKILL,
+    "all": signal.SIGKILL,
+    "in a save": signal.SIGKILL,
+    "Ctrl-C in a save": signal.SIGINT,
+    "SIGTERM in a save": signal.SIGTERM,
+}
+KINDS = tuple(SIGNALS)
 EVERYTHING = ("timeout_seconds=30", f"save_interval={INTERVAL}", "fssdp.reshard_interval=7", "threads=1")
 
 
@@ -56,14 +68,15 @@ def cycle(root: Path, name: str, steps: int, kind: str, chance: random.Random) -
             assert job.process.poll() is None, job.process.communicate()[0]
             time.sleep(POLL_SECONDS)
         job.wait_for_step(before + chance.randint(1, LONGEST))
-        if kind == "in a save":
+        if kind.endswith("in a save"):
             wait_for_save(job)
         time.sleep(chance.uniform(0, 0.05))
         if kind == "one rank":
-            os.kill(chance.choice(job.ranks()), signal.SIGKILL)
+            os.kill(chance.choice(job.ranks()), SIGNALS[kind])
         else:
-            os.killpg(job.process.pid, signal.SIGKILL)
+            os.killpg(job.process.pid, SIGNALS[kind])
         job.process.communicate(timeout=120)
+        assert not (damaged := not_whole(job.run)), f"{kind}: {damaged}"
         assert job.process.returncode != 0, "it had ended before it could be killed"
         step = last_step(job.run)
         return Kill(kind, step, step - newest(job.run))
@@ -73,6 +86,20 @@ def newest(run: Path) -> int:
     """Step of the newest complete checkpoint, by its name, which the trainer does not look at."""
     complete = [p.parent.name for p in run.glob("checkpoints/*/manifest.json")]
     return max((int(match[1]) for name in complete if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
+
+
+def not_whole(run: Path) -> list[str]:
+    """What is wrong with the checkpoints that are not called incomplete: damaged, or without part of a tensor."""
+    wrong = []
+    for path in checkpoints(run / "checkpoints"):
+        try:
+            verify(path, 0, 1)
+            metadata = read_metadata(path)
+            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+            check_stored(str(path), metadata, metadata.state_dict_metadata, sizes)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def wait_for_save(job: Job) -> None:
@@ -103,7 +130,7 @@ def report(kills: Sequence[Kill], different: Sequence[str]) -> str:
     kinds = ", ".join(f"{sum(k.kind == kind for k in kills)} {kind}" for kind in KINDS)
     equal = "equal bit for bit" if not different else f"DIFFERENT: {', '.join(different[:10])}"
     return (
-        f"{len(kills)} kills ({kinds}): {sum(lost) / len(lost):.1f} steps made again per kill (most {max(lost)}, "
+        f"{len(kills)} ends ({kinds}): {sum(lost) / len(lost):.1f} steps made again per end (most {max(lost)}, "
         f"a checkpoint every {INTERVAL}); final losses, weights, optimizer and planner state {equal}"
     )
 
