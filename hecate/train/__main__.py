@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hecate.train.distributed import launch
 from hecate.train.loop import run
 from hecate.train.settings import Settings, conf_dir
+from hecate.train.signals import CTRL_C_EXIT_CODE
 
 __all__ = ["main"]
 
@@ -25,7 +26,10 @@ def main() -> None:
         check_keys(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
-    _train()
+    try:
+        _train()
+    except KeyboardInterrupt:  # before anybody listens to it
+        sys.exit(CTRL_C_EXIT_CODE)
 
 
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from hecate.errors import MissingRankError
 from hecate.train.settings import Settings
-from hecate.train.signals import StopRequest, forwarding, launches, listening
+from hecate.train.signals import (
+    CTRL_C_EXIT_CODE,
+    StopRequest,
+    exit_code,
+    forwarding,
+    launches,
+    listening,
+    sigint_blocked,
+)
 
 __all__ = ["World", "launch"]
 
@@ -95,15 +104,19 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_timeout(settings))
     try:
         with forwarding() as forwarder:
-            context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
+            resource_tracker.ensure_running()  # else the first process would start it, and unblock SIGINT
+            with sigint_blocked():
+                context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
             assert context is not None  # join=False returns it
             forwarder.to(context.pids())
             while not context.join(grace_period=settings.timeout_seconds):
                 pass
     except mp.ProcessExitedException as error:
+        if error.exit_code in (settings.requeue_exit_code, CTRL_C_EXIT_CODE):
+            sys.exit(error.exit_code)
         # A process that is not set up yet dies of a signal, as by default.
-        if error.exit_code == settings.requeue_exit_code or (forwarder.signal and error.exit_code == -forwarder.signal):
-            sys.exit(settings.requeue_exit_code)
+        if forwarder.signal and forwarder.sent and error.exit_code == -forwarder.sent:
+            sys.exit(exit_code(forwarder.signal, settings.requeue_exit_code))
         raise
 
 

@@ -28,6 +28,7 @@ from hecate.train.folder import RunFolder
 from hecate.train.loggers import Logger, loggers, read_metrics
 from hecate.train.progress import Progress, print_table
 from hecate.train.settings import OptimizerSettings, Settings
+from hecate.train.signals import exit_code
 from hecate.train.summary import summarize
 
 __all__ = ["Trainer", "learning_rate", "run"]
@@ -40,7 +41,7 @@ def run(config: Mapping[str, Any], world: World) -> None:
     """One rank of a run, from the first step (or the last checkpoint) to the summary.
 
     Raises:
-        SystemExit: with `requeue_exit_code`, where the process was asked to stop and all ranks have saved.
+        SystemExit: with `requeue_exit_code`, or 130 after Ctrl-C, if a process was asked to stop and all have saved.
     """
     settings = Settings.from_config(config)
     folder = RunFolder(settings.folder, config, settings.resume, world.launches)
@@ -50,7 +51,7 @@ def run(config: Mapping[str, Any], world: World) -> None:
     with trainer.engine.naming_missing_ranks():
         trainer.resume()
         if not trainer.train():
-            raise SystemExit(settings.requeue_exit_code)
+            raise SystemExit(trainer.exit_code)
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
@@ -81,7 +82,7 @@ class Trainer:
         )
         self.position = Position(step=0, sequences=0)
         # Known from the last step, the same on all ranks:
-        self._stop = False  # whether to end after it
+        self.exit_code = 0  # if it is not 0, the run ends with it after that step
         self._save_failed = False  # whether the checkpoint that was being written could not be
         self._skipped = 0  # steps in a row
 
@@ -102,10 +103,9 @@ class Trainer:
             with self._loggers() as logs, bar as progress, self._trace() as trace:
                 while self.position.step < self.settings.steps:
                     self._step_and_record(logs, progress, trace)
-                    if self._stop and self.position.step < self.settings.steps:
+                    if self.exit_code and self.position.step < self.settings.steps:
                         self.checkpoints.save_now(self.position)
-                        code = self.settings.requeue_exit_code
-                        progress.say(f"asked to stop: saved step {self.position.step}, exit {code}")
+                        progress.say(f"asked to stop: saved step {self.position.step}, exit {self.exit_code}")
                         return False
                     self._save_if_due(trace)
                 validation = self.validate()
@@ -151,9 +151,11 @@ class Trainer:
             group["lr"] = rate
         losses, raised = self._losses()
         norm = math.nan if raised else float(self.engine.clip_grad_norm_(settings.optimizer.max_grad_norm))
-        flags = [self.world.stop.signal is not None, self.checkpoints.failed()]
-        table = self.world.gather([*losses.tolist(), *flags])
-        self._stop, self._save_failed = table[:, 2:].any(0).tolist()
+        asked = self.world.stop.signal
+        code = 0 if asked is None else exit_code(asked, settings.requeue_exit_code)
+        table = self.world.gather([*losses.tolist(), code, self.checkpoints.failed()])
+        self.exit_code = int(table[:, 2].max())  # Ctrl-C's is the largest
+        self._save_failed = bool(table[:, 3].any())
         sequences = self._sequences_per_micro_batch * settings.accumulate
         self.position = Position(self.position.step + 1, self.position.sequences + sequences)
         if not (math.isfinite(norm) and bool(table.isfinite().all())):
