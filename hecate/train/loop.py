@@ -25,6 +25,7 @@ from hecate.train.checkpoints import Checkpoints, Position
 from hecate.train.data import load_corpus
 from hecate.train.distributed import World
 from hecate.train.folder import RunFolder
+from hecate.train.lock import locked
 from hecate.train.loggers import Logger, loggers, read_metrics
 from hecate.train.progress import Progress, print_table
 from hecate.train.settings import OptimizerSettings, Settings
@@ -42,16 +43,19 @@ def run(config: Mapping[str, Any], world: World) -> None:
 
     Raises:
         SystemExit: with `requeue_exit_code`, or 130 after Ctrl-C, if a process was asked to stop and all have saved.
+        FolderInUseError: another trainer is at work in the run's folder; nothing was changed.
     """
     settings = Settings.from_config(config)
     folder = RunFolder(settings.folder, config, settings.resume, world.launches)
-    if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
-        return
-    trainer = Trainer(settings, world, folder)
-    with trainer.engine.naming_missing_ranks():
-        trainer.resume()
-        if not trainer.train():
-            raise SystemExit(trainer.exit_code)
+    # While rank 0 has patience, the others wait for it in a collective.
+    with locked(folder.path, world.launches, patience=settings.timeout_seconds / 2):
+        if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
+            return
+        trainer = Trainer(settings, world, folder)
+        with trainer.engine.naming_missing_ranks():
+            trainer.resume()
+            if not trainer.train():
+                raise SystemExit(trainer.exit_code)
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
