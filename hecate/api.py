@@ -47,7 +47,7 @@ from hecate.values.memory import PeakMemory
 __all__ = ["FSSDP", "fully_shard"]
 
 STEPS_TO_MEASURE = 3
-"""Parameters, gradients and optimizer state have their final size by then."""
+"""Of this process, or after `load`: parameters, gradients and optimizer state have their final size by then."""
 
 
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
@@ -99,6 +99,7 @@ class FSSDP:
         self._comms = make_comms(setup.mesh, setup.device, setup.cost, heart)
         self._saves = Saves()
         self._copies_memory, self._memory = CopiesMemory(), PeakMemory()
+        self._measured = 0  # steps
         self._without_values = set(setup.without_values)
         move_dense(setup, model)
         self.pools = make_pools(setup, model, self._comms.rank)
@@ -295,6 +296,8 @@ class FSSDP:
         self._without_values = set()
         if optimizer is not None:
             self._watch.add(optimizer)  # its state moves with the experts before it makes a step
+        self._measured = 0
+        self._memory.measure(self.model, self._watch.optimizers)  # there may be no more step
         return extra
 
     def load_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -373,5 +376,6 @@ class FSSDP:
             )
 
     def _after_step(self) -> None:
-        if self._engine.step <= STEPS_TO_MEASURE:
+        if self._measured < STEPS_TO_MEASURE:
+            self._measured += 1
             self._memory.measure(self.model, self._watch.optimizers)

@@ -104,6 +104,8 @@ def test_an_unfinished_run_goes_on_with_the_same_bits(folder: Path) -> None:
     assert f"step 8/{STEPS}" not in output
     assert losses(folder, "first") == expected
     assert summary(folder, "first")["val_bits_per_byte"] == before["val_bits_per_byte"]
+    memory = ("owned", "optimizer", "gradients")
+    assert [summary(folder, "first")["memory_bytes"][k] for k in memory] == [before["memory_bytes"][k] for k in memory]
 
 
 def test_expert_parallelism_learns_the_same_under_torchrun(folder: Path) -> None:
