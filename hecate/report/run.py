@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,35 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hecate.report.curves import Curves, read_curves
+
 __all__ = ["plot_run"]
 
 LOSS, BEFORE, AFTER, GREY = "#1f4e79", "#c8553d", "#2a9d8f", "#5f6b76"
-MAX_LAYERS = 12
-MAX_COLUMNS = 400
 
 
-def plot_run(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
+def plot_run(metrics: Iterable[Mapping[str, Any]], path: str | Path, title: str) -> None:
     """Draw the steps of a `metrics.jsonl` into the PNG `path`.
 
     Args:
         metrics: one mapping a step, with `step`, `loss`, `imbalance_before`, `imbalance_after` and `loads` (per layer,
-            tokens routed to each expert).
+            tokens routed to each expert); gone through twice, and never held whole.
         path: of the PNG.
         title: above everything.
     """
-    loads = np.array([m["loads"] for m in metrics], dtype=np.float64)  # [steps, layers, experts]
-    layers = np.unique(np.linspace(0, loads.shape[1] - 1, min(loads.shape[1], MAX_LAYERS)).round().astype(int))
-    heat_rows = -(-len(layers) // 2)
+    curves = read_curves(metrics)
+    heat_rows = -(-len(curves.layers) // 2)
     figure = Figure(figsize=(11, 3.4 + 1.75 * heat_rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     grid = figure.add_gridspec(1 + heat_rows, 2, height_ratios=[1.7] + [1.0] * heat_rows)
-    steps = np.array([m["step"] for m in metrics])
-    _plot_loss(figure.add_subplot(grid[0, 0]), steps, metrics)
-    _plot_imbalance(figure.add_subplot(grid[0, 1]), steps, metrics)
+    _plot_loss(figure.add_subplot(grid[0, 0]), curves)
+    _plot_imbalance(figure.add_subplot(grid[0, 1]), curves)
     heat_axes = []
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(curves.layers):
         axes = figure.add_subplot(grid[1 + place // 2, place % 2])
-        image = _plot_loads(axes, steps, loads[:, layer], f"layer {layer}")
-        axes.tick_params(labelbottom=place >= len(layers) - 2)
+        image = _plot_loads(axes, curves, place, f"layer {layer}")
+        axes.tick_params(labelbottom=place >= len(curves.layers) - 2)
         heat_axes.append(axes)
     bar = figure.colorbar(image, ax=heat_axes, shrink=0.9, pad=0.01, aspect=30)
     bar.set_label("expert load / mean expert load", fontsize=9)
@@ -52,38 +50,38 @@ def plot_run(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     figure.savefig(path, dpi=130)
 
 
-def _plot_loss(axes: Axes, steps: NDArray[np.int64], metrics: Sequence[Mapping[str, Any]]) -> None:
-    loss = np.array([m["loss"] for m in metrics])
-    axes.plot(steps, loss, color=LOSS, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(loss), color=LOSS, linewidth=1.8, label="training loss")
-    measured = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
-    if measured:
-        axes.plot(*zip(*measured, strict=True), "o", color=AFTER, markersize=5, label="validation loss")
+def _plot_loss(axes: Axes, curves: Curves) -> None:
+    _plot_curve(axes, curves, "loss", LOSS, "training loss")
+    if curves.validation:
+        axes.plot(*zip(*curves.validation, strict=True), "o", color=AFTER, markersize=5, label="validation loss")
         axes.legend(frameon=False, fontsize=9)
     _style(axes, "training loss", "nats per token")
 
 
-def _plot_imbalance(axes: Axes, steps: NDArray[np.int64], metrics: Sequence[Mapping[str, Any]]) -> None:
-    for key, color, label in (
-        ("imbalance_before", BEFORE, "without copies"),
-        ("imbalance_after", AFTER, "with copies"),
-    ):
-        values = np.array([m[key] for m in metrics])
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=color, linewidth=1.8, label=label)
+def _plot_imbalance(axes: Axes, curves: Curves) -> None:
+    _plot_curve(axes, curves, "imbalance_before", BEFORE, "without copies")
+    _plot_curve(axes, curves, "imbalance_after", AFTER, "with copies")
     axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     axes.legend(frameon=False, fontsize=9)
     _style(axes, "imbalance of the devices, mean over layers", "max / mean load")
 
 
-def _plot_loads(axes: Axes, steps: NDArray[np.int64], loads: NDArray[np.float64], title: str) -> Any:
-    """Heat map of one layer's `loads` `[steps, experts]`, each step divided by its mean; 1 is an even load."""
-    relative = loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-9)
-    columns = [part.mean(axis=0) for part in np.array_split(relative, min(len(relative), MAX_COLUMNS))]
-    extent = (float(steps[0]), float(steps[-1]) + 1, loads.shape[1] - 0.5, -0.5)
-    image = axes.imshow(
-        np.stack(columns, axis=1), aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=3, interpolation="nearest"
-    )
+def _plot_curve(axes: Axes, curves: Curves, name: str, color: str, label: str) -> None:
+    """Faintly from the least to the most of each point, which are the same for a single step; and smoothed."""
+    curve = curves.values[name]
+    if np.array_equal(curve.low, curve.high):
+        axes.plot(curves.steps, curve.mean, color=color, alpha=0.25, linewidth=0.8)
+    else:
+        strokes = np.stack([curve.low, curve.high], axis=1).ravel()
+        axes.plot(np.repeat(curves.steps, 2), strokes, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(curves.steps, _smooth(curve.mean), color=color, linewidth=1.8, label=label)
+
+
+def _plot_loads(axes: Axes, curves: Curves, place: int, title: str) -> Any:
+    """Heat map of one of the layers that are shown; 1 is an even load."""
+    loads = curves.loads[place]
+    extent = (float(curves.first), float(curves.last) + 1, len(loads) - 0.5, -0.5)
+    image = axes.imshow(loads, aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=3, interpolation="nearest")
     axes.set_title(title, fontsize=9, loc="left", color=GREY)
     axes.set_ylabel("expert", fontsize=9)
     axes.tick_params(labelsize=8, length=2)

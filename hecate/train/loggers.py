@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hecate.checkpoint.folder import replace_file
+from hecate.checkpoint.folder import sync
 
-__all__ = ["JsonLines", "Logger", "loggers", "read_metrics"]
+__all__ = ["JsonLines", "Logger", "MetricsFile", "loggers", "read_metrics"]
 
 
 class Logger(Protocol):
@@ -26,8 +28,15 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Append to `path` from `first_step` on; what a lost process logged from there on is dropped."""
-        kept = [m for m in read_metrics(path) if m["step"] < first_step] if path.exists() else []
-        replace_file(path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        partial = path.with_name(path.name + ".part")
+        with partial.open("w") as kept:
+            for metrics in MetricsFile(path) if path.exists() else ():
+                if metrics["step"] < first_step:
+                    kept.write(json.dumps(metrics) + "\n")
+            kept.flush()
+            os.fsync(kept.fileno())
+        os.replace(partial, path)  # at once: a crash leaves the old one or the new one
+        sync(path.parent)
         self._file = path.open("a")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -93,10 +102,32 @@ def loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> Iterat
         yield made
 
 
+@dataclass(frozen=True)
+class MetricsFile:
+    """The steps of a `metrics.jsonl`, read a line at a time, whenever one goes through them.
+
+    A last line that a killed process left unfinished is not one.
+
+    Attributes:
+        path: of the file.
+        taken: only those that were not skipped.
+    """
+
+    path: Path
+    taken: bool = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.path.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    metrics = json.loads(line)
+                    if not self.taken or "loss" in metrics:
+                        yield metrics
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a `metrics.jsonl`; a last line that a killed process left unfinished is not one."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """All steps of a `metrics.jsonl` at once, for short ones."""
+    return list(MetricsFile(path))
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -26,11 +26,11 @@ from hecate.train.data import load_corpus
 from hecate.train.distributed import World
 from hecate.train.folder import RunFolder
 from hecate.train.lock import locked
-from hecate.train.loggers import Logger, loggers, read_metrics
+from hecate.train.loggers import Logger, MetricsFile, loggers
 from hecate.train.progress import Progress, print_table
 from hecate.train.settings import OptimizerSettings, Settings
 from hecate.train.signals import exit_code
-from hecate.train.summary import summarize
+from hecate.train.summary import Totals, summarize
 
 __all__ = ["Trainer", "learning_rate", "run"]
 
@@ -310,15 +310,16 @@ class Trainer:
             return
         from hecate.report.run import plot_run  # matplotlib: half a second on every rank at every start
 
-        metrics = read_metrics(self.folder.path / "metrics.jsonl")
-        taken = [m for m in metrics if "loss" in m]
-        if not taken:
-            raise NonFiniteError(f"name={self.settings.name!r}: all {len(metrics)} steps were skipped")
-        summary = summarize(taken, self.settings, validation["validation_loss"])
+        path = self.folder.path / "metrics.jsonl"
+        totals = Totals(MetricsFile(path), self.settings.fssdp.load_window)
+        if totals.taken == 0:
+            raise NonFiniteError(f"name={self.settings.name!r}: all {totals.skipped} steps were skipped")
+        summary = summarize(totals, self.settings, validation["validation_loss"])
         if "validation_non_finite" in validation:
             summary["validation_non_finite"] = validation["validation_non_finite"]
-        summary["skipped_steps"] = len(metrics) - len(taken)
+        summary["skipped_steps"] = totals.skipped
         summary["memory_bytes"] = {kind: int(value) for kind, value in zip(KINDS_OF_MEMORY, peak, strict=True)}
-        plot_run(taken, self.folder.path / "run.png", title=f"{self.settings.name}: policy {summary['policy']}")
+        taken, title = MetricsFile(path, taken=True), f"{self.settings.name}: policy {summary['policy']}"
+        plot_run(taken, self.folder.path / "run.png", title)
         replace_file(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary, self.folder.path)

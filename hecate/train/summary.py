@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from hecate.train.settings import Settings
 
-__all__ = ["summarize"]
+__all__ = ["Totals", "summarize"]
 
 LN2 = math.log(2)
+SUMMED = ("tokens", "seconds", "imbalance_before", "imbalance_after", "copies", "bytes_copied", "exposed_seconds")
 
 
-def summarize(metrics: list[dict[str, Any]], settings: Settings, validation_loss: float) -> dict[str, Any]:
+class Totals:
+    """Sums over the steps of a run, which need not be held together.
+
+    Args:
+        metrics: of the steps, in order.
+        window: steps at the beginning in which history is short.
+
+    Attributes:
+        taken, skipped: numbers of steps.
+        last: metrics of the last one taken; None without any.
+        sums: over all that were taken.
+        steady, steady_steps: likewise over those after the first `window`, or over all if there are no others.
+    """
+
+    def __init__(self, metrics: Iterable[Mapping[str, Any]], window: int) -> None:
+        self.taken = self.skipped = 0
+        self.last: Mapping[str, Any] | None = None
+        first, rest = (dict.fromkeys(SUMMED, 0.0) for _ in range(2))
+        for step in metrics:
+            if "loss" not in step:
+                self.skipped += 1
+                continue
+            sums = first if self.taken < window else rest
+            for name in SUMMED:
+                sums[name] += step[name]
+            self.taken, self.last = self.taken + 1, step
+        self.sums = {name: first[name] + rest[name] for name in SUMMED}
+        self.steady, self.steady_steps = (rest, self.taken - window) if self.taken > window else (first, self.taken)
+
+
+def summarize(totals: Totals, settings: Settings, validation_loss: float) -> dict[str, Any]:
     """The run in a few numbers: means over the steps after the first `load_window`, in which history is short."""
-    steady = metrics[settings.fssdp.load_window :] or metrics
+    assert totals.last is not None, "no step was taken"
     bits, bytes_per_token = validation_loss / LN2, settings.data.bytes_per_token
-
-    def mean(name: str) -> float:
-        return float(np.mean([m[name] for m in steady]))
-
+    sums, steady = totals.sums, totals.steady
     return {
         "name": settings.name,
         "policy": settings.fssdp.policy,
         "devices": settings.devices,
-        "steps": len(metrics),
-        "tokens": sum(m["tokens"] for m in metrics),
-        "train_loss": metrics[-1]["loss"],
+        "steps": totals.taken,
+        "tokens": int(sums["tokens"]),
+        "train_loss": totals.last["loss"],
         "val_bits_per_token": bits,
         "val_bits_per_byte": bits / bytes_per_token if bytes_per_token else None,
-        "tokens_per_second": sum(m["tokens"] for m in steady) / sum(m["seconds"] for m in steady),
-        "imbalance_before": mean("imbalance_before"),
-        "imbalance_after": mean("imbalance_after"),
-        "copies_per_step": mean("copies"),
-        "bytes_copied": sum(m["bytes_copied"] for m in metrics),
-        "exposed_seconds": sum(m["exposed_seconds"] for m in metrics),
-        "seconds": sum(m["seconds"] for m in metrics),
+        "tokens_per_second": steady["tokens"] / steady["seconds"],
+        "imbalance_before": steady["imbalance_before"] / totals.steady_steps,
+        "imbalance_after": steady["imbalance_after"] / totals.steady_steps,
+        "copies_per_step": steady["copies"] / totals.steady_steps,
+        "bytes_copied": int(sums["bytes_copied"]),
+        "exposed_seconds": sums["exposed_seconds"],
+        "seconds": sums["seconds"],
     }
