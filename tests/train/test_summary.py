@@ -21,7 +21,14 @@ WINDOW = 5
 def step(number: int) -> dict[str, Any]:
     draw = np.random.default_rng(number)
     values = {name: float(draw.random()) for name in SUMMED}
-    return {"step": number, "loss": float(draw.random()), **values, "tokens": 64, "copies": 3, "bytes_copied": 2**40 + 1}
+    return {
+        "step": number,
+        "loss": float(draw.random()),
+        **values,
+        "tokens": 64,
+        "copies": 3,
+        "bytes_copied": 2**40 + 1,
+    }
 
 
 def write(path: Path, steps: int, skipped: int = 0) -> MetricsFile:
