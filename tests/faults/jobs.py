@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -42,6 +44,10 @@ TINY = (
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 POLL_SECONDS = 0.005
+PATIENCE = 300
+"""Seconds after which whatever a test waits for is not going to happen."""
+MARK = "HECATE_TEST_JOB"
+"""Environment variable that all processes of a job have, wherever a launcher has put them."""
 
 
 def write_text(root: Path) -> Path:
@@ -79,7 +85,7 @@ def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root:
 
 
 class Job:
-    """A trainer with its processes; all are killed at the end of the `with` block.
+    """A trainer with its processes; all that are left are killed at the end of the `with` block.
 
     Args:
         root: folder that it runs in.
@@ -88,9 +94,12 @@ class Job:
     """
 
     def __init__(self, root: Path, name: str, start: dict[str, Any]) -> None:
-        self.root, self.run = root, root / "runs" / name
+        self.root, self.run, self._mark = root, root / "runs" / name, uuid.uuid4().hex
         self.process = subprocess.Popen(
-            **start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            **{**start, "env": {**start["env"], MARK: self._mark}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Job:
@@ -99,14 +108,26 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        while left := marked(self._mark):
+            for pid in left:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(POLL_SECONDS)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def wait_for_step(self, step: int) -> None:
         """Return when that step has been logged."""
-        while last_step(self.run) < step:
-            assert self.process.poll() is None, self.process.communicate()[0]
+        self.wait_until(lambda: last_step(self.run) >= step, f"step {step}")
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        """Return when something has happened. AssertionError if the job ends before, or it never does."""
+        end = time.monotonic() + PATIENCE
+        while not happened():
+            assert self.process.poll() is None, f"{what}: the job ended\n{self.process.communicate()[0]}"
+            assert time.monotonic() < end, f"{what}: did not happen within {PATIENCE} s"
             time.sleep(POLL_SECONDS)
 
     def ranks(self) -> list[int]:
@@ -116,7 +137,7 @@ class Job:
 
     def end(self, expect: int) -> str:
         """Wait for the exit code `expect`; what was printed."""
-        output, _ = self.process.communicate(timeout=200)
+        output, _ = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == expect, output
         return output
 
@@ -128,6 +149,16 @@ def descendants(parent: int) -> list[int]:
     except FileNotFoundError:  # it has ended
         return []
     return [pid for child in children for pid in (child, *descendants(child))]
+
+
+def marked(mark: str) -> list[int]:
+    """Ids of the processes with that `MARK` in their environment."""
+    found, own = [], f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is not ours
+            if own in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
 
 
 def is_rank(pid: int) -> bool:
@@ -159,6 +190,11 @@ def final_state(run: Path) -> dict[str, Tensor]:
     """All tensors of the newest checkpoint: weights, optimizer, planners."""
     path = latest(run / "checkpoints")
     assert path is not None
+    return tensors(path)
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All of a checkpoint, read by torch alone."""
     reader = dcp.FileSystemReader(path)
     entries = reader.read_metadata().state_dict_metadata.items()
     state = {

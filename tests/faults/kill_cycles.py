@@ -1,12 +1,16 @@
-"""End a run over and over at random moments and compare its end with that of a run that nobody touched.
+"""End runs over and over at random moments, while checkpoints are written, and see that nothing is lost.
 
-    python -m tests.faults.kill_cycles --cycles 30
+    python -m tests.faults.kill_cycles --cycles 60 --how kill,ctrl-c,sigterm,destroy
 
-Each cycle starts `hecate.train` on two processes, and after a random number of steps kills (SIGKILL) one rank, or all
-processes at once, or waits for a checkpoint to be written in the background and kills, interrupts (Ctrl-C) or stops
-(SIGTERM) all processes in the middle of that. What is there then as a checkpoint must be whole. After the last one the
-run goes on to its end. Weights, optimizer state, planner state, all losses and the validation must then be bit for bit
-those of the other run.
+Each cycle starts `hecate.train` on two processes, which write a checkpoint in the background after every step, and at a
+random moment ends it: `kill` (SIGKILL to one rank, or to all processes), `ctrl-c` (SIGINT to the process group, as a
+terminal does), `sigterm` (to the parent). `destroy` is a training script of its own instead, which destroys its process
+group in the middle of a save (`tests.faults.destroyed`).
+
+After each cycle every checkpoint that passes for complete must be complete (files, checksums, and chunks of every
+tensor), the newest one must not be older than before, and a run that was asked to stop must have saved its last step.
+After the last cycle the run goes on to its end: weights, optimizer state, planner state, all losses and the validation
+must be bit for bit those of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -16,135 +20,245 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
-from hecate.checkpoint.cover import check_stored
-from hecate.checkpoint.history import checkpoints
-from hecate.checkpoint.manifest import verify
-from hecate.checkpoint.metadata import read_metadata
-from tests.faults.jobs import POLL_SECONDS, Job, command, differences, last_step, write_text
+import torch
 
-INTERVAL = 5
-LONGEST = 12
-"""Most steps of a cycle: more than two checkpoints."""
-SIGNALS = {
-    "one rank": signal.SIGKILL,
-    "all": signal.SIGKILL,
-    "in a save": signal.SIGKILL,
-    "Ctrl-C in a save": signal.SIGINT,
-    "SIGTERM in a save": signal.SIGTERM,
-}
-KINDS = tuple(SIGNALS)
-EVERYTHING = ("timeout_seconds=30", f"save_interval={INTERVAL}", "fssdp.reshard_interval=7", "threads=1")
+from hecate.checkpoint.folder import find, read_record
+from tests.faults.jobs import (
+    PATIENCE,
+    TORCHRUN,
+    Job,
+    command,
+    differences,
+    last_step,
+    own_environment,
+    tensors,
+    write_text,
+)
+from tests.faults.wholeness import missing
+
+WAYS = ("kill", "ctrl-c", "sigterm", "destroy")
+EXIT_CODES = {"ctrl-c": 130, "sigterm": 85}
+LONGEST = 4
+"""Most steps that are waited for in a cycle."""
+STEPS_A_CYCLE = 20
+"""Of the run: more than a fast machine makes in a cycle."""
+COMMON = ("timeout_seconds=30", "fssdp.reshard_interval=7", "threads=1")
+SAVING = ("save_async=true", "save_interval=1", "save_keep=2")
 
 
 @dataclass(frozen=True)
-class Kill:
-    """One of them.
+class Cycle:
+    """One end of a run.
 
     Attributes:
-        kind: of `KINDS`.
-        step: last one logged before.
-        lost: steps made again by the next start.
+        how: of `WAYS`.
+        code: exit code.
+        step: last one that was made.
+        kept: that of the newest complete checkpoint.
+        wrong: what is not as it must be.
     """
 
-    kind: str
+    how: str
+    code: int
     step: int
-    lost: int
+    kept: int
+    wrong: tuple[str, ...]
+
+    @property
+    def lost(self) -> int:
+        """Steps that the next start makes again."""
+        return self.step - self.kept
 
 
-def cycle(root: Path, name: str, steps: int, kind: str, chance: random.Random) -> Kill:
-    """Start the run, kill it, and see what is left."""
-    log = root / "runs" / name / "metrics.jsonl"
+@dataclass(frozen=True)
+class Result:
+    """All cycles, and what is different at the end from a run that nobody disturbed."""
+
+    cycles: tuple[Cycle, ...]
+    different: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Nothing is wrong or different."""
+        return not self.different and not any(cycle.wrong for cycle in self.cycles)
+
+
+def end_trainer(root: Path, steps: int, how: str, chance: random.Random) -> Cycle:
+    """Start the run, end it, and see what is left."""
+    log = root / "runs" / "ended" / "metrics.jsonl"
     old = log.stat().st_ino if log.exists() else 0
-    with Job(root, name, command(root, f"name={name}", f"steps={steps}", *EVERYTHING)) as job:
+    with Job(root, "ended", command(root, "name=ended", f"steps={steps}", *COMMON, *SAVING)) as job:
+        begin = newest(job.run)
+        # Until the steps of the process before are dropped.
+        job.wait_until(lambda: log.exists() and log.stat().st_ino != old, "the run going on")
+        job.wait_for_step(begin + chance.randint(1, LONGEST))
+        if chance.random() < 0.5:
+            job.wait_until(lambda: any(job.run.glob("checkpoints/*.tmp")), "a checkpoint being written")
+        sleep(chance.uniform(0, 0.2))
         before = newest(job.run)
-        while not log.exists() or log.stat().st_ino == old:  # until the steps of the process before are dropped
-            assert job.process.poll() is None, job.process.communicate()[0]
-            time.sleep(POLL_SECONDS)
-        job.wait_for_step(before + chance.randint(1, LONGEST))
-        if kind.endswith("in a save"):
-            wait_for_save(job)
-        time.sleep(chance.uniform(0, 0.05))
-        if kind == "one rank":
-            os.kill(chance.choice(job.ranks()), SIGNALS[kind])
-        else:
-            os.killpg(job.process.pid, SIGNALS[kind])
-        job.process.communicate(timeout=120)
-        assert not (damaged := not_whole(job.run)), f"{kind}: {damaged}"
-        assert job.process.returncode != 0, "it had ended before it could be killed"
-        step = last_step(job.run)
-        return Kill(kind, step, step - newest(job.run))
+        send(job, how, chance)
+        output, _ = job.process.communicate(timeout=PATIENCE)
+    code, step, kept = job.process.returncode, last_step(job.run), newest(job.run)
+    wrong = [f"{path.name}: {text}" for path in whole(job.run).values() for text in missing(path)]
+    if kept < before:
+        wrong.append(f"step {before} was saved, {kept} is there")
+    if how in EXIT_CODES and (code, kept) != (EXIT_CODES[how], step):
+        wrong.append(f"exit {code}, must be {EXIT_CODES[how]}; saved step {kept} of {step}")
+    if "Traceback" in output and how != "kill":
+        wrong.append(output)
+    if code == 0:
+        wrong.append("the run had ended before; STEPS_A_CYCLE is too small")
+    return Cycle(how, code, step, kept, tuple(wrong))
+
+
+def send(job: Job, how: str, chance: random.Random) -> None:
+    """End the trainer."""
+    if how == "ctrl-c":
+        os.killpg(job.process.pid, signal.SIGINT)
+    elif how == "sigterm":
+        os.kill(job.process.pid, signal.SIGTERM)
+    elif chance.random() < 0.5:
+        os.kill(chance.choice(job.ranks()), signal.SIGKILL)
+    else:
+        os.killpg(job.process.pid, signal.SIGKILL)
+
+
+def whole(run: Path) -> dict[int, Path]:
+    """Checkpoints that pass for complete, by step; by their names, which the trainer does not look at."""
+    named = [
+        (re.fullmatch(r"step-(\d+)", path.parent.name), path.parent) for path in run.glob("checkpoints/*/manifest.json")
+    ]
+    return {int(match[1]): path for match, path in named if match}
 
 
 def newest(run: Path) -> int:
-    """Step of the newest complete checkpoint, by its name, which the trainer does not look at."""
-    complete = [p.parent.name for p in run.glob("checkpoints/*/manifest.json")]
-    return max((int(match[1]) for name in complete if (match := re.fullmatch(r"step-(\d+)", name))), default=0)
+    """Step of the newest complete checkpoint; 0 without one."""
+    return max(whole(run), default=0)
 
 
-def not_whole(run: Path) -> list[str]:
-    """What is wrong with the checkpoints that are not called incomplete: damaged, or without part of a tensor."""
-    wrong = []
-    for path in checkpoints(run / "checkpoints"):
+def end_script(root: Path, seed: int) -> Cycle:
+    """One run of `tests.faults.destroyed`, and what it leaves."""
+    folder = root / "destroyed"
+    folder.mkdir(exist_ok=True)
+    start = {
+        "args": (sys.executable, *TORCHRUN, "-m", "tests.faults.destroyed", str(folder), str(seed)),
+        "cwd": Path(__file__).parents[2],
+        "env": own_environment(),
+        "text": True,
+    }
+    with Job(root, "destroyed", start) as job:
+        output, _ = job.process.communicate(timeout=PATIENCE)
+    code, step = job.process.returncode, max(saved_weights(folder), default=0)
+    try:
+        path = find(folder / "checkpoint")
+    except ValueError:
+        wrong = [] if step <= 1 and code else [f"no checkpoint is left, exit {code}\n{output}"]
+        return Cycle("destroy", code, step, 0, tuple(wrong))
+    kept, wrong = check_script(folder, path)
+    if kept < step - 1:
+        wrong.append(f"step {step - 1} was saved, {kept} is there")
+    if kept < step and code == 0:
+        wrong.append("exit 0, although the last step was not saved")
+    if code != 0 and (kept == step or "loaded other weights" in output):
+        wrong.append(output)
+    for other in saved_weights(folder).keys() - {kept}:
+        (folder / f"step-{other}.pt").unlink()
+    return Cycle("destroy", code, step, kept, tuple(wrong))
+
+
+def check_script(folder: Path, path: Path) -> tuple[int, list[str]]:
+    """The step of the checkpoint `path`, and what of it is not what was to be saved."""
+    wrong, record = missing(path), read_record(path)
+    if wrong or record is None:
+        return 0, wrong or [f"{path}: has no record"]
+    kept, found = int(record["extra"]["step"]), tensors(path)
+    expected = saved_weights(folder)[kept]
+    return kept, [f"{name} is not as saved" for name, value in expected.items() if not torch.equal(found[name], value)]
+
+
+def saved_weights(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """By step, as `tests.faults.destroyed` wrote them."""
+    return {int(path.stem.split("-")[1]): torch.load(path) for path in folder.glob("step-*.pt")}
+
+
+def run_cycles(root: Path, cycles: int, seed: int, how: Sequence[str] = WAYS) -> Result:
+    """`cycles` of them, the ways in turn, in the folder `root`, which has the text."""
+    chance, done = random.Random(seed), list[Cycle]()
+    order = [how[number % len(how)] for number in range(cycles)]
+    trained = len([way for way in order if way != "destroy"])
+    steps = (trained + 1) * STEPS_A_CYCLE
+    for number, way in enumerate(order, start=1):
+        own_seed = chance.randrange(10**6)
         try:
-            verify(path, 0, 1)
-            metadata = read_metadata(path)
-            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-            check_stored(str(path), metadata, metadata.state_dict_metadata, sizes)
-        except ValueError as error:
-            wrong.append(str(error))
-    return wrong
+            if way == "destroy":
+                done.append(end_script(root, own_seed))
+            else:
+                done.append(end_trainer(root, steps, way, random.Random(own_seed)))
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            done.append(Cycle(way, 0, 0, 0, (f"{type(error).__name__}: {error}",)))
+        cycle = done[-1]
+        verdict = f"{len(cycle.wrong)} WRONG: {'; '.join(cycle.wrong)}" if cycle.wrong else "good"
+        print(
+            f"cycle {number}/{cycles}, seed {own_seed}: {way} after step {cycle.step}, exit {cycle.code}, "
+            f"{cycle.lost} lost, {verdict}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return Result(tuple(done), tuple(finish(root, steps)) if trained else ())
 
 
-def wait_for_save(job: Job) -> None:
-    """Return when the folder of an incomplete checkpoint is seen."""
-    while not any(job.run.glob("checkpoints/*.tmp")):
-        assert job.process.poll() is None, job.process.communicate()[0]
-        time.sleep(POLL_SECONDS / 5)
+def finish(root: Path, steps: int) -> list[str]:
+    """What is different between the run that was ended over and over and one that was not."""
+    runs = [root / "runs" / name for name in ("ended", "undisturbed")]
+    for run in runs:
+        overrides = (f"name={run.name}", f"steps={steps}", f"save_interval={steps}", *COMMON)
+        with Job(root, run.name, command(root, *overrides)) as job:
+            job.end(expect=0)
+    return differences(*runs)
 
 
-def compare(root: Path, cycles: int, seed: int) -> tuple[list[Kill], list[str]]:
-    """All kills, and what is different at the end."""
-    chance = random.Random(seed)
-    steps = cycles * LONGEST + 2 * INTERVAL
-    with Job(root, "unbroken", command(root, "name=unbroken", f"steps={steps}", *EVERYTHING)) as job:
-        job.end(expect=0)
-    kills = []
-    for number in range(cycles):
-        kills.append(cycle(root, "killed", steps, KINDS[number % len(KINDS)], chance))
-        print(f"cycle {number + 1}/{cycles}: {kills[-1]}", file=sys.stderr, flush=True)
-    with Job(root, "killed", command(root, "name=killed", f"steps={steps}", *EVERYTHING)) as job:
-        job.end(expect=0)
-    return kills, differences(root / "runs" / "killed", root / "runs" / "unbroken")
+def report(result: Result, seed: int) -> str:
+    """A table by way, and the verdict."""
+    lines = [f"{'how':<10}{'cycles':>7}{'wrong':>7}{'steps lost: mean':>18}{'most':>6}  exit codes"]
+    for way in dict.fromkeys(cycle.how for cycle in result.cycles):
+        own = [cycle for cycle in result.cycles if cycle.how == way]
+        lost, wrong = [cycle.lost for cycle in own], sum(bool(cycle.wrong) for cycle in own)
+        codes = sorted({cycle.code for cycle in own})
+        counts = ", ".join(f"{code} ({sum(cycle.code == code for cycle in own)})" for code in codes)
+        lines.append(f"{way:<10}{len(own):>7}{wrong:>7}{sum(lost) / len(lost):>18.2f}{max(lost):>6}  {counts}")
+    equal = f"DIFFERENT: {', '.join(result.different[:10])}" if result.different else "equal bit for bit"
+    verdict = "nothing lost, nothing half saved or half loaded" if result.good else "NOT GOOD"
+    return "\n".join([*lines, f"seed {seed}: {verdict}; final losses, weights, optimizer and planner state {equal}"])
 
 
-def report(kills: Sequence[Kill], different: Sequence[str]) -> str:
-    """One line."""
-    lost = [kill.lost for kill in kills]
-    kinds = ", ".join(f"{sum(k.kind == kind for k in kills)} {kind}" for kind in KINDS)
-    equal = "equal bit for bit" if not different else f"DIFFERENT: {', '.join(different[:10])}"
-    return (
-        f"{len(kills)} ends ({kinds}): {sum(lost) / len(lost):.1f} steps made again per end (most {max(lost)}, "
-        f"a checkpoint every {INTERVAL}); final losses, weights, optimizer and planner state {equal}"
-    )
+def ways(text: str) -> tuple[str, ...]:
+    """Names from `WAYS`, separated by commas."""
+    found = tuple(text.split(","))
+    if not set(found) <= set(WAYS):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be some of {','.join(WAYS)}")
+    return found
 
 
 def main() -> None:
-    """Exit code 1 where something is different."""
+    """Exit code 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--how", type=ways, default=WAYS, help=f"of {','.join(WAYS)}; in turn")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leave nothing behind then, too
     with tempfile.TemporaryDirectory() as folder:
-        kills, different = compare(write_text(Path(folder)), arguments.cycles, arguments.seed)
-    print(report(kills, different))
-    sys.exit(bool(different))
+        result = run_cycles(write_text(Path(folder)), arguments.cycles, arguments.seed, arguments.how)
+    print(report(result, arguments.seed))
+    sys.exit(not result.good)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from hecate.checkpoint.history import latest
 from tests.faults.jobs import POLL_SECONDS, TINY, TORCHRUN, Job, command, differences, last_step, write_text
+from tests.faults.wholeness import missing
 from tests.workers import free_port
 
 STEPS, INTERVAL = 60, 20
@@ -53,10 +55,96 @@ def test_signal_saves_and_asks_for_a_requeue(root: Path, sign: signal.Signals, t
     assert_like_unbroken(root, name)
 
 
+def press_ctrl_c(job: Job, target: str) -> None:
+    if target == "the terminal":
+        os.killpg(job.process.pid, signal.SIGINT)
+    else:
+        os.kill(job.ranks()[1] if target == "one rank" else job.process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "the terminal",
+        pytest.param("the parent", marks=pytest.mark.long),
+        pytest.param("one rank", marks=pytest.mark.long),
+    ],
+)
+def test_ctrl_c_saves_and_ends(root: Path, target: str) -> None:
+    name = f"ctrl-c-{target.split()[1]}"
+    with Job(root, name, command(root, f"name={name}", *RUN, "save_interval=1")) as job:
+        job.wait_for_step(3)
+        press_ctrl_c(job, target)
+        output = job.end(expect=130)
+    stopped = last_step(job.run)
+    assert f"asked to stop: saved step {stopped}, exit 130" in output
+    assert "Traceback" not in output
+    newest = latest(job.run / "checkpoints")
+    assert newest is not None
+    assert newest.name == f"step-{stopped:08d}"
+    assert missing(newest) == []
+    assert not (job.run / "lock").exists()
+    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
+        job.end(expect=0)
+    assert_like_unbroken(root, name)
+
+
+def test_second_ctrl_c_ends_at_once(root: Path) -> None:
+    with Job(root, "twice", command(root, "name=twice", *RUN, "save_interval=1")) as job:
+        job.wait_until(lambda: len(list(job.run.glob("checkpoints/*/manifest.json"))) > 1, "two checkpoints")
+        ranks = job.ranks()
+        for _ in range(2):
+            press_ctrl_c(job, "the terminal")
+            time.sleep(0.05)  # two that come at once are one
+        output = job.end(expect=130)
+        assert not set(ranks) & set(job.ranks())
+    assert "Traceback" not in output
+    assert all(missing(path.parent) == [] for path in job.run.glob("checkpoints/*/manifest.json"))
+
+
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(root: Path) -> None:
+    with Job(root, "early", command(root, "name=early", *RUN)) as job:
+        job.wait_until(lambda: len(job.ranks()) == 2, "two ranks")
+        press_ctrl_c(job, "the terminal")
+        assert "Traceback" not in job.end(expect=130)
+    assert last_step(job.run) == 0
+
+
+@pytest.mark.long
+def test_ctrl_c_under_torchrun_saves(root: Path) -> None:
+    start = command(root, "name=agent-c", *RUN, "save_interval=1", launcher=TORCHRUN)
+    with Job(root, "agent-c", start) as job:
+        job.wait_for_step(3)
+        press_ctrl_c(job, "the terminal")
+        output = job.end(expect=1)  # torchrun's own code
+    stopped = last_step(job.run)
+    assert f"asked to stop: saved step {stopped}, exit 130" in output
+    assert missing(job.run / "checkpoints" / f"step-{stopped:08d}") == []
+    with Job(root, "agent-c", command(root, "name=agent-c", *RUN)) as job:
+        job.end(expect=0)
+    assert_like_unbroken(root, "agent-c")
+
+
+def test_second_trainer_is_refused_and_the_first_goes_on(root: Path) -> None:
+    with Job(root, "shared", command(root, "name=shared", *RUN)) as job:
+        job.wait_for_step(1)
+        for rank in job.ranks():  # they must not end before the other has started
+            os.kill(rank, signal.SIGSTOP)
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
+        with Job(root, "shared", command(root, "name=shared", "resume=false", *RUN)) as other:
+            output = other.end(expect=1)
+        assert before == sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
+        assert "another trainer is at work in it (host" in output
+        assert any(f"process {rank})" in output for rank in job.ranks())
+        for rank in job.ranks():
+            os.kill(rank, signal.SIGCONT)
+        job.end(expect=0)
+    assert_like_unbroken(root, "shared")
+
+
 def test_signal_before_the_first_step_asks_for_a_requeue(root: Path) -> None:
     with Job(root, "early", command(root, "name=early", *RUN)) as job:
-        while len(job.ranks()) < 2:
-            assert job.process.poll() is None
+        job.wait_until(lambda: len(job.ranks()) == 2, "two ranks")
         os.kill(job.process.pid, signal.SIGTERM)
         job.end(expect=85)
     assert last_step(job.run) == 0
