@@ -137,7 +137,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """`function()`; if it raises on any rank, all raise what the lowest such rank did. See `Ranks.agree`. Collective."""
+    """As `Ranks.agree`, over `group` (None: the default one). Collective."""
     return Ranks.current(group).agree(function)
 
 

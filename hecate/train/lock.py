@@ -28,6 +28,7 @@ from hecate.collectives.ranks import agree, rank_and_world
 __all__ = ["LOCK", "FolderInUseError", "Holder", "RunLock", "locked", "locks_reach_all_hosts"]
 
 LOCK = "lock"
+MOUNTS = Path("/proc/self/mountinfo")
 POLL_SECONDS = 0.02
 MOMENT = 5.0
 """Seconds for what another process does at once: looking at the file, or writing itself into it."""
@@ -115,9 +116,11 @@ class RunLock:
         while not self._lock(fcntl.LOCK_EX, create=True):
             holder = self._holder()
             gone = holder is not None and holder.gone(self._launches)
-            if time.monotonic() - begin > (self._patience if gone else MOMENT if holder is None else 0):
+            # Somebody may just be taking over.
+            limit = max(self._patience, MOMENT) if gone else MOMENT if holder is None else 0
+            if time.monotonic() - begin > limit:
                 raise FolderInUseError(self._refusal(holder))
-            if gone and not waiting:
+            if gone and not waiting and time.monotonic() - begin > MOMENT / 10:
                 waiting = True
                 _say(f"{self._path}: waiting for the last processes of a trainer that has ended ({holder})")
             time.sleep(POLL_SECONDS)
@@ -270,7 +273,7 @@ def _mount_of(path: Path) -> tuple[str, frozenset[str]]:
     """Kind and options of the file system of `path`; an empty kind if the kernel does not say."""
     real, longest, found = os.path.realpath(path), "", ("", frozenset[str]())
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = MOUNTS.read_text().splitlines()
     except OSError:
         return found
     for line in lines:

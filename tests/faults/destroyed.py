@@ -1,4 +1,4 @@
-"""A training script of a user's that saves in the background and destroys its process group at a random moment of that.
+"""A user's training script that saves in the background and destroys its process group at a random moment of that.
 
     torchrun --nproc-per-node 2 -m tests.faults.destroyed FOLDER SEED
 

@@ -19,6 +19,7 @@ import argparse
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,9 @@ def check_script(folder: Path, path: Path) -> tuple[int, list[str]]:
     if wrong or record is None:
         return 0, wrong or [f"{path}: has no record"]
     kept, found = int(record["extra"]["step"]), tensors(path)
-    expected = saved_weights(folder)[kept]
+    expected = saved_weights(folder).get(kept)
+    if expected is None:
+        return kept, [f"step {kept} was not saved by this script or the one before"]
     return kept, [f"{name} is not as saved" for name, value in expected.items() if not torch.equal(found[name], value)]
 
 
@@ -202,9 +205,11 @@ def run_cycles(root: Path, cycles: int, seed: int, how: Sequence[str] = WAYS) ->
                 done.append(end_script(root, own_seed))
             else:
                 done.append(end_trainer(root, steps, way, random.Random(own_seed)))
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except Exception as error:  # whatever it is, the other cycles are to be made
             done.append(Cycle(way, 0, 0, 0, (f"{type(error).__name__}: {error}",)))
         cycle = done[-1]
+        if way == "destroy" and cycle.wrong:
+            shutil.rmtree(root / "destroyed")  # what one has lost is not to be counted again
         verdict = f"{len(cycle.wrong)} WRONG: {'; '.join(cycle.wrong)}" if cycle.wrong else "good"
         print(
             f"cycle {number}/{cycles}, seed {own_seed}: {way} after step {cycle.step}, exit {cycle.code}, "
@@ -220,8 +225,11 @@ def finish(root: Path, steps: int) -> list[str]:
     runs = [root / "runs" / name for name in ("ended", "undisturbed")]
     for run in runs:
         overrides = (f"name={run.name}", f"steps={steps}", f"save_interval={steps}", *COMMON)
-        with Job(root, run.name, command(root, *overrides)) as job:
-            job.end(expect=0)
+        try:
+            with Job(root, run.name, command(root, *overrides)) as job:
+                job.end(expect=0)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return [f"{run.name} could not be finished: {error}"]
     return differences(*runs)
 
 

@@ -76,6 +76,7 @@ def drop_all(metadata: Metadata) -> None:
         (drop_all, "has no entry"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_half_checkpoints_are_noticed(tmp_path: Path, change: Callable[[Metadata], None], found: str) -> None:
     dcp.save({"weight": torch.ones(2, 3), "step": torch.tensor(3)}, checkpoint_id=tmp_path, no_dist=True)
     assert missing(tmp_path) == []
