@@ -19,11 +19,11 @@ from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import load
-from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
 from hecate.pretrained.conversion import format_of
 from hecate.pretrained.entries import first_names
 from hecate.private_torch import default_store
+from hecate.ranks.agree import agree
 from hecate.ranks.heartbeat import Heartbeat
 from hecate.runtime.comms import make_comms
 from hecate.runtime.dense.make import make_dense, move_dense

@@ -51,7 +51,6 @@ WITHOUT_PROCESS_GROUP = (
     "collectives.route",
 )
 NATIVE = "_native"  # the C++ extension imports nothing
-UPWARDS = {("ranks.agree", "collectives.ranks")}
 
 
 def modules() -> dict[str, Path]:
@@ -111,9 +110,7 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_imports_only_what_stands_above(name: str) -> None:
     above = {*ORDER[: ORDER.index(folder(name)) + 1], NATIVE}
     for other in own_imports(name):
-        assert folder(other) in above or (name, other) in UPWARDS, (
-            f"hecate.{name} imports hecate.{other}, which stands below it"
-        )
+        assert folder(other) in above, f"hecate.{name} imports hecate.{other}, which stands below it"
 
 
 Graph = dict[str, set[str]]

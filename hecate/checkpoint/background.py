@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from hecate.checkpoint.folder import resolved
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import check_ranks, collect, write
-from hecate.collectives.ranks import PrivateRanks, Ranks
+from hecate.ranks.agree import PrivateRanks, Ranks
 
 __all__ = ["SaveHandle", "Saves"]
 

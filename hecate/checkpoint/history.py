@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hecate.checkpoint.folder import aside, delete
 from hecate.checkpoint.manifest import MANIFEST, RECORD, read_record, verify
-from hecate.collectives.ranks import agree, gather, on_rank_0, rank_and_world
+from hecate.ranks.agree import agree, gather, on_rank_0, rank_and_world
 
 __all__ = ["checkpoints", "latest", "prune"]
 

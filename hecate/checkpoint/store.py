@@ -28,8 +28,8 @@ from hecate.checkpoint.record import check_planners, check_record, planner_entri
 from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner
 from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names, listed
 from hecate.checkpoint.writer import ProvingWriter, write_entries
-from hecate.collectives.ranks import PrivateRanks, Ranks
 from hecate.cost import CostModel
+from hecate.ranks.agree import PrivateRanks, Ranks
 
 __all__ = ["Contents", "check_ranks", "collect", "load", "write"]
 

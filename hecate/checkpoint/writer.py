@@ -21,7 +21,7 @@ from hecate.checkpoint.cover import check_stored
 from hecate.checkpoint.manifest import FileProof, Files
 from hecate.checkpoint.rows import ExpertsSavePlanner
 from hecate.checkpoint.state import Entry
-from hecate.collectives.ranks import PrivateRanks
+from hecate.ranks.agree import PrivateRanks
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

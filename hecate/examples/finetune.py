@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hecate
-from hecate.collectives.ranks import rank_and_world
 from hecate.examples.shared import Text, join, say, tiny_model
+from hecate.ranks.agree import rank_and_world
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
 import hecate
-from hecate.collectives.ranks import rank_and_world
 from hecate.examples.shared import Text, join, say, tiny_config
+from hecate.ranks.agree import rank_and_world
 
 __all__ = ["EachParameter", "train_tiny"]
 

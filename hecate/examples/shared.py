@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hecate.collectives.ranks import rank_and_world
+from hecate.ranks.agree import rank_and_world
 
 __all__ = ["Text", "join", "say", "tiny_config", "tiny_model"]
 

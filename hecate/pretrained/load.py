@@ -6,12 +6,12 @@ from collections.abc import Set
 from pathlib import Path
 
 from hecate.checkpoint.state import TrainingState
-from hecate.collectives.ranks import agree
 from hecate.pretrained.check import checked, refuse_quantized
 from hecate.pretrained.conversion import Format, steps_to_read
 from hecate.pretrained.entries import first_names, shapes_of
 from hecate.pretrained.files import WeightFiles
 from hecate.pretrained.reading import Reading
+from hecate.ranks.agree import agree
 
 __all__ = ["load_pretrained"]
 

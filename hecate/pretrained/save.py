@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from hecate.checkpoint.folder import aside, prepare, replace_folder, resolved, sync
 from hecate.checkpoint.state import TrainingState
-from hecate.collectives.ranks import agree, gather, on_rank_0, rank_and_world
 from hecate.pretrained.conversion import Format, steps_to_write
 from hecate.pretrained.entries import first_names, shapes_of
 from hecate.pretrained.files import INDEX, SINGLE, ShardFile, TensorMeta, num_bytes
 from hecate.pretrained.writing import Writing
+from hecate.ranks.agree import agree, gather, on_rank_0, rank_and_world
 from hecate.text import listed
 
 __all__ = ["save_pretrained"]

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.checkpoint.state import Entry
-from hecate.collectives.ranks import rank_and_world
 from hecate.pretrained.conversion import Format, Results, Step, not_per_expert
 from hecate.pretrained.files import ShardFile, TensorMeta
+from hecate.ranks.agree import rank_and_world
 from hecate.text import listed
 
 __all__ = ["Writing"]

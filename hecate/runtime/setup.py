@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hecate.adapters.base import find_experts
-from hecate.collectives.ranks import agree
 from hecate.config import FSSDPConfig
 from hecate.cost import CostModel
 from hecate.experts import Dtypes, ExpertsSpec
 from hecate.policies import Policy, get_policy
+from hecate.ranks.agree import agree
 from hecate.ranks.same import check_same
 from hecate.text import listed
 from hecate.values.initialize import initialize, on_meta

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from hecate.api import FSSDP
 from hecate.checkpoint.background import SaveHandle
 from hecate.checkpoint.history import checkpoints, latest, prune
-from hecate.collectives.ranks import agree, on_rank_0
+from hecate.ranks.agree import agree, on_rank_0
 
 __all__ = ["Checkpoints", "Position"]
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hecate.collectives.ranks import agree, rank_and_world
+from hecate.ranks.agree import agree, rank_and_world
 
 __all__ = ["LOCK", "FolderInUseError", "Holder", "RunLock", "locked", "locks_reach_all_hosts"]
 

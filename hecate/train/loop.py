@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hecate.api import fully_shard
 from hecate.checkpoint.folder import replace_file
-from hecate.collectives.ranks import agree, on_rank_0
 from hecate.errors import NonFiniteError
 from hecate.loads.trace import TraceWriter
 from hecate.models import Output, mask_tokens
 from hecate.placement import Topology
+from hecate.ranks.agree import agree, on_rank_0
 from hecate.train.checkpoints import Checkpoints, Position
 from hecate.train.data import load_corpus
 from hecate.train.distributed import World

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hecate.collectives.ranks import gather
 from hecate.experts import OwnedExperts
+from hecate.ranks.agree import gather
 from hecate.values.local import local_tensor
 
 __all__ = ["non_finite"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from hecate.collectives.ranks import PrivateRanks, Ranks, agree, gather, on_rank_0, rank_and_world
+from hecate.ranks.agree import PrivateRanks, Ranks, agree, gather, on_rank_0, rank_and_world
 from tests.workers import Group, Groups
 
 Make = Callable[[], Ranks]

@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hecate
-from hecate.collectives.ranks import rank_and_world
 from hecate.examples.finetune_trainer import FSSDPTrainer
 from hecate.examples.shared import Text, join, tiny_model
+from hecate.ranks.agree import rank_and_world
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 
 from hecate.checkpoint.history import latest
-from hecate.collectives.ranks import agree, on_rank_0
 from hecate.private_torch import default_store
+from hecate.ranks.agree import agree, on_rank_0
 from hecate.train.distributed import World
 from hecate.train.folder import RunFolder
 from hecate.train.loggers import read_metrics
