@@ -8,8 +8,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -125,7 +127,7 @@ class FSSDP:
         ahead = PlanAhead(layers, comms.topology.devices_per_node)
         resharder = Resharder(layers, setup.policy, self._watch, comms, config.reshard_interval)
         passes = Passes(layers, self.pools, comms, dense, ahead, rematerialize=shared is not None)
-        return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared)
+        return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared, setup.device)
 
     # What a training loop calls.
 
@@ -197,14 +199,30 @@ class FSSDP:
         with self._comms.guard():
             yield
 
+    def loads(self) -> NDArray[np.int64] | list[NDArray[np.int64]]:
+        """How many tokens each expert got in the last step, of all ranks and replicas, the same on every rank.
+
+        Returns:
+            int64 `[layers, experts]`; a list of int64 `[experts]` if layers have different numbers of experts.
+
+        Raises:
+            RuntimeError: no step has been made yet.
+        """
+        loads = self._engine.loads()
+        if not loads:
+            raise RuntimeError("FSSDP.loads: no optimizer step has been made yet")
+        return np.stack(loads) if len({len(load) for load in loads}) == 1 else loads
+
     def stats(self) -> dict[str, Any]:
         """What happened in the last step.
 
         Returns:
-            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]`, `counts` int64
-            `[D, E]`, `imbalance_before` and `imbalance_after` (max/mean device load without and with copies),
-            `copies`, `bytes` (over all links), `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`,
-            `optimizer`, `gradients`, `copies`.
+            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]` (of all ranks and
+            replicas; of this replica before the first step ends), `counts` int64 `[D, E]` of this replica,
+            `imbalance_before` and `imbalance_after` (max/mean device load without and with copies), `lower_bound` of
+            the latter for the memory slots there are, `limited_by` (what kept it above `max_imbalance`; None if nothing
+            did), `copies`, `crossings` (pairs of an expert and a foreign node that holds it), `bytes` (over all links),
+            `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`, `optimizer`, `gradients`, `copies`.
         """
         return {
             "step": self._engine.step,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hecate.planning.calibrate import parts_per_million, target_load
@@ -14,7 +17,7 @@ from hecate.planning.plan import Plan
 from hecate.planning.planner import lower_bound
 from hecate.policies.base import LayerSetting
 
-__all__ = ["LayerTotals"]
+__all__ = ["LayerTotals", "SummedLoads"]
 
 
 @dataclass
@@ -63,7 +66,6 @@ class LayerTotals:
         return {
             "name": name,
             "counts": self.counts,
-            "loads": self.counts.sum(axis=0),
             "imbalance_before": self.before / self.mean if self.mean else 1.0,
             "imbalance_after": self.after / self.mean if self.mean else 1.0,
             "lower_bound": bound,
@@ -72,6 +74,33 @@ class LayerTotals:
             "crossings": 0 if self.last is None else self.last.crossings,
             "bytes": self.bytes_sent,
         }
+
+
+class SummedLoads:
+    """The loads of one step, summed over replicas behind whatever follows. Made by all ranks alike.
+
+    Args:
+        loads: per layer, int64 `[E]`, of this replica.
+        replicas: group of the devices that own the same experts, or None.
+        device: whose backend carries them.
+    """
+
+    def __init__(
+        self, loads: Sequence[NDArray[np.int64]], replicas: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        self._loads = list(loads)
+        self._sum: torch.Tensor | None = None
+        if replicas is not None and loads:
+            self._sum = torch.from_numpy(np.concatenate(loads)).to(device)
+            self._work = dist.all_reduce(self._sum, group=replicas, async_op=True)
+
+    def result(self) -> list[NDArray[np.int64]]:
+        """Per layer, int64 `[E]`; waits for the sum."""
+        if self._sum is not None:
+            self._work.wait()
+            ends = np.cumsum([len(load) for load in self._loads])[:-1]
+            self._loads, self._sum = np.split(self._sum.cpu().numpy(), ends), None
+        return self._loads
 
 
 def _bound(plan: Plan, setting: LayerSetting) -> float:

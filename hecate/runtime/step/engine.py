@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hecate.labels import label
@@ -22,7 +24,7 @@ from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.plans.ownership import Resharder
-from hecate.runtime.plans.stats import LayerTotals
+from hecate.runtime.plans.stats import LayerTotals, SummedLoads
 from hecate.runtime.step.passes import Passes
 
 __all__ = ["Engine"]
@@ -40,6 +42,7 @@ class Engine:
         resharder: moves owners between steps.
         watch: knows when an optimizer has stepped.
         shared: the buffers of re-materialization, or None.
+        device: of the experts.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Engine:
         resharder: Resharder,
         watch: OptimizerWatch,
         shared: SharedBuffers | None,
+        device: torch.device,
     ) -> None:
         self.layers = tuple(layers)
         self.passes = passes
@@ -61,9 +65,11 @@ class Engine:
         self._ahead = ahead
         self._resharder = resharder
         self._watch = watch
+        self._device = device
         self._shared = shared
         self._placements: list[Placement] | None = None  # of the step under way
         self._totals: list[LayerTotals] = []  # of the last step
+        self._loads = SummedLoads([], None, device)  # of the last step
         self._exposed = ExposedTime()
 
     # The model's forward pass.
@@ -117,6 +123,8 @@ class Engine:
             return
         self._drop_plans()
         self._totals = [layer.end_step() for layer in self.layers]
+        counts = [total.counts.sum(axis=0) for total in self._totals]
+        self._loads = SummedLoads(counts, self.comms.replicas, self._device)
         self._exposed = self.comms.exposed.take()
         self.step += 1
 
@@ -144,10 +152,15 @@ class Engine:
         """The last step, or the first one as far as it has come, an entry per layer, as `FSSDP.stats()` gives it."""
         totals = self._totals or [layer.totals for layer in self.layers]
         exposed = self._exposed if self._totals else self.comms.exposed
+        loads = self.loads() or [total.counts.sum(axis=0) for total in totals]
         return [
-            layer.report(total) | {"exposed_seconds": exposed.seconds(i)}
+            layer.report(total) | {"loads": loads[i], "exposed_seconds": exposed.seconds(i)}
             for i, (layer, total) in enumerate(zip(self.layers, totals, strict=True))
         ]
+
+    def loads(self) -> list[NDArray[np.int64]]:
+        """Per layer, int64 `[E]`: tokens of the last step per expert, of all ranks and replicas; empty before it."""
+        return self._loads.result()
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
