@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from hecate.pretrained.entries import first_names
 from hecate.private_torch import default_store
 from hecate.ranks.agree import agree
 from hecate.ranks.heartbeat import Heartbeat
-from hecate.runtime.comms import make_comms
+from hecate.runtime.comms import Comms, make_comms
 from hecate.runtime.dense.make import make_dense, move_dense
 from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
 from hecate.runtime.experts.optimizers import OptimizerWatch
@@ -45,6 +46,9 @@ from hecate.values.full import full_experts, full_tensor
 from hecate.values.initialize import Stack, initialize
 from hecate.values.local import local_tensor
 from hecate.values.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FSSDP", "fully_shard"]
 
@@ -112,22 +116,46 @@ class FSSDP:
         self._dense = make_dense(setup, model, [p for pool in self.pools for p in pool.parameters.values()])
         self._watch = OptimizerWatch(model, self.pools)
         self._engine = self._make_engine(setup, layers, shared)
+        self._experts = experts
         for module in experts:
             module.connect(self._engine)
+        self._release = weakref.finalize(self, _release, self._comms, self._ahead, self._saves)
+        self._release.atexit = False  # the interpreter has its own order of ending threads
         self._watch.on_step(self._after_step)
         if self.mesh is not None:
             generate_in_step(model)
         if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
         self._engine.attach(model)
-        model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
+        self._hook = model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
 
     def _make_engine(self, setup: Setup, layers: list[LayerPlans], shared: SharedBuffers | None) -> Engine:
         comms, dense, config = self._comms, self._dense, setup.config
-        ahead = PlanAhead(layers, comms.topology.devices_per_node)
+        ahead = self._ahead = PlanAhead(layers, comms.topology.devices_per_node)
         resharder = Resharder(layers, setup.policy, self._watch, comms, config.reshard_interval)
         passes = Passes(layers, self.pools, comms, dense, ahead, rematerialize=shared is not None)
         return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared, setup.device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back process groups, threads and hooks. A checkpoint that is being written is completed first.
+
+        The model keeps its weights, but neither it nor this object can be used any more: that raises RuntimeError. Also
+        done when this object is garbage; further calls do nothing. Not collective, but for a checkpoint being written.
+        """
+        if not self._release.alive:
+            return
+        self._saves.finish()
+        self._engine.close()
+        self._hook.remove()
+        for module in self._experts:
+            module.disconnect()
+        self._release()
 
     # What a training loop calls.
 
@@ -387,6 +415,8 @@ class FSSDP:
 
     @torch.compiler.disable
     def _check_values(self) -> None:
+        if not self._release.alive:
+            raise RuntimeError("FSSDP: close() was called; it cannot be used any more")
         if self._without_values:
             raise RuntimeError(
                 f"fully_shard: {listed(self._without_values)} were built on the meta device and have no values yet; "
@@ -397,3 +427,9 @@ class FSSDP:
         if self._measured < STEPS_TO_MEASURE:
             self._measured += 1
             self._memory.measure(self.model, self._watch.optimizers)
+
+
+def _release(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
+    saves.close()
+    ahead.close()
+    comms.close()

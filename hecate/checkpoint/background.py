@@ -23,6 +23,7 @@ from hecate.checkpoint.folder import resolved
 from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.store import check_ranks, collect, write
 from hecate.ranks.agree import PrivateRanks, Ranks
+from hecate.runtime.comms import destroy
 
 __all__ = ["SaveHandle", "Saves"]
 
@@ -117,6 +118,13 @@ class Saves:
         pending, self._pending = self._pending, None
         if pending is not None and not pending.waited:
             pending.wait()
+
+    def close(self) -> None:
+        """End the thread and destroy the process group, after a checkpoint that is being written."""
+        self._thread.shutdown(wait=True)
+        if self._ranks is not None and self._ranks.group is not None:
+            destroy(self._ranks.group)
+        self._ranks = None
 
     def _next(self, path: Path, state: TrainingState) -> PrivateRanks:
         """The ranks of this moment, for one more checkpoint."""

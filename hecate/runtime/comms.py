@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hecate.collectives.groups import transport_of
+from hecate.collectives.groups import release, transport_of
 from hecate.collectives.route import Links
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
@@ -23,7 +23,7 @@ from hecate.placement import Topology
 from hecate.private_torch import timeout_of
 from hecate.ranks.heartbeat import Heartbeat
 
-__all__ = ["Comms", "ExposedTime", "Lane", "Pending", "make_comms"]
+__all__ = ["Comms", "ExposedTime", "Lane", "Pending", "destroy", "make_comms"]
 
 
 class ExposedTime:
@@ -144,9 +144,24 @@ class Comms:
         """1 / number of these devices: gradients are averaged, as in DDP and FSDP; replicas are averaged on top."""
         return 1.0 / self.topology.num_devices
 
+    def close(self) -> None:
+        """End the threads and destroy the process groups, after what they carry has ended. Not collective."""
+        if self.heart is not None:
+            self.heart.stop()
+        for group in filter(None, (self.tokens, None if self.experts is None else self.experts.group)):
+            release(group)
+            destroy(group)
+
     def guard(self) -> AbstractContextManager[None]:
         """A context in which a collective that fails names the ranks that are missing."""
         return nullcontext() if self.heart is None else self.heart.naming_missing_ranks()
+
+
+def destroy(group: dist.ProcessGroup) -> None:
+    """Destroy a group of our own, unless `destroy_process_group()` has destroyed all."""
+    if dist.is_initialized():
+        with suppress(ValueError):  # torch does not know the group any more
+            dist.destroy_process_group(group)
 
 
 def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, heart: Heartbeat | None) -> Comms:

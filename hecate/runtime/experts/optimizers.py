@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -35,31 +36,30 @@ class OptimizerWatch:
         self._in_backward = False
         self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
         self._sharded = any(pool.num_devices > 1 for pool in pools)
-        # The hooks are global: they must not keep the model alive. They stay when this object goes, doing nothing:
-        # taking them away then could fall into a step of another optimizer, while torch iterates over the hooks.
-        watch = weakref.ref(self)
+        _watch(self)
 
-        def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            alive = watch()
-            if alive is not None and alive._sharded and alive.add(optimizer):
-                _refuse_whole_tensors(optimizer)
+    def before(self, optimizer: Optimizer) -> None:
+        """An optimizer, anyone's, is about to make a step."""
+        if self._sharded and self.add(optimizer):
+            _refuse_whole_tensors(optimizer)
 
-        def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            alive = watch()
-            if alive is None or not alive.add(optimizer):
-                return
-            if in_backward():
-                alive._in_backward = True
-                return
-            for listener in alive._listeners:
-                listener()
-
-        register_optimizer_step_pre_hook(before)
-        register_optimizer_step_post_hook(after)
+    def after(self, optimizer: Optimizer) -> None:
+        """An optimizer, anyone's, has made a step."""
+        if not self.add(optimizer):
+            return
+        if in_backward():
+            self._in_backward = True
+            return
+        for listener in self._listeners:
+            listener()
 
     def on_step(self, listener: Callable[[], None]) -> None:
         """Call `listener` after each step."""
         self._listeners.append(listener)
+
+    def close(self) -> None:
+        """Look at no optimizer any more."""
+        _watches.discard(self)
 
     def stepped_in_backward(self) -> bool:
         """Whether optimizers have stepped inside a backward pass since this was last asked."""
@@ -92,6 +92,31 @@ class OptimizerWatch:
         """All that are alive."""
         alive = {id(o): o for o in (reference() for reference in self._latest.values()) if o is not None}
         return list(alive.values())
+
+
+_watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
+"""All that are alive. torch's hooks are global and cannot be taken away while a step iterates over them, so one pair
+serves all engines; it keeps no model alive.
+"""
+
+
+def _watch(watch: OptimizerWatch) -> None:
+    _hook_once()
+    _watches.add(watch)
+
+
+@cache
+def _hook_once() -> None:
+    def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        for watch in list(_watches):
+            watch.before(optimizer)
+
+    def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        for watch in list(_watches):
+            watch.after(optimizer)
+
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
 
 
 def _refuse_whole_tensors(optimizer: Optimizer) -> None:

@@ -48,3 +48,7 @@ class PlanAhead:
             outlook = layer.outlook()
             futures.append(future if before.equals(outlook) else self._threads.submit(outlook.placement))
         return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads; what was begun is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hecate.labels import label
 from hecate.placement import Placement
@@ -71,6 +72,7 @@ class Engine:
         self._totals: list[LayerTotals] = []  # of the last step
         self._loads = SummedLoads([], None, device)  # of the last step
         self._exposed = ExposedTime()
+        self._hooks: list[RemovableHandle] = []
 
     # The model's forward pass.
 
@@ -78,8 +80,17 @@ class Engine:
         """Run with every forward pass of `model` and every step of its optimizer."""
         self._watch.on_step(self.end_step)
         # Before FSDP2's own hook: what a failed pass left must be cleared first.
-        model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True)
-        model.register_forward_hook(lambda module, args, output: self.after_forward(output))
+        self._hooks = [
+            model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True),
+            model.register_forward_hook(lambda module, args, output: self.after_forward(output)),
+        ]
+
+    def close(self) -> None:
+        """Nothing of the engine runs any more with the model or its optimizer."""
+        self._drop_plans()
+        self._watch.close()
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.compiler.disable
     def before_forward(self) -> None:

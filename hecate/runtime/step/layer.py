@@ -44,6 +44,10 @@ class FSSDPExperts(nn.Module):
         """Run with `engine` from now on."""
         self._hecate_engine = [engine]  # in a list: nn.Module looks at attributes, and the engine holds the model
 
+    def disconnect(self) -> None:
+        """Run no more."""
+        self._hecate_engine = []
+
     _hecate_engine: list[Engine]
     hecate_index: int
     hecate_spec: ExpertsSpec
@@ -64,6 +68,8 @@ class FSSDPExperts(nn.Module):
         Raises:
             ValueError: under autocast with float16.
         """
+        if not self._hecate_engine:
+            raise RuntimeError(f"{self.hecate_spec.name}: FSSDP.close() was called; the model cannot run any more")
         engine = self._hecate_engine[0]
         _check_autocast(self.hecate_spec.name, hidden_states.device.type)
         with engine.comms.guard():
