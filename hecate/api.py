@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 
 from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
-from hecate.checkpoint.state import TrainingState
+from hecate.checkpoint.state import TrainingState, dense_tensors
 from hecate.checkpoint.store import load
 from hecate.config import FSSDPConfig
+from hecate.names import original_modules, original_name
 from hecate.pretrained.conversion import format_of
 from hecate.pretrained.entries import first_names
 from hecate.private_torch import default_store
@@ -99,8 +100,8 @@ class FSSDP:
         self.config = config
         self.mesh = setup.mesh
         self.device = setup.device
-        self._names = list(model.state_dict(keep_vars=True))
-        self._format = format_of(model)
+        self._names = [original_name(key) for key in model.state_dict(keep_vars=True)]
+        self._format = format_of(original_modules(model)[""])
         heart = None if setup.mesh is None else Heartbeat(default_store(), dist.get_rank(), dist.get_world_size())
         self._comms = make_comms(setup.mesh, setup.device, setup.cost, heart)
         self._saves = Saves()
@@ -268,7 +269,7 @@ class FSSDP:
         self._check_values()
         self._dense.leave()
         experts = {entry.name: entry for pool in self.pools for entry in pool.entries()}
-        dense = self.model.state_dict()
+        dense = dense_tensors(self.model, [name for name in self._names if name not in experts])
         full = {}
         for name in self._names:
             if name in experts:

@@ -19,6 +19,7 @@ ORDER = (
     "cost",
     "config",
     "text",
+    "names",
     "labels",
     "errors",
     "ops",

@@ -31,6 +31,7 @@ from hecate.adapters.transformers import (
     refuse_tensor_parallel,
 )
 from hecate.experts import ExpertMLP, ExpertsSpec, WeightSpec
+from hecate.names import original_modules, original_name
 from hecate.ops.grouped import Groups
 
 __all__ = ["FoundExperts", "OwnExperts", "find_experts"]
@@ -66,9 +67,10 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """
     refuse_tensor_parallel(model)
     found = []
-    for name, module in model.named_modules():
+    modules = original_modules(model)
+    for name, module in modules.items():
         if name and (spec := _spec(name, module)) is not None:
-            parent = model.get_submodule(name.rpartition(".")[0])
+            parent = modules[name.rpartition(".")[0]]
             if getattr(parent, "base_layer", None) is module:
                 raise ValueError(
                     f"{name}: {type(parent).__name__} adapts its weights; adapters (LoRA) fit the dense part only, so "
@@ -89,7 +91,7 @@ def _refuse_tied(model: nn.Module, found: Iterable[FoundExperts]) -> None:
     """A pool has a row of its own for every expert of every layer, so it cannot hold one for two."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
+        places.setdefault(id(parameter), []).append(original_name(name))
     for f in found:
         for weight in f.spec.weights:
             if len(names := places[id(getattr(f.module, weight.kind))]) > 1:
@@ -142,7 +144,7 @@ def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
 def _look_alikes(model: nn.Module) -> str:
     """Modules that a reader would take for experts, the first of each class, for the error."""
     kinds: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in original_modules(model).items():
         if LOOKS_LIKE_EXPERTS.search(kind := type(module).__name__):
             kinds.setdefault(kind, name)
     if not kinds:

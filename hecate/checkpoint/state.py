@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.cost import CostModel
 from hecate.experts import OwnedExperts
+from hecate.names import original_name
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.step.engine import Engine
 from hecate.text import listed
 from hecate.values.local import local_tensor
 
-__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "expert_rows"]
+__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "dense_tensors", "expert_rows"]
 
 PLANNER = "hecate."
 
@@ -32,7 +35,7 @@ class TrainingState:
 
     Attributes:
         model: between passes.
-        names: of the original model's `state_dict()`.
+        names: original names in the order of the model's `state_dict()`.
         pools, engine: its experts and planners.
         replica, replicas: of this device in a (replicate, shard) mesh, and their number; 0 and 1 without one.
     """
@@ -52,16 +55,20 @@ class TrainingState:
     # Weights and buffers.
 
     def weights(self) -> dict[str, Entry]:
-        """Parameters and buffers, sharing memory with the model."""
-        state = self.model.state_dict()  # FSDP2 shards what a forward pass left whole
+        """Parameters and buffers, sharing memory with the model.
+
+        Raises:
+            ValueError: a module has extra state, which is no tensor.
+        """
         entries = [entry for pool in self.pools for entry in pool.entries()]
         experts = {entry.name: expert_rows(entry, local_tensor(entry.parameter)) for entry in entries}
-        return {name: experts[name] if name in experts else state[name] for name in self.names}
+        dense = dense_tensors(self.model, [name for name in self.names if name not in experts])
+        return {name: experts[name] if name in experts else dense[name] for name in self.names}
 
     def original_names(self) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
         """Parameter -> the original names it stands for, and its pool if it is one of a pool."""
         homes: dict[Tensor, tuple[list[str], ExpertPool | None]] = {
-            parameter: ([name], None) for name, parameter in self.model.named_parameters()
+            parameter: ([original_name(name)], None) for name, parameter in self.model.named_parameters()
         }
         for pool in self.pools:
             homes |= {p: ([e.name for e in pool.entries(kind)], pool) for kind, p in pool.parameters.items()}
@@ -113,6 +120,29 @@ class TrainingState:
             layer.restart(None if planners is None else planners[layer.name], cost)
         for parameter in self.model.parameters():
             parameter.grad = None
+
+
+def dense_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters and buffers by original name, as the optimizer has them.
+
+    Args:
+        model: between passes. Its `state_dict()` is not asked, which brings experts together.
+        names: of what is wanted, in the order of the result.
+
+    Raises:
+        ValueError: one of them is extra state of a module, and no tensor.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass may have left it whole
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    tensors = {original_name(key): tensor.detach() for key, tensor in named}
+    if extra := [name for name in names if name not in tensors]:
+        raise ValueError(
+            f"FSSDP: {listed(extra)} of the model's state dict are no parameters or buffers (extra state, say), which "
+            "is all that a checkpoint keeps; pass them as `extra`"
+        )
+    return {name: tensors[name] for name in names}
 
 
 def expert_rows(entry: OwnedExperts, slots: Tensor) -> ExpertRows:

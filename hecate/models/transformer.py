@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.models.moe import Experts, MoE, TopKGate
+from hecate.names import original_modules
 from hecate.values.initialize import Stack, initialize
 
 __all__ = ["Block", "ModelConfig", "Output", "TransformerMoE"]
@@ -187,7 +188,7 @@ class TransformerMoE(nn.Module):
                 {kind: getattr(module, kind).detach() for kind in module.expert_weights},
                 range(module.num_experts),
             )
-            for name, module in self.named_modules()
+            for name, module in original_modules(self).items()
             if isinstance(module, Experts)
         ]
         initialize(self, stacks, seed)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.checkpoint.state import Entry
+from hecate.names import original_name
 from hecate.values.local import local_tensor
 
 __all__ = ["first_names", "local_part", "shapes_of"]
@@ -34,7 +35,8 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Name of a parameter or buffer -> the first name of the same tensor: tied ones have several."""
+    """Original name of a parameter or buffer -> the first one of the same tensor: tied ones have several."""
     first: dict[int, str] = {}
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+    named = ((original_name(key), tensor) for key, tensor in tensors)
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

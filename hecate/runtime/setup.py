@@ -16,6 +16,7 @@ from hecate.adapters.base import find_experts
 from hecate.config import FSSDPConfig
 from hecate.cost import CostModel
 from hecate.experts import Dtypes, ExpertsSpec
+from hecate.names import original_modules, original_name
 from hecate.policies import Policy, get_policy
 from hecate.ranks.agree import agree
 from hecate.ranks.same import check_same
@@ -108,7 +109,7 @@ def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> 
     _check_model(model, mesh)
     found = enumerate(find_experts(model))
     layers = tuple(MoELayer(i, f.parent, f.module, f.spec, resolve_dtypes(f.spec, config)) for i, f in found)
-    buffers = on_meta(model) - model.state_dict().keys()
+    buffers = on_meta(model) - {original_name(key) for key in model.state_dict()}
     if buffers and (missing := buffers - initialize(model, [], config.seed, wanted=buffers)):
         raise ValueError(
             f"fully_shard: buffers {listed(missing)} are on the meta device and not in the state dict; the "
@@ -119,10 +120,11 @@ def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> 
 
 def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """ValueError if a model is sharded already, or lies on an accelerator that is not the mesh's."""
-    for name, module in model.named_modules():
+    for name, module in original_modules(model).items():
         if hasattr(module, "hecate_spec"):
             raise ValueError(f"fully_shard: {name} is under FSSDP already; call hecate.fully_shard once on a model")
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
+        name = original_name(key)
         if isinstance(parameter, DTensor):
             raise ValueError(
                 f"fully_shard: parameter {name} is sharded already as {parameter.placements}; "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts import OwnedExperts
+from hecate.names import original_name
 from hecate.ranks.agree import gather
 from hecate.values.local import local_tensor
 
@@ -78,7 +79,7 @@ def _tensors(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         value = None if id(tensor) in pools else part(tensor)
         if value is not None and value.is_floating_point() and local_tensor(value).numel():
-            yield [(name, WHOLE)], local_tensor(value)
+            yield [(original_name(name), WHOLE)], local_tensor(value)
     for entry in experts:
         value = part(entry.parameter)
         owned = [(entry.name, expert) for expert in entry.experts.tolist()]

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hecate.experts import POOL_PREFIX
+from hecate.names import original_modules
 from hecate.values.local import local_tensor
 
 __all__ = ["Stack", "allocate", "initialize", "on_meta"]
@@ -88,7 +89,7 @@ class _Place:
 
 
 def on_meta(model: nn.Module) -> set[str]:
-    """Names of the parameters and buffers, non-persistent ones too, that have no memory."""
+    """Original names of the parameters and buffers, non-persistent ones too, that have no memory."""
     return {name for name, place in _places(model).items() if place.tensor is not None and place.tensor.is_meta}
 
 
@@ -131,7 +132,7 @@ def initialize(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass may have left it whole
-    modules = dict(model.named_modules())
+    modules = original_modules(model)
     places = _places(model) | {
         f"{stack.name}.{kind}": _Place(modules[stack.name], kind, getattr(modules[stack.name], kind, None), stack)
         for stack in stacks
@@ -150,9 +151,9 @@ def initialize(
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:
-    """All parameters and buffers but the pools' by qualified name; a tied one at each of its places."""
+    """All parameters and buffers but the pools' by original name; a tied one at each of its places."""
     places = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in original_modules(model).items():
         tensors = [
             *module.named_parameters(recurse=False, remove_duplicate=False),
             *module.named_buffers(recurse=False, remove_duplicate=False),
