@@ -21,17 +21,20 @@ from torch.optim import Optimizer
 from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.state import TrainingState, dense_tensors
+from hecate.checkpoint.state_dict import hide_pools
 from hecate.checkpoint.store import load
 from hecate.config import FSSDPConfig
 from hecate.names import original_modules, original_name
 from hecate.pretrained.conversion import format_of
 from hecate.pretrained.entries import first_names
+from hecate.pretrained.own import save_through
 from hecate.private_torch import default_store
 from hecate.ranks.agree import agree
 from hecate.ranks.heartbeat import Heartbeat
 from hecate.runtime.comms import Comms, make_comms
 from hecate.runtime.dense.make import make_dense, move_dense
 from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.experts.pool import make_pools
 from hecate.runtime.plans.ahead import PlanAhead
@@ -115,7 +118,7 @@ class FSSDP:
         layers = make_plans(setup, model, self.pools, self._comms, shared, self._copies_memory)
         experts = [FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers]
         self._dense = make_dense(setup, model, [p for pool in self.pools for p in pool.parameters.values()])
-        self._watch = OptimizerWatch(model, self.pools)
+        self._watch = OptimizerWatch(model, self.pools, OptimizerStates(self.pools, self._comms))
         self._engine = self._make_engine(setup, layers, shared)
         self._experts = experts
         for module in experts:
@@ -127,6 +130,8 @@ class FSSDP:
             generate_in_step(model)
         if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
+        hide_pools(model, self._dense.leave, self._got_values)
+        save_through(model, self._format, self.mesh is not None, self.save_pretrained, self.full_state_dict)
         self._engine.attach(model)
         self._hook = model.register_forward_pre_hook(lambda module, args: self._check_values(), prepend=True)
 
@@ -312,6 +317,8 @@ class FSSDP:
             RuntimeError: the process group is gone, or a rank died; the one before is intact.
         """
         self._check_values()
+        if optimizer is not None:
+            self._watch.add(optimizer)  # it may have been loaded by expert, and have made no step since
         return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra, sha256)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -423,6 +430,11 @@ class FSSDP:
                 f"fully_shard: {listed(self._without_values)} were built on the meta device and have no values yet; "
                 "call init_weights, load_pretrained or load first"
             )
+
+    def _got_values(self, names: set[str]) -> None:
+        first = first_names(self.model)
+        given = {first.get(name, name) for name in names}
+        self._without_values = {name for name in self._without_values if first.get(name, name) not in given}
 
     def _after_step(self) -> None:
         if self._measured < STEPS_TO_MEASURE:

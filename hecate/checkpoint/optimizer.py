@@ -14,6 +14,7 @@ from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
 from hecate.checkpoint.state import Entry, TrainingState, compare_names, expert_rows
+from hecate.runtime.experts.optimizer_states import BY_EXPERT, has_rows
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.text import listed
 from hecate.values.local import local_tensor
@@ -60,7 +61,8 @@ def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, An
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, (names, _) in homes.items():
         items = optimizer.state.get(parameter, {}).items()
-        plain = {key: _plain(f"{key} of {names[0]}", v) for key, v in items if not isinstance(v, Tensor)}
+        values = {key: v for key, v in items if not isinstance(v, Tensor) and key != BY_EXPERT}
+        plain = {key: _plain(f"{key} of {names[0]}", v) for key, v in values.items()}
         scalars |= {name: plain for name in names if plain}
     return {"settings": sorted(_settings(optimizer)), "groups": groups, "scalars": scalars}
 
@@ -177,6 +179,7 @@ class OptimizerTarget:
                     if value.ndim:
                         pool.clear_padding(value)
             own |= self._record["scalars"].get(names[0], {})
+            own |= {BY_EXPERT: False} if pool is not None and has_rows(own) else {}
             self._optimizer.state.pop(parameter, None)
             if own:
                 self._optimizer.state[parameter] = own

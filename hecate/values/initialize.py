@@ -66,7 +66,10 @@ class _Place:
         return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
     def put(self, tensor: Tensor) -> Tensor:
-        setattr(self.module, self.attribute, tensor)
+        if self.tensor is None:  # `setattr` refuses a name that the module answers to already, as it does to this one
+            self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
+        else:
+            setattr(self.module, self.attribute, tensor)
         return tensor
 
     def restore(self) -> None:
@@ -133,11 +136,12 @@ def initialize(
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass may have left it whole
     modules = original_modules(model)
-    places = _places(model) | {
-        f"{stack.name}.{kind}": _Place(modules[stack.name], kind, getattr(modules[stack.name], kind, None), stack)
-        for stack in stacks
-        for kind in stack.rows
-    }
+    places = _places(model)
+    for stack in stacks:
+        for kind in stack.rows:
+            present = places.get(f"{stack.name}.{kind}")
+            tensor = None if present is None else present.tensor
+            places[f"{stack.name}.{kind}"] = _Place(modules[stack.name], kind, tensor, stack)
     given: set[str] = set()
     scaffold = _Scaffold(places, set(places) if wanted is None else wanted, seed)
     try:

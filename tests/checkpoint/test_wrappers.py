@@ -116,6 +116,6 @@ def test_extra_state_is_refused_by_name(tmp_path: Path) -> None:
     model.counting = Counting()
     engine = hecate.fully_shard(model)
     for use in (engine.full_state_dict, lambda: engine.save(tmp_path / "saved")):
-        with pytest.raises(ValueError, match="counting._extra_state of the model's state dict are no parameters"):
+        with pytest.raises(ValueError, match=r"counting\._extra_state of the model's state dict are no parameters"):
             use()
     assert not (tmp_path / "saved").exists()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hecate.private_torch import in_backward
+from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.pool import ExpertPool
 
 __all__ = ["OptimizerWatch"]
@@ -29,9 +30,10 @@ class OptimizerWatch:
     steps as gradients come) ends when that pass does. Before a step of `WHOLE_TENSORS` it raises ValueError.
     """
 
-    def __init__(self, model: nn.Module, pools: Sequence[ExpertPool]) -> None:
+    def __init__(self, model: nn.Module, pools: Sequence[ExpertPool], states: OptimizerStates) -> None:
         self._model = weakref.ref(model)
         self._pools = tuple(pools)
+        self._states = states
         self._listeners: list[Callable[[], None]] = []
         self._in_backward = False
         self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
@@ -40,11 +42,12 @@ class OptimizerWatch:
 
     def before(self, optimizer: Optimizer) -> None:
         """An optimizer, anyone's, is about to make a step."""
-        if self._sharded and self.add(optimizer):
+        if self.add(optimizer) and self._sharded:
             _refuse_whole_tensors(optimizer)
 
     def after(self, optimizer: Optimizer) -> None:
         """An optimizer, anyone's, has made a step."""
+        self._states.mark(optimizer)
         if not self.add(optimizer):
             return
         if in_backward():
@@ -67,10 +70,12 @@ class OptimizerWatch:
         return stepped
 
     def add(self, optimizer: Optimizer) -> bool:
-        """Take note of an optimizer; whether it trains what is watched."""
+        """Take note of an optimizer; whether it trains what is watched. As `OptimizerStates.meet`."""
         watched = self._watched()
         held = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in watched]
         self._latest.update(dict.fromkeys(held, weakref.ref(optimizer)))
+        if held:
+            self._states.meet(optimizer)
         return bool(held)
 
     def _watched(self) -> set[int]:

@@ -15,6 +15,7 @@ from hecate.labels import label
 from hecate.ops.grouped import Groups
 from hecate.private_torch import accumulates
 from hecate.runtime.experts.copies import LayerCopies
+from hecate.runtime.experts.module import ExpertsModule, take_experts
 from hecate.runtime.step.engine import Engine
 from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.record import LayerRecord
@@ -22,7 +23,7 @@ from hecate.runtime.step.record import LayerRecord
 __all__ = ["FSSDPExperts"]
 
 
-class FSSDPExperts(nn.Module):
+class FSSDPExperts(ExpertsModule):
     """An experts module under FSSDP: its stacked weights live in the engine's pool, all else it has stays in it."""
 
     @staticmethod
@@ -31,17 +32,21 @@ class FSSDPExperts(nn.Module):
 
         So it keeps its name, submodules and attributes, and frees the weights that the pool has copied.
         """
-        for weight in spec.weights:
-            delattr(module, weight.kind)
+        kinds = tuple(name for name, _ in module.named_parameters(recurse=False))  # in the order of its state dict
+        for kind in kinds:
+            delattr(module, kind)
         cls = type(module)
         module.__class__ = type(f"FSSDP{cls.__name__}", (FSSDPExperts, cls), {})
         assert isinstance(module, FSSDPExperts)
         module.hecate_index = index
         module.hecate_spec = spec
+        module.hecate_kinds = kinds
+        module.register_load_state_dict_pre_hook(take_experts)
         return module
 
     def connect(self, engine: Engine) -> None:
         """Run with `engine` from now on."""
+        self.keep(engine.layers[self.hecate_index].experts)
         self._hecate_engine = [engine]  # in a list: nn.Module looks at attributes, and the engine holds the model
 
     def disconnect(self) -> None:
@@ -49,8 +54,6 @@ class FSSDPExperts(nn.Module):
         self._hecate_engine = []
 
     _hecate_engine: list[Engine]
-    hecate_index: int
-    hecate_spec: ExpertsSpec
 
     # Its collectives depend on counts that only the host knows: torch.compile breaks its graph here.
     @torch.compiler.disable

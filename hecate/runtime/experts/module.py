@@ -1,0 +1,164 @@
+"""What an experts module under FSSDP has in place of its stacked weights: their entries in state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hecate.experts import ExpertsSpec
+from hecate.ranks.agree import gather, rank_and_world
+from hecate.runtime.experts.by_expert import experts_of, misfit, rows_of
+from hecate.runtime.experts.copies import LayerExperts
+from hecate.values.local import local_tensor
+
+__all__ = ["ExpertsModule", "InPool", "take_experts"]
+
+MISSING = "is missing"
+
+
+@dataclass(frozen=True)
+class InPool:
+    """Found at the attribute of a stacked weight that is in a pool. No tensor, so that nothing computes with it.
+
+    `torch.distributed.checkpoint` looks up each key of a state dict by attribute, but does nothing with what it finds.
+
+    Attributes:
+        name: original name of the weight.
+        shape: `[num_experts, *shape]`.
+        dtype: of the master weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class ExpertsModule(nn.Module):
+    """Gives the stacked weights, which live in a pool, to `state_dict()`, and takes them from `load_state_dict()`.
+
+    They are entries of their original names, `[num_experts, *shape]`: a DTensor, Shard(0), by expert and not by owner;
+    a plain tensor without a mesh.
+    """
+
+    _hecate_experts: list[LayerExperts]
+    hecate_index: int
+    hecate_spec: ExpertsSpec
+    hecate_kinds: tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        """An `InPool` for a stacked weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in self.__dict__.get("hecate_kinds", ()):
+                raise
+        spec = self.hecate_spec
+        shape = next(w.shape for w in spec.weights if w.kind == name)
+        return InPool(f"{spec.name}.{name}", (spec.num_experts, *shape), self._hecate_storage.dtypes.master)
+
+    def keep(self, experts: LayerExperts) -> None:
+        """Where the weights are."""
+        self._hecate_experts = [experts]  # in a list: nn.Module looks at attributes
+
+    @property
+    def _hecate_storage(self) -> LayerExperts:
+        return self._hecate_experts[0]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Collective, unless each device owns the experts of its part of the entry.
+
+        With `keep_vars` gradients of entries reach the pool.
+        """
+        layer = self._hecate_storage
+        with layer.comms.guard(), torch.set_grad_enabled(keep_vars):
+            for kind in self.hecate_kinds:
+                parameter: Tensor = layer.pool.parameters[kind]
+                slots = parameter if keep_vars else parameter.detach()
+                slots = slots.to_local() if isinstance(slots, DTensor) else slots
+                rows = slots[layer.pool.rows(layer.place)]
+                destination[prefix + kind] = experts_of(rows, layer.owners, layer.pool.mesh, layer.comms.experts)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def take_experts(
+    module: ExpertsModule,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """What `load_state_dict` does with the entries of `module`; a hook before it. Collective.
+
+    What does not fit on one rank is loaded on none. As with parameters, it goes to the lists, by its name.
+    """
+    layer = module._hecate_storage
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    entries = {kind: state_dict.pop(prefix + kind, None) for kind in module.hecate_kinds}
+    with layer.comms.guard():
+        everyone = gather({kind: _look_at(module, kind, entry, assign) for kind, entry in entries.items()})
+        for kind, entry in entries.items():
+            found = [by_kind[kind] for by_kind in everyone]
+            if all(f.problem is None for f in found):
+                _load(layer, kind, entry)
+            elif _only_on_rank_0(found):
+                _load(layer, kind, _from_rank_0(getattr(module, kind), entry, layer.pool.device))
+            elif found[rank_and_world()[0]].problem == MISSING:
+                missing_keys.append(prefix + kind)
+            else:
+                rank, problem = next((rank, f.problem) for rank, f in enumerate(found) if f.problem is not None)
+                error_msgs.append(f"{prefix}{kind} {problem} on rank {rank}; it was loaded on no rank.")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a rank has to load for a weight.
+
+    Attributes:
+        problem: why it cannot be loaded.
+        whole: a plain tensor of all experts.
+    """
+
+    problem: str | None
+    whole: bool
+
+
+def _look_at(module: ExpertsModule, kind: str, entry: Tensor | None, assign: bool) -> _Found:
+    if entry is None:
+        return _Found(MISSING, whole=False)
+    weight: InPool = getattr(module, kind)
+    problem = misfit(entry, torch.Size(weight.shape), module._hecate_storage.pool.mesh)
+    if problem is None and assign and entry.dtype != weight.dtype:
+        problem = f"has dtype {entry.dtype}; with assign=True, which experts only copy, it must be {weight.dtype}"
+    return _Found(problem, whole=not isinstance(entry, DTensor))
+
+
+def _only_on_rank_0(found: list[_Found]) -> bool:
+    """As DCP's `broadcast_from_rank0` leaves what no module has as a parameter. `load_state_dict` would fail on all
+    other ranks.
+    """
+    return len(found) > 1 and found[0] == _Found(None, whole=True) and all(f.problem == MISSING for f in found[1:])
+
+
+def _from_rank_0(weight: InPool, entry: Tensor | None, device: torch.device) -> Tensor:
+    """The whole of an entry that rank 0 has. Collective."""
+    whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    if entry is not None:
+        whole.copy_(entry.detach())
+    dist.broadcast(whole, src=0)
+    return whole
+
+
+@torch.no_grad()
+def _load(layer: LayerExperts, kind: str, entry: Tensor) -> None:
+    pool = layer.pool
+    rows = rows_of(entry, layer.owners, pool.rank, pool.mesh, layer.comms.experts)
+    local_tensor(pool.parameters[kind])[pool.rows(layer.place)].copy_(rows)
