@@ -70,6 +70,11 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
     So experts can have settings of their own, a weight kind too; with `FSSDPConfig(pools="layer")` each layer has
     parameters of its own, `number` being the layer's. A single expert cannot have any.
 
+    In `model.state_dict()` experts have their original names instead, `[num_experts, ...]`, in the same order whoever
+    owns them: DTensors, or plain tensors without a mesh. `optimizer.state_dict()` has a pool's state by layer and
+    expert. The latter is collective, and so is loading either; the former once experts have moved, or where devices do
+    not divide them.
+
     Args:
         model: any module with MoE layers that an adapter knows (`hecate.adapters.base`), on every rank the same.
         mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension. Without a process group the

@@ -110,7 +110,8 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "Adafactor":
         return ShardedAdafactor(model.parameters(), lr=1e-2)
     if name == "groups":
-        decayed = [p for n, p in model.named_parameters() if "hecate_pool" in n]
-        rest = [p for n, p in model.named_parameters() if "hecate_pool" not in n]
+        named = list(model.named_parameters())
+        decayed = [p for n, p in named if "hecate_pool" in n or ".experts." in n]
+        rest = [p for n, p in named if not ("hecate_pool" in n or ".experts." in n)]
         return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 3e-3}], lr=1e-2)
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

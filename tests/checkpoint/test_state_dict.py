@@ -17,7 +17,7 @@ from hecate.models.gpt import GPTMoE
 from hecate.runtime.experts.module import InPool
 from hecate.values.local import local_tensor
 from tests.checkpoint.plain import TOLERANCE, Plain, Way, assert_same
-from tests.checkpoint.runs import TINY, Run, plain_model
+from tests.checkpoint.runs import TINY, Run, make_optimizer, plain_model
 from tests.workers import Groups
 
 UP = "blocks.1.moe.experts.up"
@@ -51,9 +51,7 @@ def rolled_back(way: Way) -> None:
     assert_same(run, plain)
     for _ in range(2):
         assert str(run.model.load_state_dict(kept[0])) == "<All keys matched successfully>"
-        run.optimizer.load_state_dict(
-            deepcopy(kept[1])
-        )  # torch's optimizers go on with the tensors that they are given
+        run.optimizer.load_state_dict(deepcopy(kept[1]))  # optimizers go on with the tensors that they load
         plain.restore(expected)
         assert_same(run, plain)
         run.train(5, 7)
@@ -104,7 +102,7 @@ def saved_by_rank(folder: str, way: Way) -> None:
     again = way.run(seed=9)
     again.train(20, 22)
     assert again.owners() != run.owners()
-    again.optimizer = type(run.optimizer)(again.model.parameters(), **run.optimizer.defaults)
+    again.optimizer = make_optimizer(way.optimizer, again.model)
     loaded = torch.load(file, weights_only=False)
     again.model.load_state_dict(loaded["model"])
     again.optimizer.load_state_dict(loaded["optimizer"])
@@ -205,11 +203,11 @@ def test_default_owners_share_memory(groups: Groups) -> None:
 def with_vars(way: Way, grad: bool) -> None:
     """`keep_vars=True`: flags as the plain model's; what is computed of entries reaches the pool."""
     run, plain = way.run(), Plain(way)
+    run.train(0, 2)
+    plain.train(0, 2)
     run.model.get_parameter("hecate_pool_0_down").requires_grad_(False)
     for block in plain.model.blocks:
         block.moe.experts.down.requires_grad_(False)
-    run.train(0, 2)
-    plain.train(0, 2)
     with torch.set_grad_enabled(grad):
         state, expected = run.model.state_dict(keep_vars=True), plain.model.state_dict(keep_vars=True)
     assert {key: value.requires_grad for key, value in state.items()} == {

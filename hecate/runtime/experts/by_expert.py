@@ -62,7 +62,8 @@ def rows_of(
     if not isinstance(entry, DTensor):
         return entry.detach()[torch.from_numpy(owners.held_by(rank)).to(entry.device)]
     assert mesh is not None
-    local = entry.detach().redistribute(placements=_sharded(mesh)).to_local()
+    with torch.no_grad():
+        local = entry.redistribute(placements=_sharded(mesh)).to_local()
     return _moved(local, _consecutive(owners), owners, transport)
 
 

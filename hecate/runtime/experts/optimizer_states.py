@@ -38,8 +38,19 @@ Home = tuple[str, ExpertPool]
 
 
 def has_rows(state: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter has tensors that may be by row or expert."""
-    return any(isinstance(value, Tensor) and value.ndim for value in state.values())
+    """Whether the state of a parameter has what may be by row or expert."""
+    return not all(map(_is_plain, state.values()))
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers and strings, alone or in containers: the same for all experts."""
+    if isinstance(value, Tensor):
+        return not value.ndim
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int | float | str)
 
 
 class OptimizerStates:
@@ -69,7 +80,7 @@ class OptimizerStates:
             self._met.add(optimizer)
             self._hook(optimizer)
         owned = ((home, optimizer.state.get(parameter)) for parameter, home in self._homes.items())
-        loaded = [(home, state) for home, state in owned if state and has_rows(state) and state.get(BY_EXPERT, True)]
+        loaded = [(home, state) for home, state in owned if state and state.get(BY_EXPERT, True) and has_rows(state)]
         if not loaded:
             return
         _check_together(_check_loaded, loaded)
@@ -102,6 +113,8 @@ class OptimizerStates:
             if (alive := states()) is not None:
                 alive.meet(optimizer)
 
+        if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+            return  # a wrapper that has no hooks, accelerate's say: the optimizer inside is met when it steps
         optimizer.register_state_dict_post_hook(by_expert)
         optimizer.register_load_state_dict_pre_hook(check)
         optimizer.register_load_state_dict_post_hook(take)
@@ -167,7 +180,7 @@ def _tensors(home: Home, state: State) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor) and value.ndim:
             if pool.num_devices > 1 or value.shape[0] == experts:
                 yield key, value
-        elif pool.num_devices > 1 and not isinstance(value, Tensor | int | float | str | None):
+        elif pool.num_devices > 1 and not _is_plain(value):
             raise ValueError(
                 f"optimizer state {key} of {name} is a {type(value).__name__}; must be a number or a tensor, so that "
                 "its rows can go with the experts"
