@@ -32,7 +32,7 @@ def optimizer_entries(state: TrainingState, optimizer: Optimizer) -> dict[str, E
     entries: dict[str, Entry] = {}
     for parameter, (names, pool) in _homes(state, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and key != BY_EXPERT:
                 entries |= _cut(names, pool, key, value)
     return entries
 
@@ -61,8 +61,7 @@ def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, An
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, (names, _) in homes.items():
         items = optimizer.state.get(parameter, {}).items()
-        values = {key: v for key, v in items if not isinstance(v, Tensor) and key != BY_EXPERT}
-        plain = {key: _plain(f"{key} of {names[0]}", v) for key, v in values.items()}
+        plain = {key: _plain(f"{key} of {names[0]}", v) for key, v in items if not isinstance(v, Tensor)}
         scalars |= {name: plain for name in names if plain}
     return {"settings": sorted(_settings(optimizer)), "groups": groups, "scalars": scalars}
 
@@ -179,7 +178,7 @@ class OptimizerTarget:
                     if value.ndim:
                         pool.clear_padding(value)
             own |= self._record["scalars"].get(names[0], {})
-            own |= {BY_EXPERT: False} if pool is not None and has_rows(own) else {}
+            own |= {BY_EXPERT: torch.tensor(False)} if pool is not None and has_rows(own) else {}
             self._optimizer.state.pop(parameter, None)
             if own:
                 self._optimizer.state[parameter] = own

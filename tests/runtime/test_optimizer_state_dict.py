@@ -45,7 +45,7 @@ def by_layer_and_expert(way: Way) -> None:
     plain.train(0, 3)
     kept = {key: value.clone() for key, value in own_state(run).items() if isinstance(value, Tensor)}
     state = run.optimizer.state_dict()["state"][position(run)]
-    assert state[BY_EXPERT] is True
+    assert state[BY_EXPERT]
     layers = [plain.model.get_parameter(f"blocks.{n}.moe.experts.up") for n in range(3)]
     for key in ("exp_avg", "exp_avg_sq"):
         entry = state[key]
@@ -54,7 +54,7 @@ def by_layer_and_expert(way: Way) -> None:
         whole = torch.cat([plain.optimizer.state[layer][key] for layer in layers])
         torch.testing.assert_close(entry.full_tensor(), whole, **TOLERANCE)
     assert float(state["step"]) == 3
-    assert own_state(run)[BY_EXPERT] is False
+    assert not own_state(run)[BY_EXPERT]
     assert all(torch.equal(local_tensor(own_state(run)[key]), local_tensor(value)) for key, value in kept.items())
 
 
@@ -69,7 +69,7 @@ def in_order_on_one_rank() -> None:
     run.loss(0).backward()
     run.optimizer.step()
     if dist.get_rank() == 0:
-        assert run.optimizer.state_dict()["state"][position(run)][BY_EXPERT] is True
+        assert run.optimizer.state_dict()["state"][position(run)][BY_EXPERT]
 
 
 def test_nothing_is_sent_for_what_is_in_order(groups: Groups) -> None:
@@ -85,10 +85,10 @@ def loaded_before_it_is_known(folder: str, way: Way) -> None:
     run.optimizer = make_optimizer(way.optimizer, run.model)
     run.optimizer.load_state_dict(state)
     again = run.optimizer.state_dict()["state"][position(run)]
-    assert again[BY_EXPERT] is True
+    assert again[BY_EXPERT]
     assert torch.equal(again["exp_avg"], state["state"][position(run)]["exp_avg"])
     run.engine.save(folder, run.optimizer)
-    assert own_state(run)[BY_EXPERT] is False
+    assert not own_state(run)[BY_EXPERT]
     other = way.run(seed=9)
     other.train(20, 22)
     other.engine.load(folder, other.optimizer)

@@ -1,9 +1,9 @@
 """`optimizer.state_dict()` and `load_state_dict()` by experts, whoever owns them.
 
-An optimizer's state of a pool has a row a slot of this device. In a state dict each of its tensors is one DTensor of
-the `num_experts` of all the pool's layers, in the order (layer, expert), as `hecate.runtime.experts.by_expert` has it, and the
-mark `BY_EXPERT` beside them is True. So a state dict that was loaded into an optimizer that the engine does not know
-yet is recognized when it is met: before its first step, or when the engine saves it.
+An optimizer's state of a pool has a row per slot of this device. In a state dict each of its tensors is one DTensor of
+the `num_experts` of all the pool's layers, in the order (layer, expert), as `by_expert.py` has it, and the mark
+`BY_EXPERT` beside them is true. So a state dict that was loaded into an optimizer that the engine does not know yet is
+recognized when it is met: before its first step, or when the engine saves it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from hecate.values.local import local_tensor
 __all__ = ["BY_EXPERT", "OptimizerStates", "has_rows"]
 
 BY_EXPERT = "hecate_by_expert"
-"""In the state of a pool's parameter, beside tensors: whether they are by expert, or have a row a slot."""
+"""In the state of a pool's parameter, beside tensors: whether they are by expert, or have a row a slot.
+
+A bool tensor like all else there, on the CPU, where reading it costs nothing.
+"""
 
 State = dict[str, Any]
 """Of one parameter."""
@@ -93,7 +96,7 @@ class OptimizerStates:
         for parameter in self._homes:
             state = optimizer.state.get(parameter)
             if state and BY_EXPERT not in state and has_rows(state):
-                state[BY_EXPERT] = False
+                state[BY_EXPERT] = torch.tensor(False)
 
     # State dicts.
 
@@ -148,7 +151,7 @@ class OptimizerStates:
                 key: experts_of(local_tensor(value)[:owned], owners, pool.mesh, self._comms.experts)
                 for key, value in _tensors(home, state)
             }
-        return tensors | {BY_EXPERT: True}
+        return tensors | {BY_EXPERT: torch.tensor(True)}
 
     def _rows(self, home: Home, state: State) -> State:
         """Its tensors with a row a slot."""
@@ -160,7 +163,7 @@ class OptimizerStates:
             slots = owned.new_zeros(pool.slots, *owned.shape[1:])
             slots[: len(owned)] = owned
             tensors[key] = pool.distribute(slots)
-        return tensors | {BY_EXPERT: False}
+        return tensors | {BY_EXPERT: torch.tensor(False)}
 
 
 def _owners(pool: ExpertPool) -> Placement:
