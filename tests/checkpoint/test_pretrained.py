@@ -10,13 +10,13 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
-from hecate.checkpoint.pretrained import files
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hecate
+from hecate.pretrained import files
 from hecate.pretrained.conversion import steps_to_read
 from hecate.values.local import local_tensor
 from tests.adapters.tiny import ARCHITECTURES, tiny_config, tiny_model

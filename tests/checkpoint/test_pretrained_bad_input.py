@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 import hecate
-from hecate.checkpoint.pretrained import files, load
+from hecate.pretrained import files, load
 from tests.adapters.tiny import tiny_model
 from tests.workers import Groups
 

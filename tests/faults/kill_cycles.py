@@ -31,7 +31,8 @@ from time import sleep
 
 import torch
 
-from hecate.checkpoint.folder import find, read_record
+from hecate.checkpoint.folder import find
+from hecate.checkpoint.manifest import read_record
 from tests.faults.jobs import (
     PATIENCE,
     TORCHRUN,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from hecate.checkpoint.folder import verify
+from hecate.checkpoint.manifest import verify
 
 __all__ = ["missing"]
 
