@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hecate.adapters.transformers import generate_in_step
 from hecate.checkpoint.background import SaveHandle, Saves
@@ -34,16 +35,18 @@ from hecate.ranks.heartbeat import Heartbeat
 from hecate.runtime.comms import Comms, make_comms
 from hecate.runtime.dense.make import make_dense, move_dense
 from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.experts.moving_state import MovingState
 from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.optimizers import OptimizerWatch
-from hecate.runtime.experts.pool import make_pools
+from hecate.runtime.experts.pool import ExpertPool, make_pools
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans, make_plans
-from hecate.runtime.plans.ownership import Resharder
+from hecate.runtime.plans.ownership import Moved, Resharder
 from hecate.runtime.setup import Setup, inspect
 from hecate.runtime.step.engine import Engine
 from hecate.runtime.step.layer import FSSDPExperts
 from hecate.runtime.step.passes import Passes
+from hecate.runtime.step.unchanged import Unchanged
 from hecate.text import listed
 from hecate.values.finite import non_finite
 from hecate.values.full import full_experts, full_tensor
@@ -104,6 +107,7 @@ class FSSDP:
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
         setup = inspect(model, mesh, config)
+        before = [weakref.ref(p) for p in model.parameters()]
         self.model = model
         self.config = config
         self.mesh = setup.mesh
@@ -123,7 +127,11 @@ class FSSDP:
         layers = make_plans(setup, model, self.pools, self._comms, shared, self._copies_memory)
         experts = [FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers]
         self._dense = make_dense(setup, model, [p for pool in self.pools for p in pool.parameters.values()])
-        self._watch = OptimizerWatch(model, self.pools, OptimizerStates(self.pools, self._comms))
+        present = {id(p) for p in model.parameters()}
+        replaced = [p for p in before if id(p()) not in present]
+        states = OptimizerStates(self.pools, self._comms)
+        self._moving = MovingState(self.pools, states)
+        self._watch = OptimizerWatch(model, self.pools, states, replaced)
         self._engine = self._make_engine(setup, layers, shared)
         self._experts = experts
         for module in experts:
@@ -143,9 +151,11 @@ class FSSDP:
     def _make_engine(self, setup: Setup, layers: list[LayerPlans], shared: SharedBuffers | None) -> Engine:
         comms, dense, config = self._comms, self._dense, setup.config
         ahead = self._ahead = PlanAhead(layers, comms.topology.devices_per_node)
-        resharder = Resharder(layers, setup.policy, self._watch, comms, config.reshard_interval)
+        resharder = Resharder(layers, setup.policy, self._watch, self._moving, comms, config.reshard_interval)
+        self._resharder = resharder
         passes = Passes(layers, self.pools, comms, dense, ahead, rematerialize=shared is not None)
-        return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared, setup.device)
+        unchanged = Unchanged(self.model, self.pools)
+        return Engine(layers, passes, comms, dense, ahead, resharder, self._watch, shared, setup.device, unchanged)
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +247,28 @@ class FSSDP:
         """
         with self._comms.guard():
             yield
+
+    def on_reshard(self, callback: Moved) -> RemovableHandle:
+        """Be told when experts have changed owners, for what remembers rows of `hecate_pool_*` outside of optimizers.
+
+        Args:
+            callback: `callback(pool_name, old_rows, new_rows)`, called on every rank after owners moved and before the
+                next forward pass. Rows are int64 `[slots]` of this device: which expert of the pool is in each slot,
+                counted over its layers (`engine.pools[n].specs`), -1 for padding.
+
+        Returns:
+            A handle with `.remove()`.
+        """
+        return self._resharder.on_move(callback)
+
+    def follow(self, tensors: Callable[[ExpertPool], list[Tensor]]) -> None:
+        """Move rows of further tensors whenever experts change owners, as those of weights and optimizer state move.
+
+        Args:
+            tensors: called on every rank with one of `engine.pools`, before it moves; returns this device's tensors
+                `[slots, ...]` that belong to its experts, the same number and shapes on all ranks.
+        """
+        self._resharder.follow(tensors)
 
     def loads(self) -> NDArray[np.int64] | list[NDArray[np.int64]]:
         """How many tokens each expert got in the last step, of all ranks and replicas, the same on every rank.

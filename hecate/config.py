@@ -30,7 +30,8 @@ class FSSDPConfig:
         memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1].
         rematerialize: release copies after forward and gather them again for backward.
         calibrate: further copies after the gate: "pays" (if the cost model says so), "always", or False.
-        reshard_interval: optimizer steps between re-shardings; 0 never re-shards.
+        reshard_interval: optimizer steps between re-shardings; 0 never re-shards. What remembers rows of pools outside
+            of optimizers and `FSSDP` must follow owners (`FSSDP.on_reshard`); hence it is off until asked for.
         load_window: steps of load history that copies are planned from (the paper's w).
         cost: links and compute: a cost model, a profile file of one, or None for the stated numbers of the device type.
         master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
@@ -52,7 +53,7 @@ class FSSDPConfig:
     memory_share: float = 0.2
     rematerialize: bool = False
     calibrate: Calibrate = "pays"
-    reshard_interval: int = 100
+    reshard_interval: int = 0
     load_window: int = 5
     cost: CostModel | str | None = None
     master_dtype: torch.dtype | None = None

@@ -37,6 +37,7 @@ ORDER = (
     "pretrained",
     "models",
     "api",
+    "ema",
     "report",
     "train",
     "examples",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ __all__ = ["move"]
 
 
 def move(
-    pool: ExpertPool, owners: Sequence[NDArray[np.int64]], tensors: Iterator[Tensor], transport: Transport
+    pool: ExpertPool, owners: Sequence[NDArray[np.int64]], tensors: Sequence[Tensor], transport: Transport
 ) -> None:
     """Give `pool` new owners and permute the rows of `tensors` accordingly, in place. Collective.
 

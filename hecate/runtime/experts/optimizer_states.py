@@ -71,7 +71,7 @@ class OptimizerStates:
             for kind, parameter in pool.parameters.items()
         }
         self._comms = comms
-        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._met: list[weakref.ref[Optimizer]] = []  # in the order of meeting, the same on all ranks
 
     def meet(self, optimizer: Optimizer) -> None:
         """Before it steps or is saved: give it the rows of what it loaded by expert. Collective if it has such state.
@@ -79,8 +79,8 @@ class OptimizerStates:
         Raises:
             ValueError: state that is neither rows of this run nor by expert; on all ranks.
         """
-        if optimizer not in self._met:
-            self._met.add(optimizer)
+        if all(known() is not optimizer for known in self._met):
+            self._met.append(weakref.ref(optimizer))
             self._hook(optimizer)
         owned = ((home, optimizer.state.get(parameter)) for parameter, home in self._homes.items())
         loaded = [(home, state) for home, state in owned if state and state.get(BY_EXPERT, True) and has_rows(state)]
@@ -90,6 +90,15 @@ class OptimizerStates:
         rows = [self._rows(home, state) for home, state in loaded]
         for (_, state), new in zip(loaded, rows, strict=True):
             state |= new
+
+    def optimizers(self) -> list[tuple[int, Optimizer]]:
+        """Those that are alive, each with its number among all that were ever met."""
+        alive = ((number, known()) for number, known in enumerate(self._met))
+        return [(number, optimizer) for number, optimizer in alive if optimizer is not None]
+
+    def home_of(self, parameter: object) -> Home | None:
+        """Name of a pool's parameter, and the pool; None for any other."""
+        return self._homes.get(parameter)  # type: ignore[call-overload]  # keys of optimizer.state may be anything
 
     def mark(self, optimizer: Optimizer) -> None:
         """After it stepped: state that is new has a row a slot."""

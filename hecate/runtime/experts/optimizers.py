@@ -5,9 +5,8 @@ a step is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -27,26 +26,44 @@ class OptimizerWatch:
     """Knows the optimizers that train the experts, and tells listeners when one has made a step.
 
     If all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer that
-    steps as gradients come) ends when that pass does. Before a step of `WHOLE_TENSORS` it raises ValueError.
+    steps as gradients come) ends when that pass does.
+
+    Args:
+        model: sharded.
+        pools: of its experts.
+        states: of the optimizers.
+        replaced: parameters that the model had before it was sharded. An optimizer that holds one is refused.
     """
 
-    def __init__(self, model: nn.Module, pools: Sequence[ExpertPool], states: OptimizerStates) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pools: Sequence[ExpertPool],
+        states: OptimizerStates,
+        replaced: Sequence[weakref.ref[nn.Parameter]],
+    ) -> None:
         self._model = weakref.ref(model)
         self._pools = tuple(pools)
         self._states = states
+        self._replaced = {id(p): reference for reference in replaced if (p := reference()) is not None}
         self._listeners: list[Callable[[], None]] = []
         self._in_backward = False
-        self._latest: dict[int, weakref.ref[Optimizer]] = {}  # by parameter id
+        self._stepping: set[int] = set()  # ids of optimizers whose step is under way
         self._sharded = any(pool.num_devices > 1 for pool in pools)
         _watch(self)
 
     def before(self, optimizer: Optimizer) -> None:
         """An optimizer, anyone's, is about to make a step."""
-        if self.add(optimizer) and self._sharded:
+        _refuse_old_parameters(optimizer, self._replaced)
+        if not self.add(optimizer):
+            return
+        if self._sharded:
             _refuse_whole_tensors(optimizer)
+        self._stepping.add(id(optimizer))
 
     def after(self, optimizer: Optimizer) -> None:
         """An optimizer, anyone's, has made a step."""
+        self._stepping.discard(id(optimizer))
         self._states.mark(optimizer)
         if not self.add(optimizer):
             return
@@ -64,6 +81,11 @@ class OptimizerWatch:
         """Look at no optimizer any more."""
         _watches.discard(self)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether an optimizer's step is under way, in whose closure the model runs."""
+        return bool(self._stepping)
+
     def stepped_in_backward(self) -> bool:
         """Whether optimizers have stepped inside a backward pass since this was last asked."""
         stepped, self._in_backward = self._in_backward, False
@@ -72,11 +94,10 @@ class OptimizerWatch:
     def add(self, optimizer: Optimizer) -> bool:
         """Take note of an optimizer; whether it trains what is watched. As `OptimizerStates.meet`."""
         watched = self._watched()
-        held = [id(p) for group in optimizer.param_groups for p in group["params"] if id(p) in watched]
-        self._latest.update(dict.fromkeys(held, weakref.ref(optimizer)))
+        held = any(id(p) in watched for group in optimizer.param_groups for p in group["params"])
         if held:
             self._states.meet(optimizer)
-        return bool(held)
+        return held
 
     def _watched(self) -> set[int]:
         """Ids of the experts' parameters; if all of them are frozen now, of all parameters of the model."""
@@ -86,17 +107,10 @@ class OptimizerWatch:
         model = self._model()
         return experts if model is None else {id(p) for p in model.parameters()}
 
-    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The optimizer state of a watched parameter: of the optimizer that stepped it last; empty before."""
-        reference = self._latest.get(id(parameter))
-        optimizer = None if reference is None else reference()
-        return {} if optimizer is None else optimizer.state.get(parameter, {})
-
     @property
     def optimizers(self) -> list[Optimizer]:
         """All that are alive."""
-        alive = {id(o): o for o in (reference() for reference in self._latest.values()) if o is not None}
-        return list(alive.values())
+        return [optimizer for _, optimizer in self._states.optimizers()]
 
 
 _watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
@@ -122,6 +136,16 @@ def _hook_once() -> None:
 
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
+
+
+def _refuse_old_parameters(optimizer: Optimizer, replaced: Mapping[int, weakref.ref[nn.Parameter]]) -> None:
+    """RuntimeError if an optimizer was made before `fully_shard`: it would train what the model has no more."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    if any((known := replaced.get(id(p))) is not None and known() is p for p in parameters):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} was made before hecate.fully_shard and holds parameters that are the model's "
+            "no more; make it afterwards, from model.parameters()"
+        )
 
 
 def _refuse_whole_tensors(optimizer: Optimizer) -> None:

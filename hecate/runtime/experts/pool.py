@@ -102,6 +102,12 @@ class ExpertPool:
         rows = self.rows(place)
         return {kind: local_tensor(p)[rows] for kind, p in self.parameters.items()}
 
+    def flat_rows(self) -> NDArray[np.int64]:
+        """Int64 `[slots]`: the expert in each slot of this device, counted over the pool's layers; -1 for padding."""
+        first = np.cumsum([0, *(s.num_experts for s in self.specs)])
+        owned = np.concatenate([start + ids for start, ids in zip(first, self._owned, strict=False)])
+        return np.concatenate([owned, np.full(self.slots - len(owned), -1, dtype=np.int64)])
+
     def entries(self, kind: str | None = None) -> list[OwnedExperts]:
         """The stacked weights that this pool holds, by their names in the model: of one kind, or of all."""
         kinds = self.parameters if kind is None else (kind,)

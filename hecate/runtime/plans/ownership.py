@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from hecate.collectives.transport import Transport
+from hecate.experts import POOL_PREFIX
 from hecate.placement import Placement
 from hecate.policies.base import Policy
 from hecate.ranks.same import check_placements
 from hecate.runtime.comms import Comms
 from hecate.runtime.experts.move import move
+from hecate.runtime.experts.moving_state import MovingState
 from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.values.local import local_tensor
 
-__all__ = ["Resharder"]
+__all__ = ["Moved", "Resharder"]
+
+Moved = Callable[[str, NDArray[np.int64], NDArray[np.int64]], None]
+"""`(pool_name, old_rows, new_rows)`, see `FSSDP.on_reshard`."""
 
 
 class Resharder:
@@ -29,31 +37,68 @@ class Resharder:
     Args:
         layers: of the model, in order.
         policy: decides the new owners.
-        watch: knows the optimizers whose state moves with the experts.
+        watch: knows whether an optimizer is in the middle of a step.
+        state: of optimizers, which moves with the experts.
         comms: carry the rows; among replicas, ownership must agree and loads are summed.
         interval: optimizer steps; 0 never.
     """
 
     def __init__(
-        self, layers: Sequence[LayerPlans], policy: Policy, watch: OptimizerWatch, comms: Comms, interval: int
+        self,
+        layers: Sequence[LayerPlans],
+        policy: Policy,
+        watch: OptimizerWatch,
+        state: MovingState,
+        comms: Comms,
+        interval: int,
     ) -> None:
         self._layers = tuple(layers)
         self._policy = policy
         self._watch = watch
+        self._state = state
         self._comms = comms
         self._interval = interval
+        self._pools = list(dict.fromkeys(layer.experts.pool for layer in self._layers))
+        self._listeners: OrderedDict[int, Moved] = OrderedDict()
+        self._followers: list[Callable[[ExpertPool], list[Tensor]]] = []
+
+    def on_move(self, listener: Moved) -> RemovableHandle:
+        """Call `listener` after owners moved; see `FSSDP.on_reshard`."""
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = listener
+        return handle
+
+    def follow(self, tensors: Callable[[ExpertPool], list[Tensor]]) -> None:
+        """Move the rows of `tensors(pool)`, `[slots, ...]` each, with those of the pool, from now on."""
+        self._followers.append(tensors)
 
     def before_step(self, step: int) -> None:
-        """Move ownership if `step` optimizer steps are a whole number of intervals. Collective."""
+        """Move ownership if `step` optimizer steps are a whole number of intervals. Collective.
+
+        Raises:
+            ValueError: an optimizer has state that cannot move; after its first step, and on all ranks.
+        """
         transport = self._comms.experts
-        if transport is None or not self._interval or not step or step % self._interval:
+        if transport is None or not self._interval or not step:
             return
-        for pool in dict.fromkeys(layer.experts.pool for layer in self._layers):
+        if step == 1:
+            self._state.check()
+        if step % self._interval or self._watch.stepping:  # an optimizer in a step may hold rows by itself
+            return
+        for number, pool in enumerate(self._pools):
             layers = [layer for layer in self._layers if layer.experts.pool is pool]
             owners = self._new_owners(layers, pool)
             for layer in layers:
                 layer.since_reshard[:] = 0
-            move(pool, owners, self._tensors(pool), transport)
+            self._move(f"{POOL_PREFIX}{number}", pool, owners, transport)
+
+    def _move(self, name: str, pool: ExpertPool, owners: Sequence[NDArray[np.int64]], transport: Transport) -> None:
+        if all(np.array_equal(old, new) for old, new in zip(pool.owners, owners, strict=True)):
+            return
+        before = pool.flat_rows()
+        move(pool, owners, self._tensors(pool), transport)
+        for listener in list(self._listeners.values()):
+            listener(name, before, pool.flat_rows())
 
     def _new_owners(self, layers: Sequence[LayerPlans], pool: ExpertPool) -> list[NDArray[np.int64]]:
         replicas = 1 if self._comms.replicas is None else self._comms.replicas.size()
@@ -78,12 +123,11 @@ class Resharder:
         dist.all_reduce(total, group=self._comms.replicas)
         return total.cpu().numpy()
 
-    def _tensors(self, pool: ExpertPool) -> Iterator[Tensor]:
-        """Tensors with a row per slot: parameters, pending gradients, optimizer state; in one order on all ranks."""
+    def _tensors(self, pool: ExpertPool) -> list[Tensor]:
+        """Tensors with a row per slot: parameters, pending gradients, what follows; in one order on all ranks."""
+        tensors = self._state.tensors(pool)
         for parameter in pool.parameters.values():
-            yield local_tensor(parameter)
+            tensors.append(local_tensor(parameter))
             if parameter.grad is not None:
-                yield local_tensor(parameter.grad)
-            state = self._watch.state_of(parameter)
-            values = (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
-            yield from (v for v in map(local_tensor, values) if v.ndim and v.shape[0] == pool.slots)
+                tensors.append(local_tensor(parameter.grad))
+        return tensors + [tensor for follower in self._followers for tensor in follower(pool)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.plans.ownership import Resharder
 from hecate.runtime.plans.stats import LayerTotals, SummedLoads
 from hecate.runtime.step.passes import Passes
+from hecate.runtime.step.unchanged import Unchanged
 
 __all__ = ["Engine"]
 
@@ -44,6 +45,7 @@ class Engine:
         watch: knows when an optimizer has stepped.
         shared: the buffers of re-materialization, or None.
         device: of the experts.
+        unchanged: notices what users do to the model.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         watch: OptimizerWatch,
         shared: SharedBuffers | None,
         device: torch.device,
+        unchanged: Unchanged,
     ) -> None:
         self.layers = tuple(layers)
         self.passes = passes
@@ -67,18 +70,23 @@ class Engine:
         self._resharder = resharder
         self._watch = watch
         self._device = device
+        self._unchanged = unchanged
         self._shared = shared
         self._placements: list[Placement] | None = None  # of the step under way
         self._totals: list[LayerTotals] = []  # of the last step
         self._loads = SummedLoads([], None, device)  # of the last step
         self._exposed = ExposedTime()
         self._hooks: list[RemovableHandle] = []
+        self._model: nn.Module | None = None
 
     # The model's forward pass.
 
     def attach(self, model: nn.Module) -> None:
         """Run with every forward pass of `model` and every step of its optimizer."""
+        self._model = model
         self._watch.on_step(self.end_step)
+        # Instance attributes come first for `copy` and `pickle`; the hooks below lead to process groups.
+        model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign, assignment]
         # Before FSDP2's own hook: what a failed pass left must be cleared first.
         self._hooks = [
             model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True),
@@ -91,6 +99,9 @@ class Engine:
         self._watch.close()
         for hook in self._hooks:
             hook.remove()
+        if self._model is not None:
+            del self._model.__deepcopy__, self._model.__reduce_ex__
+            self._model = None
 
     @torch.compiler.disable
     def before_forward(self) -> None:
@@ -98,6 +109,7 @@ class Engine:
         if self.passes.recomputing:
             self._dense.enter()
             return
+        self._unchanged.check()
         self.passes.recover()
         if self._watch.stepped_in_backward():
             self.end_step()
@@ -172,6 +184,13 @@ class Engine:
     def loads(self) -> list[NDArray[np.int64]]:
         """Per layer, int64 `[E]`: tokens of the last step per expert, of all ranks and replicas; empty before it."""
         return self._loads.result()
+
+
+def _refuse_copy(*_: object) -> NoReturn:
+    raise TypeError(
+        "a model under FSSDP cannot be copied or pickled: its experts are on several ranks; copy it before "
+        "hecate.fully_shard, keep model.state_dict(), or average weights with hecate.ema.ExpertAverage"
+    )
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
