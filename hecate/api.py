@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,8 +137,8 @@ class FSSDP:
         self._experts = experts
         for module in experts:
             module.connect(self._engine)
-        self._release = weakref.finalize(self, _release, self._comms, self._ahead, self._saves)
-        self._release.atexit = False  # the interpreter has its own order of ending threads
+        self._garbage = weakref.finalize(self, _release_aside, self._comms, self._ahead, self._saves)
+        self._garbage.atexit = False  # the interpreter has its own order of ending threads
         self._watch.on_step(self._after_step)
         if self.mesh is not None:
             generate_in_step(model)
@@ -169,14 +170,15 @@ class FSSDP:
         The model keeps its weights, but neither it nor this object can be used any more: that raises RuntimeError. Also
         done when this object is garbage; further calls do nothing. Not collective, but for a checkpoint being written.
         """
-        if not self._release.alive:
+        if not self._garbage.alive:
             return
         self._saves.finish()
         self._engine.close()
         self._hook.remove()
         for module in self._experts:
             module.disconnect()
-        self._release()
+        self._garbage.detach()
+        _release(self._comms, self._ahead, self._saves)
 
     # What a training loop calls.
 
@@ -460,7 +462,7 @@ class FSSDP:
 
     @torch.compiler.disable
     def _check_values(self) -> None:
-        if not self._release.alive:
+        if not self._garbage.alive:
             raise RuntimeError("FSSDP: close() was called; it cannot be used any more")
         if self._without_values:
             raise RuntimeError(
@@ -483,3 +485,8 @@ def _release(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
     saves.close()
     ahead.close()
     comms.close()
+
+
+def _release_aside(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
+    """In a thread of its own: garbage is collected in any thread, also in those that are to end."""
+    threading.Thread(target=_release, args=(comms, ahead, saves), name="hecate-release", daemon=True).start()
