@@ -68,3 +68,12 @@ def test_editable_install_works_from_elsewhere(tmp_path: Path) -> None:
     assert Path(package) == ROOT / "hecate" / "__init__.py"
     assert Path(native).exists()
     assert Path(conf) == ROOT / "conf"
+
+
+def test_exceptions_are_found_where_they_were_first() -> None:
+    from hecate.runtime.finite import NonFiniteError as OldNonFiniteError  # type: ignore[import-not-found]
+    from hecate.runtime.heartbeat import MissingRankError as OldMissingRankError  # type: ignore[import-not-found]
+
+    from hecate.errors import MissingRankError, NonFiniteError
+
+    assert (OldMissingRankError, OldNonFiniteError) == (MissingRankError, NonFiniteError)
