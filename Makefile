@@ -1,5 +1,5 @@
 # `make train` and `make test` do all their set-up themselves: Python >= 3.10, gcc and git are enough.
-.PHONY: train test test-all lint setup clean
+.PHONY: train test test-all lint pictures setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Drawings of the docs from their text; needs graphviz.
+pictures: docs/flow.svg
+
+docs/%.svg: docs/%.dot
+	dot -Tsvg $< -o $@
 
 setup: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes (DESIGN.md, decision 15), and the table made from it."""
+"""What every benchmark writes (docs/design.md, decision 15), and the table made from it."""
 
 from __future__ import annotations
 

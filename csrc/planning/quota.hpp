@@ -1,4 +1,4 @@
-// Exact min-max token quota over given holders: own device first, then own node (DESIGN.md, decision 6).
+// Exact min-max token quota over given holders: own device first, then own node (docs/design.md, decision 6).
 #pragma once
 
 #include <cstdint>

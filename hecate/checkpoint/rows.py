@@ -1,4 +1,4 @@
-"""Stacked expert weights in a checkpoint: one entry, one chunk per expert (DESIGN, decision 13).
+"""Stacked expert weights in a checkpoint: one entry, one chunk per expert (docs/design.md, decision 13).
 
 The planners are torch.distributed.checkpoint's default ones for everything else. What they write, the stock `dcp.load`
 reads as one stacked tensor anywhere.

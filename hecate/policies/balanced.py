@@ -22,7 +22,7 @@ Int64 = NDArray[np.int64]
 
 
 class Balanced:
-    """Ahead of time off the critical path, then exact (DESIGN.md, decision 6)."""
+    """Ahead of time off the critical path, then exact (docs/design.md, decision 6)."""
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
         """Robust copies within the hidden bytes; where not even one expert is hidden, as many as pay.

@@ -1,4 +1,4 @@
-"""Initial values that depend on a seed and on names alone, whatever the sharding (DESIGN, decision 14).
+"""Initial values that depend on a seed and on names alone, whatever the sharding (docs/design.md, decision 14).
 
 A model's own rules fill one module at a time: a Hugging Face style `_init_weights(module)` of the module's nearest
 ancestor, else the module's `reset_parameters()`. While they run, every tensor of the model is a stand-in on the meta

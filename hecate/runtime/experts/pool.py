@@ -1,4 +1,4 @@
-"""The expert pool: what a device owns of all MoE layers, one parameter per weight kind (DESIGN, decision 1).
+"""The expert pool: what a device owns of all MoE layers, one parameter per weight kind (docs/design.md, decision 1).
 
 Slots are sorted by (layer, expert), so the owned experts of a layer are consecutive rows. Moving ownership is a
 permutation of slots: no shape changes. Rows beyond the owned experts are zero padding.
