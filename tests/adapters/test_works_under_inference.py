@@ -100,7 +100,7 @@ def test_ranks_out_of_step_are_named(groups: Groups) -> None:
     for message in groups(2).run(generate_out_of_step):
         assert "model.layers.0.mlp.experts: the pass is MoE layer 0 with gradients" in message
         assert "on rank 0 and MoE layer 0 without gradients" in message
-        assert "on rank 1; all ranks must call the model equally often and in the same mode" in message
+        assert "on rank 1; all ranks must call the model equally often, in the same mode and with the same" in message
         assert "needs synced_gpus=True" in message
 
 

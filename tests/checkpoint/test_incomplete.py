@@ -152,9 +152,9 @@ def test_no_more_room_for_copies_than_experts(tmp_path: Path) -> None:
         run.engine.save(tmp_path / "many")
     run = Run(hecate.FSSDPConfig(memory_slots="auto"))
     for layer in run.engine._engine.layers:
-        layer.storage.capacity = 1  # one device takes none
+        layer.experts.memory_slots = 1  # one device takes none
     run.engine.load(tmp_path / "many")
-    assert [layer.storage.capacity for layer in run.engine._engine.layers] == [8, 8, 8]
+    assert [layer.experts.memory_slots for layer in run.engine._engine.layers] == [8, 8, 8]
 
 
 def test_optimizer_state_of_other_experts(checkpoint: Path) -> None:
