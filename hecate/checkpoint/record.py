@@ -68,7 +68,7 @@ def planner_entries(
     Args:
         where: beginning of an error's message.
         saved: tensors of the checkpoint.
-        keys: layer -> key of its planner's state -> entry, see `TrainingState.planner_keys`.
+        keys: layer -> key of its `LayerPlans.state()` -> entry, see `TrainingState.plan_keys`.
         experts: layer -> their number.
         devices: that shared experts when it was saved.
     """

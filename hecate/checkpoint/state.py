@@ -1,15 +1,13 @@
-"""What a checkpoint of FSSDP holds, by original names: weights, buffers and the planners' state."""
+"""What a checkpoint of FSSDP holds, by original names: weights, buffers and what plans come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -22,9 +20,9 @@ from hecate.runtime.step.engine import Engine
 from hecate.text import listed
 from hecate.values.local import local_tensor
 
-__all__ = ["PLANNER", "Entry", "TrainingState", "compare_names", "dense_tensors", "expert_rows"]
+__all__ = ["PLANS", "Entry", "TrainingState", "compare_names", "dense_tensors", "expert_rows"]
 
-PLANNER = "hecate."
+PLANS = "hecate."
 
 Entry = ExpertRows | Tensor
 
@@ -36,7 +34,7 @@ class TrainingState:
     Attributes:
         model: between passes.
         names: original names in the order of the model's `state_dict()`.
-        pools, engine: its experts and planners.
+        pools, engine: its experts, and what runs them.
         replica, replicas: of this device in a (replicate, shard) mesh, and their number; 0 and 1 without one.
     """
 
@@ -74,52 +72,30 @@ class TrainingState:
             homes |= {p: ([e.name for e in pool.entries(kind)], pool) for kind, p in pool.parameters.items()}
         return homes
 
-    # The planners.
+    # What plans come from.
 
-    def planner(self) -> dict[str, Tensor]:
+    def plans(self) -> dict[str, Tensor]:
         """Of each layer the owners, and this replica's load history."""
         entries = {}
         for layer in self.engine.layers:
-            entries[f"{PLANNER}{layer.name}.owners"] = torch.from_numpy(layer.owners.copy())
+            entries[f"{PLANS}{layer.name}.owners"] = torch.from_numpy(layer.owners.copy())
             for key, value in layer.state().items():
-                entries[f"{PLANNER}{layer.name}.replica{self.replica}.{key}"] = torch.from_numpy(value)
+                entries[f"{PLANS}{layer.name}.replica{self.replica}.{key}"] = torch.from_numpy(value)
         return entries
 
-    def planner_keys(self, saved_replicas: int) -> dict[str, dict[str, str]]:
-        """Layer -> key of `LayerPlanner.state()` or "owners" -> entry of the saved replica that this one continues."""
+    def plan_keys(self, saved_replicas: int) -> dict[str, dict[str, str]]:
+        """Layer -> key of `LayerPlans.state()` or "owners" -> entry of the saved replica that this one continues."""
         replica = self.replica % saved_replicas
         return {
-            layer.name: {key: f"{PLANNER}{layer.name}.replica{replica}.{key}" for key in layer.state()}
-            | {"owners": f"{PLANNER}{layer.name}.owners"}
+            layer.name: {key: f"{PLANS}{layer.name}.replica{replica}.{key}" for key in layer.state()}
+            | {"owners": f"{PLANS}{layer.name}.owners"}
             for layer in self.engine.layers
         }
 
     @property
     def cost(self) -> CostModel:
-        """That the planners use."""
+        """That plans are made with."""
         return self.engine.layers[0].cost.model
-
-    def restart(
-        self, step: int, planners: Mapping[str, Mapping[str, NDArray[np.int64]]] | None, cost: CostModel | None
-    ) -> None:
-        """Go to `step` of another run, before its weights come: owners and load history change, gradients are dropped.
-
-        Args:
-            step: optimizer steps made.
-            planners: layer -> `LayerPlanner.state()` and "owners"; None: no history.
-            cost: of that run, if its mesh was equal: owners are then its own where the pools have room, else the
-                initial ones, and plans are made as it would have made them.
-        """
-        self.engine.restart(step)
-        for pool in self.pools:
-            pool.set_owners(pool.initial_owners())
-            if planners is not None and cost is not None:
-                owners = [planners[spec.name]["owners"] for spec in pool.specs]
-                pool.set_owners(owners if pool.fits(owners) else pool.owners)
-        for layer in self.engine.layers:
-            layer.restart(None if planners is None else planners[layer.name], cost)
-        for parameter in self.model.parameters():
-            parameter.grad = None
 
 
 def dense_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

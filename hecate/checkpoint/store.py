@@ -26,7 +26,7 @@ from hecate.checkpoint.metadata import CheckedReader, read_metadata
 from hecate.checkpoint.optimizer import OPTIMIZER, OptimizerTarget, optimizer_entries, optimizer_record
 from hecate.checkpoint.record import check_planners, check_record, planner_entries
 from hecate.checkpoint.rows import ExpertRows, ExpertsLoadPlanner
-from hecate.checkpoint.state import PLANNER, Entry, TrainingState, compare_names, listed
+from hecate.checkpoint.state import PLANS, Entry, TrainingState, compare_names, listed
 from hecate.checkpoint.writer import ProvingWriter, write_entries
 from hecate.cost import CostModel
 from hecate.ranks.agree import PrivateRanks, Ranks
@@ -34,7 +34,7 @@ from hecate.ranks.agree import PrivateRanks, Ranks
 __all__ = ["Contents", "check_ranks", "collect", "load", "write"]
 
 Keys = Mapping[str, Mapping[str, str]]
-"""Layer -> key of its planner's state -> entry."""
+"""Layer -> key of its `LayerPlans.state()` -> entry."""
 MOST_AUTOMATIC_SLOTS = 2
 """That `memory_slots="auto"` takes."""
 
@@ -54,7 +54,7 @@ def collect(
     where = f"FSSDP.save({str(path)!r})"
     entries = state.weights()
     _check_free(where, entries)
-    entries |= state.planner()
+    entries |= state.plans()
     record: dict[str, Any] = {"mesh": state.mesh, "step": state.engine.step, "cost": asdict(state.cost)}
     record["extra"] = _as_json(where, extra)
     record["optimizer"] = None
@@ -140,15 +140,15 @@ def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> dict[
 def _restart(state: TrainingState, record: dict[str, Any] | None, keys: Keys, small: Mapping[str, Tensor]) -> None:
     """Owners and cost model as saved where the mesh is the same, so that the run goes on bit by bit."""
     if record is None:
-        state.restart(0, None, None)
+        state.engine.resume(0, None, None)
         return
-    planners: dict[str, dict[str, NDArray[np.int64]]] = {
+    plans: dict[str, dict[str, NDArray[np.int64]]] = {
         layer: {key: small[entry].numpy() for key, entry in entries.items()} for layer, entries in keys.items()
     }
     for layer in state.engine.layers:  # room for more copies than there are experts is none to allocate
         slots = planners[layer.name]["slots"]
         np.minimum(slots, max(MOST_AUTOMATIC_SLOTS, layer.num_experts), out=slots)
-    state.restart(record["step"], planners, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
+    state.engine.resume(record["step"], plans, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
 
 
 # Checks before anything is overwritten.
@@ -191,7 +191,7 @@ def _checked(
     _check_no_bytes(where, found, weights)
     _check_weights(where, saved, weights)
     target = None if optimizer is None else _target(where, found, state, optimizer)
-    keys: Keys = {} if found.record is None else state.planner_keys(found.record["mesh"][1])
+    keys: Keys = {} if found.record is None else state.plan_keys(found.record["mesh"][1])
     names = {*weights}
     if found.record is not None:
         experts = {layer.name: layer.num_experts for layer in state.engine.layers}
@@ -205,12 +205,12 @@ def _checked(
 def _check_no_bytes(where: str, found: Found, weights: Mapping[str, Entry]) -> None:
     """DCP unpickles what is stored as bytes, whatever is in there."""
     for name, entry in found.metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata) and (name in weights or name.startswith((OPTIMIZER, PLANNER))):
+        if not isinstance(entry, TensorStorageMetadata) and (name in weights or name.startswith((OPTIMIZER, PLANS))):
             raise ValueError(f"{where}: {name} is stored as pickled bytes, which are not read; it must be a tensor")
 
 
 def _check_weights(where: str, saved: Mapping[str, TensorStorageMetadata], weights: Mapping[str, Entry]) -> None:
-    own = [name for name in saved if not name.startswith((OPTIMIZER, PLANNER))]
+    own = [name for name in saved if not name.startswith((OPTIMIZER, PLANS))]
     compare_names(where, own, weights, "parameters and buffers")
     # Experts first: another number of them shows in the router's shape too, which says less.
     for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], ExpertRows)):
@@ -259,8 +259,8 @@ def _check_same(where: str, name: str, saved: TensorStorageMetadata, value: Entr
 def _check_free(where: str, names: Mapping[str, Entry]) -> None:
     """Names of the model must not be mistaken for others'."""
     for name in names:
-        if name.startswith((OPTIMIZER, PLANNER)):
-            raise ValueError(f"{where}: {name} begins with {OPTIMIZER!r} or {PLANNER!r}; rename the submodule")
+        if name.startswith((OPTIMIZER, PLANS)):
+            raise ValueError(f"{where}: {name} begins with {OPTIMIZER!r} or {PLANS!r}; rename the submodule")
 
 
 # torch.distributed.checkpoint.

@@ -136,7 +136,7 @@ def test_planner_entry_that_lacks(checkpoint: Path, key: str) -> None:
     ],
 )
 def test_planner_entry_that_cannot_be(tmp_path: Path, key: str, value: Tensor, match: str) -> None:
-    name, planner = f"hecate.blocks.1.moe.experts.{key}", TrainingState.planner
+    name, planner = f"hecate.blocks.1.moe.experts.{key}", TrainingState.plans
     run = Run()
     with patch.object(TrainingState, "planner", lambda state: planner(state) | {name: value}):
         run.engine.save(tmp_path / "wrong")
@@ -146,7 +146,7 @@ def test_planner_entry_that_cannot_be(tmp_path: Path, key: str, value: Tensor, m
 
 
 def test_no_more_room_for_copies_than_experts(tmp_path: Path) -> None:
-    run, planner = Run(), TrainingState.planner
+    run, planner = Run(), TrainingState.plans
     many = {f"hecate.blocks.{i}.moe.experts.replica0.slots": torch.tensor(10**9) for i in range(3)}
     with patch.object(TrainingState, "planner", lambda state: planner(state) | many):
         run.engine.save(tmp_path / "many")

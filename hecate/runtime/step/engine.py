@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hecate.cost import CostModel
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.ranks.same import check_placements
@@ -163,6 +164,28 @@ class Engine:
         """Go to `step` with other weights or owners: nothing of the present step is kept."""
         self._drop_plans()
         self.step = step
+
+    def resume(
+        self, step: int, plans: Mapping[str, Mapping[str, NDArray[np.int64]]] | None, cost: CostModel | None
+    ) -> None:
+        """Go to `step` of another run, before its weights come: owners and load history change, gradients are dropped.
+
+        Args:
+            step: optimizer steps made.
+            plans: layer -> `LayerPlans.state()` and "owners"; None: no history.
+            cost: of that run, if its mesh was equal: owners are then its own if the pools have room, else the initial
+                ones, and plans are made as it would have made them.
+        """
+        self.restart(step)
+        for pool in dict.fromkeys(layer.experts.pool for layer in self.layers):
+            pool.set_owners(pool.initial_owners())
+            if plans is not None and cost is not None:
+                owners = [plans[spec.name]["owners"] for spec in pool.specs]
+                pool.set_owners(owners if pool.fits(owners) else pool.owners)
+        for layer in self.layers:
+            layer.restart(None if plans is None else plans[layer.name], cost)
+        for parameter in () if self._model is None else self._model.parameters():
+            parameter.grad = None
 
     def _drop_plans(self) -> None:
         """Nothing gathered or planned outlives its step: the weights change."""
