@@ -146,7 +146,7 @@ def _restart(state: TrainingState, record: dict[str, Any] | None, keys: Keys, sm
         layer: {key: small[entry].numpy() for key, entry in entries.items()} for layer, entries in keys.items()
     }
     for layer in state.engine.layers:  # room for more copies than there are experts is none to allocate
-        slots = planners[layer.name]["slots"]
+        slots = plans[layer.name]["slots"]
         np.minimum(slots, max(MOST_AUTOMATIC_SLOTS, layer.num_experts), out=slots)
     state.engine.resume(record["step"], plans, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
 
