@@ -6,6 +6,7 @@ from hecate.config import FSSDPConfig
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import LinkBudget
 from hecate.planning.planner import plan
+from hecate.verify import verify
 
 __all__ = [
     "FSSDP",
@@ -17,4 +18,5 @@ __all__ = [
     "plan",
     "sparse_all_gather",
     "sparse_reduce_scatter",
+    "verify",
 ]

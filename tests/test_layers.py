@@ -38,6 +38,7 @@ ORDER = (
     "models",
     "api",
     "ema",
+    "verify",
     "report",
     "train",
     "examples",
