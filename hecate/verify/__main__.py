@@ -65,7 +65,8 @@ def main() -> None:
     try:
         report = run(words, device)
     except (ValueError, TypeError) as error:
-        on_rank_0(lambda: print(f"error: {error}", file=sys.stderr, flush=True))
+        message = f"error: {error}"
+        on_rank_0(lambda: print(message, file=sys.stderr, flush=True))
         sys.exit(2)
     on_rank_0(lambda: print(report, flush=True))
     if dist.is_initialized():

@@ -53,9 +53,11 @@ def subject(
     has_weights = path.is_dir() and any(path.glob("*.safetensors*"))
 
     def make() -> nn.Module:
-        if has_weights and not overrides:
-            return AutoModelForCausalLM.from_pretrained(path).to(device)
-        return AutoModelForCausalLM.from_config(config).to(device)
+        read = has_weights and not overrides
+        model: nn.Module = (AutoModelForCausalLM.from_pretrained if read else AutoModelForCausalLM.from_config)(
+            path if read else config
+        )
+        return model.to(device)
 
     weights = "read from the folder" if has_weights and not overrides else "random"
     return make, config.get_text_config().vocab_size, (f"weights are {weights}", *said)
@@ -67,6 +69,7 @@ def shrunk(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, tuple[str, .
     Lists with an entry for each layer are cut where there are fewer layers.
     """
     values = config.to_dict()
+    overrides = {config.attribute_map.get(name, name): value for name, value in overrides.items()}
     if unknown := set(overrides) - set(values):
         raise ValueError(f"{listed(unknown)}: not in this {type(config).__name__}; it has {', '.join(sorted(values))}")
     said = [f"{name}={value} (was {values[name]})" for name, value in overrides.items()]
@@ -76,7 +79,7 @@ def shrunk(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, tuple[str, .
             if isinstance(value, list) and len(value) == before and name not in overrides:
                 values[name] = value[:layers]
                 said.append(f"{name} cut to {layers} entries")
-    return type(config).from_dict(values | dict(overrides)), tuple(said)
+    return type(config).from_dict(values | overrides), tuple(said)
 
 
 def _read_config(path: Path) -> Any:

@@ -87,7 +87,12 @@ def verify(
             ranks, before anything is trained under Hecate.
     """
     given = FSSDPConfig() if config is None else config
-    functions = {"model_fn": model_fn, "batch_fn": batch_fn, "loss_fn": loss_fn, "optimizer_fn": optimizer_fn}
+    functions: dict[str, Callable[..., Any]] = {
+        "model_fn": model_fn,
+        "batch_fn": batch_fn,
+        "loss_fn": loss_fn,
+        "optimizer_fn": optimizer_fn,
+    }
     numbers = {"steps": steps, "accumulate": accumulate}
     agree(lambda: check_input(functions, numbers, given, dtype, max_norm, tolerance))
     chosen = agree(lambda: resolve_policies(policies, given))

@@ -122,6 +122,8 @@ def build(model_fn: Callable[[], nn.Module], dtype: torch.dtype | None, seed: in
         raise ValueError(
             f"verify: model_fn left {listed(empty)} on the meta device; the plain run needs a model with values"
         )
+    if dtype == torch.float64 and callable(choose := getattr(model, "set_experts_implementation", None)):
+        choose("eager")  # transformers' default is torch's grouped_mm, which has no float64
     return (model if dtype is None else model.to(dtype)).train()
 
 
