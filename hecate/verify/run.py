@@ -119,15 +119,19 @@ def verify(
 
 def _title(model: nn.Module, task: Task) -> str:
     """What is verified, in words."""
-    _, world = rank_and_world()
-    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     layers = find_experts(model)
+    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     experts = "/".join(map(str, dict.fromkeys(found.spec.num_experts for found in layers)))
     return (
-        f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(layers)} MoE layers "
-        f"of {experts} experts; {world} {'rank' if world == 1 else 'ranks'}, {task.device.type}, {dtypes}; "
-        f"{task.steps} steps of {task.accumulate} micro-batches a rank, {type(task.optimizer(model)).__name__}."
+        f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{_many(len(layers), 'MoE layer')} of {experts} experts; {_many(rank_and_world()[1], 'rank')}, "
+        f"{task.device.type}, {dtypes}; {_many(task.steps, 'step')} of {_many(task.accumulate, 'micro-batch', 'es')} "
+        f"a rank, {type(task.optimizer(model)).__name__}."
     )
+
+
+def _many(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else ending}"
 
 
 @contextmanager

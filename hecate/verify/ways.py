@@ -78,7 +78,10 @@ def offered_recomputation(model: nn.Module) -> Recompute | None:
 
 
 def _enable(model: Any) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _checkpoint_units(model: nn.Module, units: Sequence[str]) -> None:
