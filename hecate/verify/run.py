@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def verify(
             train on; torch is seeded before each call.
         batch_fn: `batch_fn(number)` or `batch_fn(number, rank)`, one micro-batch: a tensor, or a sequence or mapping
             that the model is called with. Called once for each number on each rank.
-        config: of `fully_shard`.
+        config: of `fully_shard`; by default that without re-sharding.
         steps: optimizer steps.
         loss_fn: (model, batch) -> the scalar to differentiate; by default the model's output, or its `.loss`.
         optimizer_fn: of the model, sharded or not; by default AdamW.
@@ -86,7 +87,7 @@ def verify(
         TypeError, ValueError: an argument, or what a function returned; or a model that `fully_shard` refuses. On all
             ranks, before anything is trained under Hecate.
     """
-    given = FSSDPConfig() if config is None else config
+    given = FSSDPConfig(reshard_interval=0) if config is None else config
     functions: dict[str, Callable[..., Any]] = {
         "model_fn": model_fn,
         "batch_fn": batch_fn,
@@ -99,22 +100,25 @@ def verify(
     check_same("verify", numbers | {"policies": chosen, "dtype": dtype, "max_norm": max_norm, "seed": seed})
     used, notes = in_one_precision(given, dtype)
 
-    model = agree(lambda: build(model_fn, dtype, seed))
-    names = agree(lambda: parts(model))
-    device, weights = device_of(model, mesh), digests(model)
-    batches = gather_batches(batch_fn, steps * accumulate, dtype)
-    task = Task(model_fn, dtype, device, batches, loss_fn, optimizer_fn, steps, accumulate, max_norm, seed, weights)
-    title = agree(lambda: _title(model, task))
-    bound = tolerance_of(model, used) if tolerance is None else tolerance
-    recompute = recompute_fn or offered_recomputation(model)
-    notes += () if recompute else ("recomputation left out: the model offers none, and recompute_fn was not passed",)
-    start = start_row(model, weights)
-    if not start.ok:
-        return Report(title, (start,), notes=notes)
-    with _shared_folder(folder) as checkpoint:
-        runs = Runs(task, names, bound, mesh, recompute, checkpoint)
-        rows, activity = runs.compare(ways(used, chosen, recompute is not None))
-    return Report(title, (start, *rows), activity, notes)
+    with _generators_kept():
+        model = agree(lambda: build(model_fn, dtype, seed))
+        names = agree(partial(parts, model))
+        device, weights = device_of(model, mesh), digests(model)
+        batches = gather_batches(batch_fn, steps * accumulate, dtype)
+        task = Task(model_fn, dtype, device, batches, loss_fn, optimizer_fn, steps, accumulate, max_norm, seed, weights)
+        title = agree(partial(_title, model, task))
+        bound = tolerance_of(model, used) if tolerance is None else tolerance
+        recompute = recompute_fn or offered_recomputation(model)
+        if recompute is None:
+            notes += ("recomputation left out: the model offers none, and recompute_fn was not passed",)
+        start = start_row(model, weights)
+        if not start.ok:
+            return Report(title, (start,), notes=notes)
+        del model  # the runs make their own
+        with _shared_folder(folder) as checkpoint:
+            runs = Runs(task, names, bound, mesh, recompute, checkpoint)
+            rows, activity = runs.compare(ways(used, chosen, recompute is not None))
+        return Report(title, (start, *rows), activity, notes)
 
 
 def _title(model: nn.Module, task: Task) -> str:
@@ -148,3 +152,8 @@ def _shared_folder(parent: str | PathLike[str] | None) -> Iterator[Path]:
 def _check_seen(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"verify: rank {rank_and_world()[0]} does not see {path}; pass folder= that all ranks share")
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    """What the caller draws afterwards does not depend on what is seeded here."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else [])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import hecate
 from hecate.verify.report import Report
@@ -54,9 +55,24 @@ def test_two_models_train_as_plain(model: str, kinds: tuple[str, ...], groups: G
 
 
 def test_one_device() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     report = verified("gpt")
     assert report.ok, str(report)
     assert "1 rank," in report.title
+    assert torch.equal(torch.rand(3), expected)  # the caller's generator goes on where it was
+
+
+def test_replicas(groups: Groups) -> None:
+    first, second = groups(2).run(verified_on_replicas)
+    assert first == second
+    assert first.ok, str(first)
+
+
+def verified_on_replicas() -> Report:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return verified("gpt", {**QUICK, "mesh": mesh})
 
 
 def test_config_of_the_user_and_the_model_s_own_precision(groups: Groups) -> None:
