@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,18 +65,22 @@ class Runs:
     def _way(self, way: Way, plain: Trace | None) -> tuple[tuple[Row, ...], dict[str, int]]:
         """(rows, activity) of one way."""
         comparison = Comparison(way.name, self.parts, self.tolerance)
-        gc.collect()  # the engine before
         run = agree(lambda: Sharded(self.task, way, self.mesh, self.recompute))
         try:
-            for number in range(self.task.steps):
-                agree(partial(self._step, run, way, number, comparison, plain))
-            agree(lambda: self._weights(run, comparison, plain))
+            with closing(run):
+                self._train(run, way, comparison, plain)
         except MissingRankError:
             raise
         except Exception as error:
             failed = Row(way.name, WHOLE_RUN, math.inf, f"{type(error).__name__}: {error}", self.tolerance)
             return (*gather(comparison.rows)[0], failed), {}
         return gather(comparison.rows)[0], {"copies": run.copies, "moved": run.moved}
+
+    def _train(self, run: Sharded, way: Way, comparison: Comparison, plain: Trace | None) -> None:
+        """All steps; an error of any rank is one of all after the step it is raised in."""
+        for number in range(self.task.steps):
+            agree(partial(self._step, run, way, number, comparison, plain))
+        agree(lambda: self._weights(run, comparison, plain))
 
     def _step(self, run: Sharded, way: Way, number: int, comparison: Comparison, plain: Trace | None) -> None:
         """One step, and what is done after it; only rank 0 has what to compare with."""

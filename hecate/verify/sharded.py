@@ -87,8 +87,13 @@ class Sharded:
     def reload(self, folder: Path) -> None:
         """Save weights and optimizer; go on with a new model and a new optimizer that have loaded them."""
         self._engine.save(folder, self._optimizer)
+        self._engine.close()
         self._engine, self._optimizer = self._start()
         self._engine.load(folder, self._optimizer)
+
+    def close(self) -> None:
+        """Give back process groups and threads."""
+        self._engine.close()
 
 
 def _mean(value: float) -> float:

@@ -115,7 +115,7 @@ def test_model_that_looks_for_its_experts(groups: Groups) -> None:
     for row in failed.values():
         assert row.verdict == "failed"
         assert "AttributeError" in row.where
-        assert "'up'" in row.where
+        assert "'square'" in row.where
 
 
 def test_loss_that_depends_on_the_rank(groups: Groups) -> None:
