@@ -172,7 +172,7 @@ Out few_copies_array(const Vector& loads, const Holding& placement, int devices_
     const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), devices_per_node};
     const Limits limits = limits_of(in, out), node_limits = limits_of(node_in, node_out);
     copies = few_copies({loads.data(), loads.data() + shape.experts}, holders_of(placement.data(), shape), shape, target,
-                   limits, &node_limits, static_cast<Order>(order));
+                   limits, &node_limits, static_cast<Order>(order), Effort::kAll);
   }
   return pairs_array(copies);
 }

@@ -1,10 +1,18 @@
 #include "planning/few_copies.hpp"
 
 #include <algorithm>
+#include <optional>
+
+#include "planning/backtrack.hpp"
 
 namespace hecate {
 
 namespace {
+
+// Sets of copies that the search through all of them may look at, times devices and experts: the more there are, the
+// longer each set takes. 4 devices and 8 experts have 1024, where a search that proves a target out of reach needs
+// some hundred.
+constexpr int kTrials = 1 << 15;
 
 // Devices below the target that may still take a copy, by rising room.
 class Rooms {
@@ -96,6 +104,48 @@ bool relieve_all(Network& network, std::int64_t target, Limits& limits) {
   return true;
 }
 
+// The pair with the most tokens on a device above the target whose expert can be copied to `device`, or -1.
+int largest_excess(const Network& network, std::int64_t target, const Limits& limits, int device) {
+  int best = -1;
+  for (int p = 0; p < network.pairs(); ++p)
+    if (network.load[network.device_of[p]] > target && (best < 0 || network.amount[p] > network.amount[best]) &&
+        limits.may_enter(network, network.expert_of[p], device) && limits.can_send(network, network.expert_of[p]))
+      best = p;
+  return best;
+}
+
+// Fills the widest room to the target, again and again, even if the device that gives the tokens then has room itself,
+// which another one fills. More copies than relieving every device by its excess alone, but no slot is used for less
+// than the device can take; that is what decides where slots are few.
+bool fill_all(Network& network, std::int64_t target, Limits& limits) {
+  while (!network.drain(target)) {
+    int to = -1;
+    for (int d = 0; d < network.devices(); ++d)
+      if (limits.in[d] > 0 && network.load[d] < target && (to < 0 || network.load[d] < network.load[to])) to = d;
+    const int pair = to < 0 ? -1 : largest_excess(network, target, limits, to);
+    if (pair < 0) return false;
+    const int expert = network.expert_of[pair];
+    const std::int64_t moved = std::min(network.amount[pair], target - network.load[to]);
+    limits.take(network, expert, to);
+    network.add_pair(expert, to, moved);
+    network.add_amount(pair, -moved);
+  }
+  return true;
+}
+
+// `start` with copies until no device is above the target: by the excess of each, or if that fails by whole rooms.
+// Nothing if neither gets there.
+std::optional<Network> cover(const Network& start, std::int64_t target, const Limits& limits, Effort effort) {
+  Network network = start;
+  Limits left = limits;
+  if (network.drain(target) || relieve_all(network, target, left)) return network;
+  if (effort == Effort::kGreedy) return std::nullopt;
+  network = start;
+  left = limits;
+  if (fill_all(network, target, left)) return network;
+  return std::nullopt;
+}
+
 Network network_of(const Tokens& loads, const Holders& held, const Shape& shape) {
   Network network(shape.experts, shape.devices, static_cast<int>(held.expert.size()) + 2 * shape.devices);
   for (std::size_t p = 0; p < held.expert.size(); ++p) {
@@ -105,10 +155,12 @@ Network network_of(const Tokens& loads, const Holders& held, const Shape& shape)
   return network;
 }
 
-bool cover_flat(Network& network, std::int64_t target, Limits limits, std::vector<Pair>& copies) {
-  const int before = network.pairs();
-  if (!network.drain(target) && !relieve_all(network, target, limits)) return false;
-  for (int p = before; p < network.pairs(); ++p) copies.emplace_back(network.expert_of[p], network.device_of[p]);
+bool cover_flat(const Network& start, std::int64_t target, const Limits& limits, Effort effort, int& trials,
+                std::vector<Pair>& copies) {
+  const std::optional<Network> covered = cover(start, target, limits, effort);
+  if (!covered) return effort == Effort::kAll && backtrack(start, target, limits, trials, copies);
+  for (int p = start.pairs(); p < covered->pairs(); ++p)
+    copies.emplace_back(covered->expert_of[p], covered->device_of[p]);
   return true;
 }
 
@@ -148,10 +200,10 @@ bool cover_inside(const Holders& held, const Shape& shape, int node, int outside
     network.load[next] = target;
     network.add_pair(i, next++, tokens);
   }
-  const int before = network.pairs();
-  if (!network.drain(target) && !relieve_all(network, target, local)) return false;
-  for (int p = before; p < network.pairs(); ++p)
-    copies.emplace_back(given[network.expert_of[p]].first, first + network.device_of[p]);
+  const std::optional<Network> covered = cover(network, target, local, Effort::kAll);
+  if (!covered) return false;
+  for (int p = network.pairs(); p < covered->pairs(); ++p)
+    copies.emplace_back(given[covered->expert_of[p]].first, first + covered->device_of[p]);
   return true;
 }
 
@@ -168,18 +220,18 @@ bool charge_senders(const Network& nodes, int first_entry, const Holders& held, 
 }
 
 bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t node_target,
-                 std::int64_t target, Limits limits, Limits node_limits, std::vector<Pair>& copies) {
+                 std::int64_t target, Limits limits, const Limits& node_limits, std::vector<Pair>& copies) {
   const Shape node_shape{shape.nodes(), shape.experts, 1};
   const Holders node_held = node_holders(held, shape);
-  Network nodes = network_of(loads, node_held, node_shape);
-  const int before = nodes.pairs();
-  if (!nodes.drain(node_target) && !relieve_all(nodes, node_target, node_limits)) return false;
-  if (!charge_senders(nodes, before, held, limits)) return false;
+  const Network start = network_of(loads, node_held, node_shape);
+  const std::optional<Network> covered = cover(start, node_target, node_limits, Effort::kAll);
+  if (!covered || !charge_senders(*covered, start.pairs(), held, limits)) return false;
+  const Network& nodes = *covered;
   for (int n = 0; n < shape.nodes(); ++n) {
     int entered = 0;
     std::vector<std::pair<int, std::int64_t>> given;
     for (int p = nodes.first_on_device(n); p >= 0; p = nodes.next_on_device(p)) {
-      entered += p >= before;
+      entered += p >= start.pairs();
       given.emplace_back(nodes.expert_of[p], nodes.amount[p]);
     }
     std::reverse(given.begin(), given.end());
@@ -191,10 +243,11 @@ bool cover_nodes(const Tokens& loads, const Holders& held, const Shape& shape, s
 }  // namespace
 
 std::vector<Pair> few_copies(const Tokens& loads, const Holders& held, const Shape& shape, std::int64_t target,
-                        const Limits& limits, const Limits* node_limits, Order order) {
+                             const Limits& limits, const Limits* node_limits, Order order, Effort effort) {
   Network start = network_of(loads, held, shape);
   if (start.drain(target)) return {};
   const std::int64_t mean = ceil_div(start.total(), shape.devices);
+  int trials = kTrials / (shape.devices * shape.experts);
   const auto attempt = [&](std::int64_t goal, std::vector<Pair>& copies) {
     if (order != Order::kFlat)
       for (std::int64_t quarters : {4, 2, 0}) {
@@ -204,8 +257,7 @@ std::vector<Pair> few_copies(const Tokens& loads, const Holders& held, const Sha
       }
     if (order == Order::kNodesOnly) return false;
     copies.clear();
-    Network network = start;
-    return cover_flat(network, goal, limits, copies);
+    return cover_flat(start, goal, limits, effort, trials, copies);
   };
   std::vector<Pair> best, copies;
   if (attempt(target, best)) return best;

@@ -215,7 +215,8 @@ std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& 
   const Shape flat{devices, experts, devices};
   Network start = make_set({likeliest, 1, 1, experts}, 0, held, devices, kPermille)[0].network;
   const std::int64_t mean = ceil_div(total, devices);
-  for (const Pair& copy : few_copies(loads, single_holders(owners), flat, mean, limits, nullptr, Order::kFlat)) {
+  const Holders owned = single_holders(owners);
+  for (const Pair& copy : few_copies(loads, owned, flat, mean, limits, nullptr, Order::kFlat, Effort::kGreedy)) {
     left.take(start, copy.first, copy.second);
     start.add_pair(copy.first, copy.second);
     held.push_back(copy);

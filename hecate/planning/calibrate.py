@@ -17,7 +17,7 @@ __all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load
 
 Int64 = NDArray[np.int64]
 
-FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planning/cover.hpp
+FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planning/few_copies.hpp
 
 
 def parts_per_million(max_imbalance: float) -> int:
@@ -46,7 +46,9 @@ def few_copies(
         placement: holders so far.
         topology: of the devices.
         limits: further copies that may enter and leave each device and node.
-        target: tokens; where it cannot be reached, the least that can.
+        target: tokens; where it cannot be reached, the least that can, to one part in a thousand or a token. The search
+            tries all copies if there are few enough of devices and experts (4 and 8, say), and then misses nothing that
+            some copies reach, unless sends or what crosses nodes are limited; beyond that it is a heuristic.
         prefer: "copies" for the fewest copies; "crossings" balances the nodes first and then the devices in each, so
             that few experts cross nodes; where the slots do not reach the target that way, all devices at once.
             Under limits on nodes they are always balanced first.

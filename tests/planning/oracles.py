@@ -121,20 +121,26 @@ def fewest_copies(loads: Int64, owners: Int64, num_devices: int, slots: int, tar
     return None
 
 
-def least_load(loads: Int64, owners: Int64, num_devices: int, slots: int) -> float:
-    """The least largest load that any copies within the slots allow, by trying all maximal sets."""
-    start = Placement.from_owners(owners, num_devices).matrix
-    best = [start]
-    for device in range(num_devices):
-        others = np.flatnonzero(~start[:, device])
-        grown = []
-        for matrix in best:
-            for chosen in combinations(others, min(slots, len(others))):
-                more = matrix.copy()
-                more[list(chosen), device] = True
-                grown.append(more)
-        best = grown
-    return min(lp_min_max(loads, Placement(matrix)) for matrix in best)
+def least_load(loads: Int64, start: Placement, slots: int | Int64) -> int:
+    """The least largest load that any copies beyond `start` within the slots allow, by trying all maximal sets.
+
+    `slots` is for every device, or int64 `[num_devices]`. A set of copies is worth what its fullest group of devices
+    must compute: the tokens of the experts that nobody else has, shared evenly.
+    """
+    devices = start.num_devices
+    holders = (start.matrix << np.arange(devices)).sum(axis=1)[None]  # bit masks, [sets, experts]
+    for device, free in enumerate(np.broadcast_to(slots, devices)):
+        others = np.flatnonzero(~start.matrix[:, device])
+        chosen = list(combinations(others, min(int(free), len(others))))
+        added = np.zeros((len(chosen), len(loads)), dtype=np.int64)
+        for row, experts in zip(added, chosen, strict=True):
+            row[list(experts)] = 1 << device
+        holders = (holders[:, None] | added[None]).reshape(-1, len(loads))
+    largest = np.zeros(len(holders), dtype=np.int64)
+    for group in range(1, 1 << devices):
+        stuck = ((holders & ~group) == 0) @ loads
+        largest = np.maximum(largest, -(-stuck // group.bit_count()))
+    return int(largest.min())
 
 
 def algorithm_1(loads: Int64, owners: Int64, topology: Topology, degree: int, slots: int) -> NDArray[np.bool_]:

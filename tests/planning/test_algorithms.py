@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies, sparse_materialization
 from hecate.planning.quota import min_max_loads
 from hecate.planning.reshard import few_moves, heterogeneous_sharding
-from tests.planning.oracles import algorithm_1, algorithm_2, random_case
+from tests.planning.oracles import algorithm_1, algorithm_2, least_load, lp_min_max, random_case
 
 
 @pytest.mark.parametrize("degree", [0, 1, 3, 99])
@@ -140,6 +142,64 @@ def test_calibration_only_adds_and_reaches_the_dial(seed: int) -> None:
             assert more == placement
     none = few_copies(loads, placement, topology, CopyLimits.of(topology, 0), target=target)
     assert none == placement
+
+
+def small_case(rng: np.random.Generator) -> tuple[np.ndarray, Placement, int | np.ndarray, Topology]:
+    """Loads, holders, slots and a topology small enough to try all copies; every other one with copies made already."""
+    slots, devices = int(rng.integers(1, 3)), int(rng.integers(2, 5))
+    experts = int(rng.integers(3, 9 if slots == 1 or devices < 4 else 7))
+    loads = [
+        rng.integers(0, 6, experts),
+        rng.integers(0, 100, experts) * (rng.random(experts) < 0.8),
+        (200 * rng.pareto(1.0, experts)).astype(np.int64).clip(0, 10**6),
+    ][rng.integers(3)]
+    owners = rng.permutation(initial_owners(experts, devices))
+    topology = Topology(devices, int(rng.choice([n for n in (1, 2, 3, 4) if devices % n == 0])))
+    start = Placement.from_owners(owners, devices)
+    if rng.random() < 0.5:
+        return loads, start, slots, topology
+    holders = Placement(start.matrix | (rng.random(start.matrix.shape) < 0.1))
+    return loads, holders, np.maximum(0, slots - (holders - start).matrix.sum(axis=0)), topology
+
+
+@pytest.mark.parametrize("prefer", ["copies", "crossings"])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_dial_is_missed_that_any_copies_reach(seed: int, prefer: Literal["copies", "crossings"]) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        loads, start, slots, topology = small_case(rng)
+        best, limits = least_load(loads, start, slots), CopyLimits.of(topology, slots)
+        for target in (-(-int(loads.sum()) // topology.num_devices), best, int(best * 1.02), int(best * 1.1)):
+            more = few_copies(loads, start, topology, limits, target=target, prefer=prefer)
+            assert start <= more
+            assert ((more - start).matrix.sum(axis=0) <= slots).all()
+            # A target that nothing reaches is searched for to one part in a thousand, or one token.
+            nearest = target if best <= target else best - 1 + max(1, best // 1000)
+            assert min_max_loads(loads[None], more)[0] <= nearest, (loads, start.matrix, slots, target)
+
+
+def test_least_load_is_that_of_linear_programs() -> None:
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(20):
+        loads, start, _, _ = small_case(rng)
+        best = least_load(loads, start, 0)
+        assert lp_min_max(loads, start) <= best + 1e-6
+        assert best < lp_min_max(loads, start) + 1
+        seen.add(best > -(-int(loads.sum()) // start.num_devices))
+    assert seen == {True, False}  # some of the holders balance their loads, others do not
+
+
+@pytest.mark.parametrize("name", ["zipf", "hot", "drift"])
+@pytest.mark.parametrize("devices", [8, 32])
+def test_one_slot_reaches_any_dial(devices: int, name: Literal["zipf", "hot", "drift"]) -> None:
+    """Too large to try all copies, but whoever gives a whole room may have one itself: the mean is in reach."""
+    loads = synthetic_loads(name, devices, 64, 1024, 4, seed=0, steps=2).reshape(-1, devices, 64)[-1].sum(axis=0)
+    start, topology = Placement.from_owners(initial_owners(64, devices), devices), Topology(devices, 8)
+    mean = -(-int(loads.sum()) // devices)
+    for prefer in ("copies", "crossings"):
+        more = few_copies(loads, start, topology, CopyLimits.of(topology, 1), target=mean, prefer=prefer)
+        assert min_max_loads(loads[None], more)[0] == mean
+        assert (more - start).matrix.sum() < devices
 
 
 def test_the_dial_becomes_an_integer_once() -> None:
