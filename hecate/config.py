@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 
@@ -16,6 +17,9 @@ Dense = Literal["fsdp", "replicate", "none"]
 Calibrate = Literal["pays", "always", False]
 Pools = Literal["shared", "layer"]
 
+LARGEST = 2**31 - 1
+"""Of the settings that count something: larger ones fit no plan, array or queue."""
+
 
 @dataclass(frozen=True)
 class FSSDPConfig:
@@ -26,7 +30,8 @@ class FSSDPConfig:
         max_imbalance: max/mean device load to plan for, >= 1.
         overlap_degree: experts a layer whose copies hide behind non-MoE work (the paper's t); "auto" asks `cost`.
         memory_slots: copies a device may hold of one layer (the paper's m); "auto" takes what fits in
-            `memory_share` of the free memory, at most 2.
+            `memory_share` of the free memory, at most 2. Memory is taken for the experts that a device does not own
+            at most.
         memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1].
         rematerialize: release copies after forward and gather them again for backward.
         calibrate: further copies after the gate: "pays" (if the cost model says so), "always", or False.
@@ -69,16 +74,22 @@ class FSSDPConfig:
         _one_of("pools", self.pools, get_args(Pools))
         _one_of("dense", self.dense, get_args(Dense))
         _one_of("calibrate", self.calibrate, get_args(Calibrate))
-        if isinstance(self.max_imbalance, bool) or not self.max_imbalance >= 1:
-            raise ValueError(f"FSSDPConfig.max_imbalance={self.max_imbalance!r}: must be a number >= 1")
-        _at_least("reshard_interval", self.reshard_interval, 0)
-        _at_least("load_window", self.load_window, 1)
-        if self.overlap_degree != "auto":
-            _at_least("overlap_degree", self.overlap_degree, 0)
-        if self.memory_slots != "auto":
-            _at_least("memory_slots", self.memory_slots, 0)
-        if not 0 < self.memory_share <= 1:
-            raise ValueError(f"FSSDPConfig.memory_share={self.memory_share!r}: must be in (0, 1]")
+        _one_of("rematerialize", self.rematerialize, (True, False))
+        if not (_is_number(self.max_imbalance) and 1 <= self.max_imbalance <= LARGEST):
+            raise ValueError(
+                f"FSSDPConfig.max_imbalance={self.max_imbalance!r}: must be a number >= 1 and <= {LARGEST}"
+            )
+        if not (_is_number(self.memory_share) and 0 < self.memory_share <= 1):
+            raise ValueError(f"FSSDPConfig.memory_share={self.memory_share!r}: must be a number in (0, 1]")
+        _count("reshard_interval", self.reshard_interval, 0)
+        _count("load_window", self.load_window, 1)
+        for name in ("overlap_degree", "memory_slots"):
+            if getattr(self, name) != "auto":
+                _count(name, getattr(self, name), 0, ' or "auto"')
+        if not _is_int(self.seed):
+            raise ValueError(f"FSSDPConfig.seed={self.seed!r}: must be an integer")
+        if not (self.cost is None or isinstance(self.cost, CostModel | str | os.PathLike)):
+            raise ValueError(f"FSSDPConfig.cost={self.cost!r}: must be a CostModel, the path of a profile, or None")
         for name in ("master_dtype", "param_dtype", "reduce_dtype", "wire_dtype"):
             _float_dtype(name, getattr(self, name))
 
@@ -96,9 +107,17 @@ def _one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
         raise ValueError(f"FSSDPConfig.{name}={value!r}: must be one of {', '.join(map(repr, valid))}")
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be an integer >= {least}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(name: str, value: object, least: int, otherwise: str = "") -> None:
+    if not (_is_int(value) and least <= value <= LARGEST):
+        raise ValueError(f"FSSDPConfig.{name}={value!r}: must be an integer >= {least} and <= {LARGEST}{otherwise}")
 
 
 def _float_dtype(name: str, dtype: torch.dtype | None) -> None:

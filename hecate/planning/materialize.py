@@ -33,7 +33,8 @@ def sparse_materialization(
     proportion to load, hottest first, each expert's copies on nodes and devices with the most free slots.
     """
     shape = (topology.num_devices, topology.devices_per_node)
-    copies = native_sparse_materialization(loads.tolist(), owners.tolist(), *shape, overlap_degree, memory_slots)
+    degree, slots = min(overlap_degree, len(loads)), min(memory_slots, len(loads))
+    copies = native_sparse_materialization(loads.tolist(), owners.tolist(), *shape, degree, slots)
     return with_copies(Placement.from_owners(owners, topology.num_devices), copies)
 
 

@@ -58,7 +58,7 @@ def plan(
     owner_of = check_owners(owners, topology.num_devices)
     tokens = check_counts(counts, topology.num_devices, len(owner_of))
     _check_settings(memory_slots, max_imbalance, prefer, foreign_slots, expert_bytes)
-    limits = CopyLimits.of(topology, memory_slots, foreign_slots, byte_budget, expert_bytes)
+    limits = CopyLimits.of(topology, min(memory_slots, len(owner_of)), foreign_slots, byte_budget, expert_bytes)
     loads = tokens.sum(axis=0)
     if history is not None:
         placement = robust_copies(_check_history(history, tokens.shape), owner_of, topology, limits)

@@ -39,6 +39,8 @@ class Balanced:
         candidates = [start]
         for slots in range(1, layer.memory_slots + 1):
             candidates.append(robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots)))
+            if (candidates[-1] - start).matrix.sum(axis=0).max() < slots:
+                break  # no device used all of its slots, so more of them change nothing
         return max(candidates, key=lambda p: self._expected_gain(layer, history, owners, start, p))
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:

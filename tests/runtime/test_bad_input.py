@@ -38,16 +38,64 @@ def _batch() -> Tensor:
         ("dense", "ddp", "must be one of 'fsdp', 'replicate', 'none'"),
         ("pools", "expert", "must be one of 'shared', 'layer'"),
         ("calibrate", True, "must be one of 'pays', 'always', False"),
-        ("max_imbalance", 0.9, "must be a number >= 1"),
-        ("memory_slots", -1, "must be an integer >= 0"),
-        ("load_window", 0, "must be an integer >= 1"),
-        ("memory_share", 0.0, r"must be in \(0, 1\]"),
+        ("calibrate", ["pays"], "must be one of 'pays', 'always', False"),
+        ("rematerialize", "false", "must be one of True, False"),
+        ("max_imbalance", 0.9, "must be a number >= 1 and <= 2147483647"),
+        ("max_imbalance", float("inf"), "must be a number >= 1 and <= 2147483647"),
+        ("max_imbalance", float("nan"), "must be a number >= 1 and <= 2147483647"),
+        ("max_imbalance", "1.1", "must be a number >= 1 and <= 2147483647"),
+        ("max_imbalance", True, "must be a number >= 1 and <= 2147483647"),
+        ("overlap_degree", 2**31, "must be an integer >= 0 and <= 2147483647"),
+        ("overlap_degree", "all", 'must be an integer >= 0 and <= 2147483647 or "auto"'),
+        ("memory_slots", -1, "must be an integer >= 0 and <= 2147483647"),
+        ("memory_slots", 2**40, 'must be an integer >= 0 and <= 2147483647 or "auto"'),
+        ("memory_slots", 1.0, "must be an integer >= 0 and <= 2147483647"),
+        ("load_window", 0, "must be an integer >= 1 and <= 2147483647"),
+        ("load_window", 2**63, "must be an integer >= 1 and <= 2147483647"),
+        ("reshard_interval", 2**70, "must be an integer >= 0 and <= 2147483647"),
+        ("reshard_interval", None, "must be an integer >= 0 and <= 2147483647"),
+        ("memory_share", 0.0, r"must be a number in \(0, 1\]"),
+        ("memory_share", float("nan"), r"must be a number in \(0, 1\]"),
+        ("memory_share", "0.2", r"must be a number in \(0, 1\]"),
+        ("seed", None, "must be an integer"),
+        ("seed", "a", "must be an integer"),
+        ("cost", 3, "must be a CostModel, the path of a profile, or None"),
         ("param_dtype", torch.float16, "must be torch.float64"),
     ],
 )
 def test_config(setting: str, value: object, rule: str) -> None:
     with pytest.raises(ValueError, match=f"FSSDPConfig.{setting}=.*{rule}"):
         hecate.FSSDPConfig(**{setting: value})  # type: ignore[arg-type]
+
+
+def _copies_memory(memory_slots: int, rematerialize: bool, param_dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that copies took at most in three steps, and the copies that the first layer made in the last."""
+    config = hecate.FSSDPConfig(
+        memory_slots=memory_slots, rematerialize=rematerialize, param_dtype=param_dtype, calibrate="always"
+    )
+    model = GPTMoE(TINY)
+    engine = hecate.fully_shard(model, None, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in range(3):
+        tokens = torch.randint(TINY.vocab_size, (2, 8), generator=torch.Generator().manual_seed(seed))
+        model(tokens, tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    stats = engine.stats()
+    assert config.memory_slots == memory_slots
+    return stats["memory_bytes"]["copies"], stats["layers"][0]["copies"]
+
+
+@pytest.mark.parametrize("param_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_more_slots_than_experts_take_no_more_memory(
+    groups: Groups, rematerialize: bool, param_dtype: torch.dtype | None
+) -> None:
+    """A device can have no more copies than there are experts that it does not own: half of them here."""
+    for slots in (1000, 2**31 - 1):
+        many = groups(2).run(_copies_memory, slots, rematerialize, param_dtype)
+        assert many == groups(2).run(_copies_memory, TINY.num_experts // 2, rematerialize, param_dtype)
+        assert all(copies > 0 for copies, _ in many)
 
 
 def test_config_is_frozen() -> None:

@@ -65,14 +65,15 @@ class SharedBuffers:
         self._tenant = [None, None]
 
 
-def memory_slots(setup: Setup, expert_bytes: int, devices_per_node: int) -> int:
+def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_node: int) -> int:
     """Copies of one layer that a device has room for, the same on all ranks. Collective.
 
-    `config.memory_slots`, or for "auto" what fits in `memory_share` of the free memory, at most 2; none if the policy
-    copies nothing.
+    `config.memory_slots`, but no more than the layer has experts, or for "auto" what fits in `memory_share` of the free
+    memory, at most 2; none if the policy copies nothing.
 
     Args:
         setup: of the model.
+        num_experts: of the layer.
         expert_bytes: of one copy.
         devices_per_node: processes that share the memory of a CPU.
     """
@@ -80,7 +81,7 @@ def memory_slots(setup: Setup, expert_bytes: int, devices_per_node: int) -> int:
     if setup.num_devices == 1 or config.policy == "ep":
         return 0
     if config.memory_slots != "auto":
-        return config.memory_slots
+        return min(config.memory_slots, num_experts)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() // devices_per_node
     alive = min(2, len(setup.layers)) if config.rematerialize else len(setup.layers)
     slots = torch.tensor(min(2, int(free * config.memory_share) // max(1, alive * expert_bytes)), device=device)

@@ -82,8 +82,10 @@ class LayerExperts:
 
     @property
     def buffer_rows(self) -> int:
-        """Rows of a buffer: the copies, and the owned experts if they are cast."""
-        return self.memory_slots + (len(self.owned) if self.casts else 0)
+        """Rows of a buffer: the copies, of experts that are not owned, and the owned experts if they are cast."""
+        owned = len(self.owned)
+        copies = min(self.memory_slots, self.owners.num_experts - owned)
+        return copies + (owned if self.casts else 0)
 
     @property
     def buffer_bytes(self) -> int:
@@ -163,7 +165,7 @@ class LayerCopies:
         for pending in self._pending:
             pending.wait()
         if self._buffer is not None and self.layer.shared is None:
-            self.layer.memory.add(-self.layer.buffer_bytes)
+            self.layer.memory.add(-self._buffer.nbytes)
         self._pending, self._buffer, self.state = [], None, CopyState.SHARDED
 
     def parts(self) -> list[tuple[list[int], dict[str, Tensor]]]:

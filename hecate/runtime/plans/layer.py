@@ -234,7 +234,7 @@ def make_plans(
     for layer in setup.layers:
         pool = next(p for p in pools if layer.spec in p.specs)
         expert_bytes = ChunkLayout(layer.spec.weights).numel * layer.dtypes.param.itemsize
-        slots = memory_slots(setup, expert_bytes, comms.topology.devices_per_node)
+        slots = memory_slots(setup, layer.spec.num_experts, expert_bytes, comms.topology.devices_per_node)
         place = pool.specs.index(layer.spec)
         name = layer.spec.name
         experts = LayerExperts(layer.index, name, pool, place, layer.dtypes, comms, slots, shared, memory)
