@@ -8,15 +8,18 @@ Shapes: T tokens, d model width, f expert hidden width, E experts, k experts a t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.ops.grouped import Groups, grouped_linear
 
-__all__ = ["Experts", "MoE", "Routing", "TopKGate"]
+__all__ = ["AuxScope", "Experts", "MoE", "Routing", "TopKGate"]
+
+AuxScope = Literal["rank", "global"]
 
 
 class Routing(NamedTuple):
@@ -25,7 +28,8 @@ class Routing(NamedTuple):
     Attributes:
         expert_index: int64 `[T, k]`, the experts of each token, best first, all different.
         weights: `[T, k]`, at least float32, what their outputs are weighted with.
-        aux_loss: scalar, at least float32: the load-balance loss of these tokens, 0 without tokens.
+        aux_loss: scalar, at least float32: the load-balance loss of these tokens, or of those of all ranks; 0 without
+            tokens.
     """
 
     expert_index: Tensor
@@ -43,17 +47,28 @@ class TopKGate(nn.Module):
         jitter: the gate's input is scaled by uniform noise in [1 - jitter, 1 + jitter] while training; 0 is off.
         random_second_expert: while training, draw the experts after the first in proportion to their probability
             (without replacement, by Gumbel noise) instead of taking the best.
+        aux_scope: whose tokens the load-balance loss is of: "rank", this process's own, as in DDP, or "global", those
+            of all ranks of the default process group, as in one process with the joined batch. That costs one
+            all-reduce of `2 * num_experts + 1` numbers in every forward pass, which all ranks must run.
     """
 
     def __init__(
-        self, d_model: int, num_experts: int, top_k: int = 2, jitter: float = 0.0, random_second_expert: bool = False
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        jitter: float = 0.0,
+        random_second_expert: bool = False,
+        aux_scope: AuxScope = "rank",
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"TopKGate: top_k={top_k} must be in [1, num_experts={num_experts}]")
         if not 0 <= jitter < 1:
             raise ValueError(f"TopKGate: jitter={jitter} must be in [0, 1)")
-        self.num_experts, self.top_k = num_experts, top_k
+        if aux_scope not in get_args(AuxScope):
+            raise ValueError(f"TopKGate: aux_scope={aux_scope!r} must be one of {', '.join(get_args(AuxScope))}")
+        self.num_experts, self.top_k, self.aux_scope = num_experts, top_k, aux_scope
         self.jitter, self.random_second_expert = jitter, random_second_expert
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
 
@@ -80,11 +95,25 @@ class TopKGate(nn.Module):
         return torch.cat([first, others], dim=1)
 
     def _aux_loss(self, probabilities: Tensor, first: Tensor) -> Tensor:
-        """E * sum over experts of (share of tokens that chose it first) * (mean probability); 1 where even."""
-        tokens = max(first.numel(), 1)
-        share = torch.zeros_like(probabilities).scatter(1, first.unsqueeze(1), 1.0).sum(dim=0) / tokens
-        mean = probabilities.sum(dim=0) / tokens
-        return self.num_experts * (share * mean).sum()
+        """E * sum over experts of (share of tokens that chose it first) * (mean probability); 1 if even."""
+        chosen = torch.zeros_like(probabilities).scatter(1, first.unsqueeze(1), 1.0).sum(dim=0)
+        likely = probabilities.sum(dim=0)
+        tokens: int | Tensor = max(first.numel(), 1)
+        if self.aux_scope == "global" and dist.is_available() and dist.is_initialized():
+            chosen, likely, tokens = _of_all_ranks(chosen, likely, first.numel())
+        return self.num_experts * (chosen / tokens * (likely / tokens)).sum()
+
+
+def _of_all_ranks(chosen: Tensor, likely: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the ranks, in one all-reduce: of `chosen` `[E]`, of `likely` `[E]`, and of `tokens`, at least 1.
+
+    Only a rank's own probabilities are part of its graph. Gradients are averaged over the ranks afterwards, so the own
+    ones count once for every rank: the average is then the gradient of the loss of all tokens.
+    """
+    sums = torch.cat([chosen, likely.detach(), likely.new_full((1,), tokens)])
+    dist.all_reduce(sums)
+    chosen, of_all, total = sums.split([len(chosen), len(likely), 1])
+    return chosen, of_all + dist.get_world_size() * (likely - likely.detach()), total[0].clamp(min=1)
 
 
 class Experts(nn.Module):

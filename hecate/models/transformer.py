@@ -6,14 +6,14 @@ Shapes: B sequences, S tokens a sequence, d model width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hecate.models.moe import Experts, MoE, TopKGate
+from hecate.models.moe import AuxScope, Experts, MoE, TopKGate
 from hecate.names import original_modules
 from hecate.values.initialize import Stack, initialize
 
@@ -37,6 +37,7 @@ class ModelConfig:
         max_length: longest sequence.
         expert_ratio: hidden width of an expert over `d_model`; 2 in the paper.
         aux_weight: factor of the load-balance loss, which is a mean over layers.
+        aux_scope: see `TopKGate`; "global" makes the loss that of one process with the tokens of all ranks.
         jitter: see `TopKGate`.
         random_second_expert: see `TopKGate`.
         checkpoint: recompute each block in backward (torch.utils.checkpoint).
@@ -52,6 +53,7 @@ class ModelConfig:
     max_length: int = 256
     expert_ratio: int = 2
     aux_weight: float = 0.01
+    aux_scope: AuxScope = "rank"
     jitter: float = 0.0
     random_second_expert: bool = False
     checkpoint: bool = False
@@ -61,6 +63,10 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_experts", "max_length", "expert_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name}={getattr(self, name)}: must be >= 1")
+        if self.aux_scope not in get_args(AuxScope):
+            raise ValueError(
+                f"ModelConfig.aux_scope={self.aux_scope!r}: must be one of {', '.join(get_args(AuxScope))}"
+            )
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"ModelConfig: d_model={self.d_model} must be an even multiple of num_heads={self.num_heads}"
@@ -120,7 +126,7 @@ class Block(nn.Module):
         self.attention = Attention(d, config.num_heads, causal)
         self.moe_norm = nn.LayerNorm(d)
         self.moe = MoE(
-            TopKGate(d, config.num_experts, config.top_k, config.jitter, config.random_second_expert),
+            TopKGate(d, config.num_experts, config.top_k, config.jitter, config.random_second_expert, config.aux_scope),
             Experts(config.num_experts, d, config.expert_ratio * d),
         )
 
