@@ -40,7 +40,8 @@ class FSSDPConfig:
         load_window: steps of load history that copies are planned from (the paper's w).
         cost: links and compute: a cost model, a profile file of one, or None for the stated numbers of the device type.
         master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
-        param_dtype: dtype that experts (and FSDP2's dense part) compute in; None keeps `master_dtype`.
+        param_dtype: dtype that experts and dense part compute in, but for what a class of transformers keeps in float32
+            (`_keep_in_fp32_modules_strict`: some routers); None keeps `master_dtype`.
         reduce_dtype: dtype that gradients travel in; None takes `param_dtype`.
         wire_dtype: dtype that tokens, their results and their gradients travel in between devices, at most as wide as
             `param_dtype`; None sends them as computed.

@@ -5,7 +5,7 @@ Nothing else in `hecate` reads a name of torch that begins with an underscore.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 from torch.distributed import distributed_c10d
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 __all__ = [
     "accumulates",
@@ -25,6 +25,7 @@ __all__ = [
     "in_backward",
     "post_accumulate_hooks",
     "refuse_hooks",
+    "shard_beside",
     "timeout_of",
 ]
 
@@ -106,6 +107,32 @@ def refuse_hooks(name: str, parameter: Tensor) -> None:
             f"{name} has a hook from register_hook, which would never run: gradients of several ranks are summed in "
             "its .grad; use register_post_accumulate_grad_hook"
         )
+
+
+def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precision: MixedPrecisionPolicy) -> bool:
+    """Let FSDP2 gather and reduce `parameters` whenever it does those of `module`, in a group of their own.
+
+    One group has one dtype. Publicly a module has one group, or one a process group (`shard_placement_fn`), so a module
+    with weights of two dtypes would need a second communicator over the same ranks.
+
+    Args:
+        module: that `fully_shard` was called on; its own group is not empty.
+        parameters: of `module` or below, and in no group yet.
+        precision: of the new group.
+
+    Returns:
+        False, and nothing is changed, with a torch whose modules have one group only (before 2.12).
+    """
+    groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
+    if groups is None:
+        return False
+    first = groups[0]
+    mesh, after_forward, device = first.mesh_info, first.post_forward_mesh_info, first.device
+    made = type(first)(
+        list(parameters), first.modules, mesh, after_forward, device, None, precision, first.offload_policy
+    )
+    groups.append(made)
+    return True
 
 
 def forget_step(model: nn.Module) -> None:

@@ -8,24 +8,35 @@ between the two products. That is all that is read here, so transformers itself 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hecate.experts import ExpertMLP
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
 
 __all__ = [
+    "cast_constants",
     "follows_experts_interface",
     "generate_in_step",
     "interface_mlp",
     "interface_weights",
+    "kept_in_float32",
     "refuse_tensor_parallel",
 ]
 
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+CONSTANTS = {"MiniMaxLightningAttention": ("slope_rate", "query_decay", "key_decay", "diagonal_decay")}
+"""By class, buffers that it multiplies its hidden states with, which must have the dtype of those.
+
+A model made in bfloat16 has them in bfloat16; beside one of float32 weights that compute in bfloat16, they would turn
+hidden states into float32. Other buffers stay float32: a router's bias or a rotary frequency loses too much.
+"""
 
 
 def follows_experts_interface(module: nn.Module) -> bool:
@@ -66,6 +77,47 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
                 f"fully_shard: {type(module).__name__} was loaded with tp_size={size}: tensor parallel training is not "
                 "supported; load it without tp_plan and without distributed_config"
             )
+
+
+def kept_in_float32(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that a class of transformers keeps in float32 when its model is bfloat16: routers, mostly.
+
+    Its forward pass may rely on it: it hands them float32.
+    """
+    kept = set()
+    for module in model.modules():
+        patterns = [p.replace("*", ".*") for p in getattr(module, "_keep_in_fp32_modules_strict", None) or ()]
+        for name, parameter in module.named_parameters() if patterns else ():
+            if any(re.search(pattern, name) for pattern in patterns):
+                kept.add(parameter)
+    return kept
+
+
+class _Constants:
+    """Buffers of one module, in another dtype while it runs."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
+        self._names, self._dtype = names, dtype
+        self._own: dict[str, Tensor] = {}
+        module.register_forward_pre_hook(self._cast)
+        module.register_forward_hook(self._restore, always_call=True)
+
+    def _cast(self, module: nn.Module, args: object) -> None:
+        self._own = {name: module.get_buffer(name) for name in self._names}
+        for name, buffer in self._own.items():
+            setattr(module, name, buffer.to(self._dtype))
+
+    def _restore(self, module: nn.Module, args: object, output: object) -> None:
+        for name, buffer in self._own.items():
+            setattr(module, name, buffer)
+        self._own = {}
+
+
+def cast_constants(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let modules run with their `CONSTANTS` in `dtype`, which their weights will have then. Call before sharding."""
+    for module in model.modules():
+        if names := CONSTANTS.get(type(module).__name__):
+            _Constants(module, names, dtype)
 
 
 def generate_in_step(model: nn.Module) -> None:

@@ -160,7 +160,7 @@ def _has(config: Any, name: str) -> bool:
         return True
 
 
-def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A causal language model of that architecture with random float32 weights."""
+def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A causal language model of that architecture with random weights, some in float32 if its class keeps them so."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as fsdp2
 
-from hecate.private_torch import forget_step
+from hecate.adapters.transformers import kept_in_float32
+from hecate.private_torch import forget_step, shard_beside
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.setup import Setup
 
@@ -18,6 +20,10 @@ __all__ = ["ShardedDense"]
 class ShardedDense(Dense):
     """FSDP2 on the model's blocks and on the model, with its own hooks for passes and reductions.
 
+    A block's weights are gathered together and reduced together, those of each dtype in a group of their own. Plain
+    tensors stay, for `ReplicatedDense`: parameters without dimensions, and with a torch before 2.12 those of all dtypes
+    but the block's most common one.
+
     Args:
         setup: of the model, on a mesh.
         model: changed in place.
@@ -25,10 +31,10 @@ class ShardedDense(Dense):
     """
 
     def __init__(self, setup: Setup, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-        config = setup.config
-        precision = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
-        for block in [*_blocks(setup, model), model]:
-            fsdp2(block, mesh=setup.mesh, mp_policy=precision, ignored_params=set(ignored))
+        ignored = set(ignored) | {p for p in model.parameters() if not p.ndim}
+        kept = kept_in_float32(model)
+        for unit in [*_blocks(setup, model), model]:
+            _shard(unit, setup, ignored, kept)
         assert isinstance(model, FSDPModule)
         self._model = model
 
@@ -55,9 +61,47 @@ class ShardedDense(Dense):
         forget_step(self._model)
 
 
+def _shard(unit: nn.Module, setup: Setup, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]) -> None:
+    """FSDP2 on one unit: `param_dtype` for all weights but the `kept` ones, and for its inputs."""
+    config = setup.config
+    asked = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
+    as_is = MixedPrecisionPolicy(None, config.reduce_dtype)
+    groups = _groups(unit, ignored, kept)
+    precisions = [as_is if group[0] in kept else asked for group in groups]
+    later = {p for group in groups[1:] for p in group}
+    fsdp2(unit, mesh=setup.mesh, mp_policy=[*precisions, asked][0], ignored_params={*ignored, *later})
+    assert isinstance(unit, FSDPModule)
+    for group, precision in list(zip(groups, precisions, strict=True))[1:]:
+        shard_beside(unit, group, precision)
+
+
+def _groups(unit: nn.Module, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters of `unit` by dtype, frozen ones too: they may be trained later.
+
+    The first group's precision is also that of the unit's inputs, so it is the largest of those that are not `kept`.
+    """
+    groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
+    for parameter in dict.fromkeys(_parameters(unit)):
+        if parameter not in ignored:
+            groups.setdefault((parameter in kept, parameter.dtype), []).append(parameter)
+    sizes = {key: (not key[0], sum(p.numel() for p in group)) for key, group in groups.items()}
+    return [groups[key] for key in sorted(groups, key=lambda key: sizes[key], reverse=True)]
+
+
+def _parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that no unit inside of this one has."""
+    yield from unit.parameters(recurse=False)
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _parameters(child)
+
+
 def _blocks(setup: Setup, model: nn.Module) -> list[nn.Module]:
-    """Modules that the model says must not be split, else those that hold an MoE layer; innermost first."""
-    named = tuple(getattr(model, "_no_split_modules", None) or ())
+    """Modules that the model, or one inside of it, says must not be split; else those that hold an MoE layer.
+
+    Innermost first.
+    """
+    named = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     blocks = [m for m in model.modules() if type(m).__name__ in named]
     blocks = blocks or list(dict.fromkeys(layer.parent for layer in setup.layers))
     return [m for m in reversed(blocks) if m is not model]

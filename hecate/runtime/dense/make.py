@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from hecate.adapters.transformers import cast_constants
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.dense.fsdp import ShardedDense
 from hecate.runtime.dense.none import CallersDense
+from hecate.runtime.dense.parts import DenseParts
 from hecate.runtime.dense.replicate import ReplicatedDense
 from hecate.runtime.setup import Setup
 from hecate.values.initialize import allocate
@@ -30,11 +33,18 @@ def move_dense(setup: Setup, model: nn.Module) -> None:
 
 def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) -> Dense:
     """Shard or replicate all parameters of `model` but the pools', and give memory to those on meta. In place."""
-    if setup.mesh is not None and setup.config.dense == "fsdp":
-        dense: Dense = ShardedDense(setup, model, pools)
-        allocate(model, setup.device)  # after sharding: a device only ever allocates its own part
-        return dense
-    allocate(model, setup.device)
+    pools = set(pools)
     if setup.mesh is None or setup.config.dense == "none":
+        allocate(model, setup.device)
         return CallersDense()
-    return ReplicatedDense(model, setup.mesh, pools, setup.config.param_dtype, setup.config.reduce_dtype)
+    if setup.config.param_dtype is not None:
+        cast_constants(model, setup.config.param_dtype)
+    if setup.config.dense == "replicate":
+        allocate(model, setup.device)
+        return ReplicatedDense(setup, model, pools)
+    sharded = ShardedDense(setup, model, pools)
+    allocate(model, setup.device)  # after sharding: a device only ever allocates its own part
+    rest = {p for p in model.parameters() if not isinstance(p, DTensor)} - pools
+    if not rest:
+        return sharded
+    return DenseParts(sharded, ReplicatedDense(setup, model, set(model.parameters()) - rest))

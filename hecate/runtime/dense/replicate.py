@@ -6,7 +6,7 @@ a mesh in the forward pass when asked to replicate, which a plain model does not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from hecate.adapters.transformers import kept_in_float32
 from hecate.private_torch import at_end_of_backward, post_accumulate_hooks, refuse_hooks
 from hecate.runtime.dense.base import Dense
+from hecate.runtime.setup import Setup
 from hecate.values.local import local_tensor
 
 __all__ = ["ReplicatedDense"]
@@ -42,26 +44,21 @@ class ReplicatedDense(Dense):
     Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce` averages the
     gradients of the leaves over all ranks into those of the DTensors.
 
+    Leaves have `param_dtype` if that is set, but for parameters that the model's class keeps in float32.
+
     Args:
+        setup: of the model, on a mesh, all of whose dimensions replicate.
         model: changed in place.
-        mesh: all its dimensions replicate.
         ignored: parameters left alone.
-        dtype: of the leaves; None keeps the parameters'.
-        reduce_dtype: gradients are averaged in; None keeps the leaves'.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mesh: DeviceMesh,
-        ignored: Iterable[nn.Parameter],
-        dtype: torch.dtype | None,
-        reduce_dtype: torch.dtype | None,
-    ) -> None:
-        self._mesh = mesh
-        self._dtype = dtype
-        self._reduce_dtype = reduce_dtype
-        self._replicas = list(self._build(model, {id(p) for p in ignored}))
+    def __init__(self, setup: Setup, model: nn.Module, ignored: Set[nn.Parameter]) -> None:
+        assert setup.mesh is not None
+        self._mesh: DeviceMesh = setup.mesh
+        self._dtype = setup.config.param_dtype
+        self._reduce_dtype = setup.config.reduce_dtype
+        self._kept = kept_in_float32(model)
+        self._replicas = list(self._build(model, ignored))
         self._inside = False
         self._unreduced = False  # whether leaves have gradients of a backward pass that is not over
         self.enter()
@@ -135,18 +132,19 @@ class ReplicatedDense(Dense):
         else:
             local_tensor(parameter.grad).add_(grad)
 
-    def _build(self, model: nn.Module, ignored: set[int]) -> Iterator[_Replica]:
+    def _build(self, model: nn.Module, ignored: Set[nn.Parameter]) -> Iterator[_Replica]:
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         names = {parameter: name for name, parameter in model.named_parameters()}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                if id(parameter) not in ignored:
+                if parameter not in ignored:
                     places.setdefault(parameter, []).append((module, name))
         for parameter, where in places.items():
             for dim in range(self._mesh.ndim):
                 group = self._mesh.get_group(dim)
                 dist.broadcast(parameter.data, group=group, group_src=0)
-            leaf = parameter.data if self._dtype is None else parameter.data.to(self._dtype)
+            as_is = self._dtype is None or parameter in self._kept
+            leaf = parameter.data if as_is else parameter.data.to(self._dtype)
             yield _Replica(
                 names[parameter],
                 nn.Parameter(self._replicated(parameter.data), requires_grad=parameter.requires_grad),
