@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 import hecate
 from hecate.examples.adafactor import ShardedAdafactor
+from tests.adapters.parity import BF16_TOLERANCE
 from tests.adapters.ways import CONFIG, Way, compare_way, loss_of, one_by_one
 from tests.workers import Groups
 
@@ -178,6 +179,8 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> LRScheduler:
     return OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
 
 
+IN_BF16: Any = {"steps": 1, "tolerance": BF16_TOLERANCE}
+
 WAYS = {
     "accumulation": Way(micro_batches=3),
     "no_sync": Way(micro_batches=3, passes=with_no_sync),
@@ -191,7 +194,9 @@ WAYS = {
     "autocast": Way(wrap=under_autocast, plain_wrap=under_autocast, micro_batches=2),
     "autocast-over-all-passes": Way(passes=all_under_autocast, plain_wrap=under_autocast, micro_batches=2),
     "autocast-checkpointing": Way(wrap=under_autocast, plain_wrap=under_autocast, prepare=checkpointed),
-    "bf16-model": Way(prepare=in_bf16, steps=1, tolerance=3e-2),
+    "bf16-model": Way(prepare=in_bf16, **IN_BF16),
+    "float32-router": Way("deepseek_v3", {"dtype": torch.bfloat16}, micro_batches=3, passes=with_no_sync, **IN_BF16),
+    "float32-router-checkpointing": Way("deepseek_v3", {"dtype": torch.bfloat16}, prepare=checkpointed, **IN_BF16),
     "frozen-experts": Way(prepare=frozen_experts, optimizer=adamw_fused),
     "frozen-trunk": Way(prepare=frozen_trunk, optimizer=adamw_fused, micro_batches=2),
     "frozen-trunk-replicate": Way(prepare=frozen_trunk, config=REPLICATE, optimizer=adamw_fused),
