@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+LATER = {"has_gate": True, "has_post_expert_norm": False}
+"""What earlier versions of 5 do not set yet, and what it is there."""
 
 CONSTANTS = {"MiniMaxLightningAttention": ("slope_rate", "query_decay", "key_decay", "diagonal_decay")}
 """By class, buffers that it multiplies its hidden states with, which must have the dtype of those.
@@ -41,7 +43,9 @@ hidden states into float32. Other buffers stay float32: a router's bias or a rot
 
 def follows_experts_interface(module: nn.Module) -> bool:
     """Whether `module` carries the attributes that the decorator sets."""
-    return all(isinstance(getattr(module, name, None), bool) for name in DESCRIPTION)
+    flags = [getattr(module, name, LATER.get(name)) for name in DESCRIPTION]
+    gate = hasattr(module, "has_gate") or callable(getattr(module, "_apply_gate", None))
+    return gate and all(isinstance(flag, bool) for flag in flags)
 
 
 def interface_weights(name: str, module: Any) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ def interface_weights(name: str, module: Any) -> tuple[str, ...]:
     if missing := [n for n in names if not isinstance(getattr(module, n, None), nn.Parameter)]:
         raise ValueError(
             f"{name} ({type(module).__name__}): has no parameter {', '.join(missing)}; transformers' experts interface "
-            f"asks for {', '.join(names)} where has_gate={module.has_gate} and has_bias={module.has_bias}"
+            f"asks for {', '.join(names)} where has_gate={_later(module, 'has_gate')} and has_bias={module.has_bias}"
         )
     return names
 
@@ -140,13 +144,18 @@ def interface_mlp(module: nn.Module) -> ExpertMLP:
 def _mlp(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
     """`rows` `[N, d]` sorted by expert to `[N, d]`."""
     hidden = _linear(module, rows, groups, weights, _first(module))
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    hidden = module._apply_gate(hidden) if _later(module, "has_gate") else module.act_fn(hidden)
     hidden = _linear(module, hidden, groups, weights, "down_proj")
-    return module.post_expert_norm(hidden) if module.has_post_expert_norm else hidden
+    return module.post_expert_norm(hidden) if _later(module, "has_post_expert_norm") else hidden
 
 
 def _first(module: Any) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
+    return "gate_up_proj" if _later(module, "has_gate") else "up_proj"
+
+
+def _later(module: Any, name: str) -> bool:
+    """A bool that only later versions give it."""
+    return bool(getattr(module, name, LATER[name]))
 
 
 def _linear(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor], kind: str) -> Tensor:

@@ -2,10 +2,9 @@
 
 Files on the hub mostly hold every expert by itself (`experts.3.w1.weight`), models since transformers 5 hold them
 stacked (`experts.gate_up_proj [E, 2f, d]`). `transformers.conversion_mapping` says how one becomes the other, and its
-own operations do it here, on the tensors of one expert where the tensor belongs to experts. This module is the only one
-that calls transformers' loading code, and only for its models: `get_model_conversion_mapping`, which peft uses too, and
-of `core_model_loading` the functions that match names, `rename_source_key`, `apply_converters`, `apply_renamings` and
-`dot_natural_key`.
+own operations do it here, on the tensors of one expert where the tensor belongs to experts. Only this module calls
+transformers' loading code, by `hecate.pretrained.versions` and for its models: `get_model_conversion_mapping`, which
+peft uses too, and what matches names and converts tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hecate.pretrained.versions import converted, copied, loading, renamed, run, used
 
 __all__ = ["Format", "Results", "Step", "format_of", "not_per_expert", "steps_to_read", "steps_to_write"]
 
@@ -94,7 +95,7 @@ class Step:
         for pattern, several in tensors.items():
             for tensor in several:
                 self.converter.add_tensor(self.target, self.target, pattern, tensor)
-        results = self.converter.convert(self.target, model=_Shapes(shapes), config=config)
+        results = run(self.converter, self.target, _Shapes(shapes), config)
         named = {self.renamed(name): t[0] if isinstance(t, list) else t for name, t in results.items()}
         if len(named) < len(results):
             raise ValueError(f"{', '.join(results)} become {', '.join(named)}; names must be distinct")
@@ -103,9 +104,7 @@ class Step:
     def of_expert(self, expert: int) -> Step:
         """Where the results are one tensor an expert: this step for the only expert `expert` `[1, ...]`."""
         targets = [pattern.replace("*", str(expert)) for pattern in self.converter.target_patterns]
-        operations = self.converter.operations
-        one = self.converter.copy(list(self.converter.source_patterns), targets, operations=operations)
-        return replace(self, target=self.target.replace("*", str(expert)), converter=one)
+        return replace(self, target=self.target.replace("*", str(expert)), converter=copied(self.converter, targets))
 
 
 Results = dict[str, Tensor]
@@ -126,19 +125,17 @@ def format_of(model: nn.Module) -> Format:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return Format()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
+    load = loading()
     buffers = [name for name, _ in model.named_buffers()]
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     ignored |= {r"rotary_emb\.inv_freq"} if any(b.endswith("rotary_emb.inv_freq") for b in buffers) else set()
     ignored |= {r"(^|\.)position_ids$"} if any(b.endswith("position_ids") for b in buffers) else set()
     writes = getattr(model, "_weight_conversions", None)
     if writes is None:  # never loaded: as `PreTrainedModel.save_pretrained` does then
-        usual = get_model_conversion_mapping(model, add_legacy=False)
-        writes = [transform for transform in usual if not isinstance(transform, PrefixChange)]
+        usual = load.mapping(model, add_legacy=False)
+        writes = [transform for transform in usual if not isinstance(transform, load.prefix_change)]
     return Format(
-        reads=tuple(get_model_conversion_mapping(model)),
+        reads=tuple(load.mapping(model)),
         writes=tuple(writes),
         prefix=model.base_model_prefix,
         config=model.config,
@@ -159,48 +156,40 @@ def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> 
     if form.config is None:
         keys = sorted(keys)
         return [Step(k, {k: [k]}) for k in keys if k in names], [k for k in keys if k not in names], form
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
+    load = loading()
     transforms = deepcopy(form.reads)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if isinstance(t, load.renaming)]
+    converters = [t for t in transforms if isinstance(t, load.converter)]
     present = dict.fromkeys(names, True)
     steps: dict[str, Step] = {}
     unexpected = []
-    for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, form.prefix, present)
+    keys = sorted(keys, key=load.natural_key)
+    for key in keys:
+        name, pattern = load.rename(key, renamings, converters, form.prefix, present)
         if name not in names and key in names:
-            name, pattern = rename_source_key(key, [], [], form.prefix, present)
+            name, pattern = load.rename(key, [], [], form.prefix, present)
         if name in names:
             _add(steps, name, key, pattern, converters)
         elif not _any_matches(form.ignored_unexpected, (name, key)):
             unexpected.append(key)
-    used = tuple(t for t in transforms if t.was_used())
-    return list(steps.values()), unexpected, replace(form, writes=used)
+    return list(steps.values()), unexpected, replace(form, writes=used(transforms, keys))
 
 
 def steps_to_write(form: Format, names: Iterable[str]) -> list[Step]:
     """How the tensors in files are made from those of the model: transforms reversed, the last one first."""
     if form.config is None:
         return [Step(name, {name: [name]}) for name in names]
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        apply_converters,
-        apply_renamings,
-        dot_natural_key,
-    )
-
+    load = loading()
     transforms = [t.reverse_transform() for t in form.writes[::-1]]
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if isinstance(t, load.renaming)]
+    converters = [t for t in transforms if isinstance(t, load.converter)]
     steps: dict[str, Step] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = apply_converters(name, converters)
-        _add(steps, apply_renamings(name, renamings) if pattern is None else target, name, pattern, converters)
+    for name in sorted(names, key=load.natural_key):
+        target, pattern = converted(name, converters)
+        _add(steps, renamed(name, renamings) if pattern is None else target, name, pattern, converters)
     for target, step in steps.items():
         if step.converter is not None:
-            steps[target] = replace(step, renamed=lambda name: str(apply_renamings(name, renamings)))
+            steps[target] = replace(step, renamed=lambda name: renamed(name, renamings))
     return list(steps.values())
 
 
