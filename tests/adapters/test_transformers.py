@@ -6,7 +6,7 @@ import pytest
 
 import hecate
 from tests.adapters.parity import compare_with_plain
-from tests.adapters.tiny import ARCHITECTURES
+from tests.adapters.tiny import ARCHITECTURES, known
 from tests.workers import Groups
 
 CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
@@ -33,8 +33,6 @@ OFTEN = (
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(
-    "model_type", [a if a in OFTEN else pytest.param(a, marks=pytest.mark.long) for a in ARCHITECTURES]
-)
+@pytest.mark.parametrize("model_type", known(ARCHITECTURES, OFTEN))
 def test_parity(groups: Groups, model_type: str, world_size: int) -> None:
     groups(world_size).run(compare_with_plain, model_type, CONFIG)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, PreTrainedModel, __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SIZES: Mapping[str, Any] = {
@@ -143,6 +146,28 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """model_type of a config class -> what it needs beyond `SIZES`."""
+
+
+def known(model_types: Iterable[str], often: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those not in `often` are long, those that this transformers lacks are skipped."""
+    return [
+        pytest.param(model_type, marks=[skip_unknown(model_type), *([] if model_type in often else [pytest.mark.long])])
+        for model_type in model_types
+    ]
+
+
+def skip_unknown(model_type: str) -> pytest.MarkDecorator:
+    """Skips if an older version has no such class, or one that does not follow the experts interface yet."""
+    lacks = Version(__version__) < Version("5.21") and not _follows_interface(model_type)
+    return pytest.mark.skipif(lacks, reason=f"transformers {__version__} lacks {model_type}, or its experts interface")
+
+
+@cache
+def _follows_interface(model_type: str) -> bool:
+    if model_type not in CONFIG_MAPPING:
+        return False
+    with torch.device("meta"):
+        return any(hasattr(module, "is_transposed") for module in tiny_model(model_type).modules())
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
