@@ -58,6 +58,23 @@ def test_weights_that_the_interface_promises_but_lacks() -> None:
         hecate.fully_shard(model)
 
 
+def test_experts_of_an_early_transformers_5() -> None:
+    """Its interface did not say yet that experts have a gate and no norm behind them."""
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        del layer.mlp.experts.has_gate, layer.mlp.experts.has_post_expert_norm
+    hecate.fully_shard(model)
+    tokens = torch.arange(3, 11).unsqueeze(0)
+    torch.testing.assert_close(model(tokens).logits, tiny_model("mixtral")(tokens).logits)
+
+
+def test_two_flags_of_the_interface_make_no_experts() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].has_bias, model[0].is_transposed = True, False
+    with pytest.raises(ValueError, match="Sequential has no MoE layer that fits"):
+        hecate.fully_shard(model)
+
+
 def test_quantized_experts_are_refused() -> None:
     model = tiny_model("mixtral")
     experts = model.model.layers[0].mlp.experts
