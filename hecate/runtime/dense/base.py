@@ -17,10 +17,12 @@ class Dense(ABC):
     Attributes:
         sync: whether `reduce` is to reduce; False inside `no_sync`.
         awaited: whether a backward pass runs that `reduce` will end.
+        keeps_weights: whether tensors that a pass computed with stay as they are until the next step.
     """
 
     sync = True
     awaited = False
+    keeps_weights = True
 
     def set_sync(self, sync: bool) -> None:
         """Reduce gradients after the backward passes from now on, or accumulate them only."""

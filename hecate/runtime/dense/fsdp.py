@@ -30,6 +30,8 @@ class ShardedDense(Dense):
         ignored: parameters left alone.
     """
 
+    keeps_weights = False
+
     def __init__(self, setup: Setup, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         ignored = set(ignored) | {p for p in model.parameters() if not p.ndim}
         kept = kept_in_float32(model)

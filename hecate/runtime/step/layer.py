@@ -106,13 +106,23 @@ def _run(
     with label("experts", spec.name):
         rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies))
     if rows.requires_grad:
-        # Runs before the backward of the experts, which reads their weights.
-        token = passes.token()
-        rows.register_hook(lambda grad: passes.before_expert_gradients(record.copies, token))
+        _gather_for_backward(rows, passes, record.copies)
     with label("combine", spec.name):
         output = record.dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
     passes.after_layer(index, record)
     return output
+
+
+def _gather_for_backward(rows: Tensor, passes: Passes, copies: LayerCopies) -> None:
+    """The backward of the experts reads their weights: see to it that they are here when a gradient of `rows` comes."""
+    token = passes.token()
+
+    def gather(gradient: Tensor) -> None:
+        passes.before_expert_gradients(copies, token)
+        if gradient.requires_grad:  # create_graph=True: differentiated again, it leads to the same weights
+            gradient.register_hook(gather)
+
+    rows.register_hook(gather)
 
 
 def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights) -> Tensor:

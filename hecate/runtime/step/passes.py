@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -237,8 +238,15 @@ class Passes:
     # Backward.
 
     def begin_backward(self, token: GraphToken) -> None:
-        """Gradients of a micro-batch are about to flow; nothing to do if they do already."""
-        micro_batch = self._backward_of = token.micro_batch
+        """Gradients of a micro-batch are about to flow; nothing to do if they do already.
+
+        Raises:
+            RuntimeError: under create_graph=True, if weights that a second differentiation reads will not be there.
+        """
+        micro_batch = token.micro_batch
+        if micro_batch.number not in self._in_backward and torch.is_grad_enabled():
+            self._check_create_graph()
+        self._backward_of = micro_batch
         if micro_batch.number in self._in_backward:
             return
         self._book(micro_batch)
@@ -252,6 +260,19 @@ class Passes:
         micro_batch.advance(PassState.BACKWARD)
         self._in_backward[micro_batch.number] = micro_batch
         self._launch_again(len(self._layers) - 1)
+
+    def _check_create_graph(self) -> None:
+        """The graph of a backward pass reads weights when nothing tells in time that they must be here."""
+        reason = None
+        if self._rematerialize:
+            reason = "rematerialize=True writes other layers' experts over those"
+        elif not self._dense.keeps_weights:
+            reason = "dense='fsdp' frees those"
+        if reason is not None:
+            raise RuntimeError(
+                f"create_graph=True: {reason} that the second backward pass reads; set rematerialize=False and "
+                "dense='replicate', or leave create_graph out"
+            )
 
     def _book(self, micro_batch: MicroBatch) -> None:
         """Count the loads of a pass that is trained on, once, however often its backward runs."""
