@@ -117,6 +117,8 @@ class Engine:
         # Inside one autocast region, a second pass would reuse casts of weights that FSDP2 has freed since: its
         # gradients of them are lost.
         torch.clear_autocast_cache()
+        if torch.is_grad_enabled():
+            self.passes.watch_pools()
         self._dense.enter()
         if self._placements is None:
             self._placements = self._begin_step()

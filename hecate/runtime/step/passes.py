@@ -86,6 +86,19 @@ class Passes:
         # An outer reentrant checkpoint ran the original without gradients: what runs now is the real forward pass.
         return bool(self._in_backward) or waits
 
+    def watch_pools(self) -> None:
+        """Complete a pool's gradients before autograd runs the hooks that users registered for that moment.
+
+        Raises:
+            RuntimeError: a user's hook on a pool would never run.
+        """
+        for pool in self._pools:
+            for kind, parameter in pool.trainable():
+                refuse_hooks(f"expert weights {kind!r} of {pool.specs[0].name}", parameter)
+                if id(parameter) not in self._nodes:
+                    node = self._nodes[id(parameter)] = get_gradient_edge(parameter).node
+                    node.register_prehook(lambda grads, pool=pool, parameter=parameter: self._before(pool, parameter))
+
     def begin_forward(self, step: int, placements: Sequence[Placement], with_grad: bool) -> None:
         """A micro-batch begins: launch the copies of the first layer. Collective.
 
@@ -96,8 +109,6 @@ class Passes:
         """
         self._release_freed()
         self._leave_forward()
-        if with_grad:
-            self._watch_pools()
         self._step, self._placements = step, placements
         self._number += 1
         self._runs = True
@@ -122,15 +133,6 @@ class Passes:
             self._dense.leave()
         # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
         self._leave_forward()
-
-    def _watch_pools(self) -> None:
-        """Complete a pool's gradients before autograd runs the hooks that users registered for that moment."""
-        for pool in self._pools:
-            for kind, parameter in pool.trainable():
-                refuse_hooks(f"expert weights {kind!r} of {pool.specs[0].name}", parameter)
-                if id(parameter) not in self._nodes:
-                    node = self._nodes[id(parameter)] = get_gradient_edge(parameter).node
-                    node.register_prehook(lambda grads, pool=pool, parameter=parameter: self._before(pool, parameter))
 
     def _before(self, pool: ExpertPool, parameter: Tensor) -> None:
         """All layers of the pool have run backward."""

@@ -1,0 +1,70 @@
+"""The states of a layer's copies: what may be done in which, and the memory that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hecate.placement import Placement
+from hecate.runtime.experts.copies import CopyState, LayerCopies
+from tests.runtime.helpers import Pair, error_of, net, world
+from tests.workers import Groups
+
+
+def _states(rematerialize: bool) -> None:
+    pair = Pair(net((4,)), dense="replicate", rematerialize=rematerialize, memory_slots=2)
+    pair.model(torch.zeros(0, 8, dtype=torch.float64))  # reserves the buffers that layers share
+    layer = pair.engine._engine.layers[0].experts
+    before = layer.memory.now
+    owners = layer.owners
+    one, all_ = owners.matrix.copy(), owners.matrix.copy()
+    one[0] = all_[:2] = True
+    copies = LayerCopies(layer, Placement(one))
+
+    def refused(act: Any, state: CopyState, needed: CopyState) -> None:
+        assert copies.state is state
+        error = error_of(act)
+        assert error == f"RuntimeError: moes.0.experts: its copies are {state.value}, must be {needed.value}", error
+        assert copies.state is state
+
+    sharded, gathering, held = CopyState.SHARDED, CopyState.GATHERING, CopyState.HELD
+    refused(copies.parts, sharded, held)
+    refused(lambda: copies.reduce({}), sharded, held)
+    refused(lambda: copies.extend(Placement(all_)), sharded, gathering)
+    copies.launch()
+    refused(copies.parts, gathering, held)
+    refused(lambda: copies.reduce({}), gathering, held)
+    copies.launch()  # is under way
+    copies.extend(Placement(all_))
+    copies.ensure_held()
+    refused(lambda: copies.extend(Placement(all_)), held, gathering)
+    own_buffer = 0 if rematerialize else layer.buffer_bytes
+    assert layer.memory.now - before == own_buffer
+    _check_rows(pair, copies)
+    copies.release()
+    copies.release()
+    assert layer.memory.now == before
+    refused(copies.parts, sharded, held)
+    copies.ensure_held()  # gathers again, all at once
+    _check_rows(pair, copies)
+    copies.release()
+
+
+def _check_rows(pair: Pair, copies: LayerCopies) -> None:
+    """Every expert held here has the plain model's weights."""
+    experts = pair.plain.moes[0].experts
+    seen = []
+    for positions, weights in copies.parts():
+        for kind, rows in weights.items():
+            held = [copies.experts[i] for i in positions]
+            assert torch.equal(rows, getattr(experts, kind)[held])
+        seen += positions
+    assert seen == list(range(len(copies.experts)))
+    assert set(copies.experts) == set(copies.placement.held_by(copies.layer.comms.rank).tolist())
+    assert world() == 1 or len(copies.experts) >= 2
+
+
+def test_states(groups: Groups) -> None:
+    for rematerialize in (False, True):
+        groups(2).run(_states, rematerialize)
