@@ -106,23 +106,29 @@ def _run(
     with label("experts", spec.name):
         rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies))
     if rows.requires_grad:
-        _gather_for_backward(rows, passes, record.copies)
+        rows.register_hook(_GatherForBackward(passes, record.copies))
     with label("combine", spec.name):
         output = record.dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
     passes.after_layer(index, record)
     return output
 
 
-def _gather_for_backward(rows: Tensor, passes: Passes, copies: LayerCopies) -> None:
-    """The backward of the experts reads their weights: see to it that they are here when a gradient of `rows` comes."""
-    token = passes.token()
+class _GatherForBackward:
+    """The hook of a layer's rows: the backward of its experts reads their weights, so they must be here by then.
 
-    def gather(gradient: Tensor) -> None:
-        passes.before_expert_gradients(copies, token)
+    An object, for a function that registers itself again would be in a cycle, and the graph would live until Python
+    looks for those.
+    """
+
+    def __init__(self, passes: Passes, copies: LayerCopies) -> None:
+        self._passes = passes
+        self._copies = copies
+        self._token = passes.token()
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._passes.before_expert_gradients(self._copies, self._token)
         if gradient.requires_grad:  # create_graph=True: differentiated again, it leads to the same weights
-            gradient.register_hook(gather)
-
-    rows.register_hook(gather)
+            gradient.register_hook(self)
 
 
 def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights) -> Tensor:

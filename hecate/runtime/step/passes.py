@@ -116,7 +116,7 @@ class Passes:
         if with_grad:
             self._kept[self._number] = self._current
             self._token = self._current.new_token()
-            weakref.finalize(self._token, self._graphs_gone.append, self._number).atexit = False
+            weakref.finalize(self._token, self._graph_gone, self._number).atexit = False
         self._launch(0)
 
     def end_forward(self, outputs: Sequence[Tensor]) -> None:
@@ -154,6 +154,14 @@ class Passes:
         if self._current is not None and self._current.state is PassState.FORWARD:
             self._current.drop_launched()
             self._current.advance(PassState.WAITING if self._current.with_grad else PassState.ENDED)
+
+    def _graph_gone(self, number: int) -> None:
+        """Python frees a graph, at any moment. If no backward pass can come any more, parameters go where they belong;
+        copies wait for the next pass, which releases them in the same order on all ranks.
+        """
+        self._graphs_gone.append(number)
+        if number in self._kept and not self._runs and not in_backward() and self._kept.keys() <= {*self._graphs_gone}:
+            self._dense.leave_evaluation()
 
     def _release_freed(self) -> None:
         """End micro-batches whose graph is gone: no backward pass can reach them."""

@@ -1,4 +1,4 @@
-"""A parameter that no pass has reached keeps no gradient, on any mesh: optimizers leave it alone, as the plain model's."""
+"""A parameter that no pass has reached has no gradient, on any mesh: optimizers leave it alone, as the plain one."""
 
 from __future__ import annotations
 

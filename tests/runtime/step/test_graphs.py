@@ -98,7 +98,7 @@ def _saliency() -> None:
             pair.warm_up(lm_loss(9))
             activations: list[Tensor] = []
             for model in pair.both:
-                model.blocks[0].register_forward_hook(lambda module, args, output: activations.append(output[0]))
+                model.blocks[0].register_forward_hook(lambda *given, kept=activations: kept.append(given[-1][0]))
             loss = lm_loss(0)(pair.model, rank())
             (gradient,) = torch.autograd.grad(loss, activations[-1], retain_graph=True)
             loss.backward()

@@ -1,4 +1,4 @@
-"""Hooks on parameters: an optimizer in the backward pass is the plain model's; hooks that would never run are refused."""
+"""Hooks on parameters: an optimizer in the backward pass trains as the plain one; hooks that never run are refused."""
 
 from __future__ import annotations
 

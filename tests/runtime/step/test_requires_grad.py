@@ -1,4 +1,4 @@
-"""`requires_grad` changed after sharding: gradual unfreezing, freezing, at any moment; as the plain model follows it."""
+"""`requires_grad` changed after sharding, at any moment: gradual unfreezing and freezing, as the plain model has it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,186 @@
+"""Forward passes that no backward pass follows: they leave parameters, memory and loads as a plain model does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.runtime.helpers import Pair, case, error_of, gpt, lm_loss, rank, tokens, world
+from tests.workers import Groups
+
+TOKENS = 2 * 8 * 2  # of one rank in one pass, times top-k
+
+
+def _evaluate(pair: Pair, seed: int = 50) -> None:
+    with torch.no_grad():
+        pair.model(*tokens(seed, rank()))
+
+
+def _evaluate_with_grad(pair: Pair) -> None:
+    pair.model.eval()
+    assert pair.model(*tokens(50, rank())).loss.item() > 0
+    pair.model.train()
+
+
+def _evaluate_in_forward_of_training(pair: Pair) -> None:
+    """Between the forward and the backward pass of another micro-batch, whose gradients nobody uses."""
+    loss = lm_loss(50)(pair.model, rank())
+    _evaluate(pair)
+    loss.backward()
+    pair.model.zero_grad()
+
+
+EVALUATIONS: tuple[Callable[[Pair], None], ...] = (_evaluate, _evaluate_with_grad, _evaluate_in_forward_of_training)
+
+
+def _evaluation_before(what: str, dense: str) -> None:
+    """A training loop that evaluates just before the optimizer is made, gradients are clipped or set to zero."""
+    for evaluate in EVALUATIONS:
+        for changes in ({}, {"rematerialize": True, "reshard_interval": 1}):
+            with case(f"{evaluate.__name__}, {changes}"):
+                _train(Pair(gpt(), dense=dense, **changes), evaluate, what)
+
+
+def _train(pair: Pair, evaluate: Callable[[Pair], None], what: str) -> None:
+    if what == "optimizer":
+        evaluate(pair)
+    optimizers = pair.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2))
+    for seed in range(2):
+        pair.backward(lm_loss(seed))
+        if what == "clip" and evaluate is not _evaluate_in_forward_of_training:
+            evaluate(pair)
+        norm = pair.engine.clip_grad_norm_(0.1)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(pair.plain.parameters(), 0.1), rtol=1e-9, atol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+        if what == "zero_grad":
+            evaluate(pair)
+        for model in pair.both:
+            model.zero_grad()
+    pair.check_state(rtol=1e-8)
+
+
+@pytest.mark.parametrize("what", ["optimizer", "clip", "zero_grad"])
+@pytest.mark.parametrize("dense", ["fsdp", "replicate"])
+def test_evaluation_before(groups: Groups, what: str, dense: str) -> None:
+    groups(2).run(_evaluation_before, what, dense)
+
+
+def _generation(dense: str) -> None:
+    """Token by token, as `generate()` calls the model, before the optimizer is made and between steps."""
+    pair = Pair(gpt(), dense=dense)
+    for step in range(2):
+        given = tokens(70 + step, rank())[0][:, :3]
+        for model in pair.both:
+            model.eval()
+        ours, plain = given, given
+        for _ in range(3):
+            with torch.no_grad():
+                ours = torch.cat([ours, pair.model(ours).logits[:, -1:].argmax(-1)], dim=1)
+                plain = torch.cat([plain, pair.plain(plain).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(ours, plain)
+        for model in pair.both:
+            model.train()
+        optimizers = pair.optimizers(lambda p: torch.optim.SGD(p, lr=0.1))
+        pair.backward(lm_loss(step))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        pair.check_state()
+
+
+@pytest.mark.parametrize("dense", ["fsdp", "replicate"])
+def test_generation_between_steps(groups: Groups, dense: str) -> None:
+    groups(2).run(_generation, dense)
+
+
+# Passes whose output is dropped.
+
+
+def _live_bytes() -> int:
+    gc.collect()
+    held = {}
+    for tensor in (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def _memory(frozen: bool) -> None:
+    for changes in ({}, {"rematerialize": True}, {"dense": "replicate"}):
+        with case(f"{frozen=}, {changes}"):
+            pair = Pair(gpt().requires_grad_(not frozen), **changes)
+            if not frozen:
+                pair.warm_up(lm_loss(9))
+            pair.model.eval()
+            used: list[tuple[int, int]] = []
+            for number in range(21):
+                assert lm_loss(number)(pair.model, rank()).item() > 0
+                if number in (2, 20):
+                    used.append((_live_bytes(), pair.engine._copies_memory.now))
+            assert used[1] <= used[0], used
+            assert len(pair.engine._engine.passes._kept) <= 1
+            assert pair.engine.stats()["step"] == (not frozen)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_stays_the_same_over_many_passes(groups: Groups, frozen: bool) -> None:
+    groups(2).run(_memory, frozen)
+
+
+def _loads_of(pair: Pair) -> list[int]:
+    return [int(layer["loads"].sum()) for layer in pair.engine.stats()["layers"]]
+
+
+def _not_booked() -> None:
+    """Only what is trained on counts: of a step, and in the history that the next one is planned from."""
+    for changes in ({}, {"rematerialize": True}, {"dense": "replicate"}):
+        with case(changes):
+            pair = Pair(gpt(), **changes)
+            optimizer = torch.optim.SGD(pair.model.parameters(), lr=0.1)
+            for seed in range(3):
+                lm_loss(10 + seed)(pair.model, rank())  # dropped at once
+                dropped = lm_loss(20 + seed)(pair.model, rank())
+                _evaluate(pair)
+                lm_loss(seed)(pair.model, rank()).backward()
+                del dropped
+                optimizer.step()
+                optimizer.zero_grad()
+                assert _loads_of(pair) == [TOKENS * world()] * 2
+            for layer in pair.engine._engine.layers:
+                assert layer.history.array().sum(axis=(1, 2)).tolist() == [TOKENS * world()] * 3
+            assert pair.engine.stats()["step"] == 3
+
+
+def test_passes_without_backward_are_not_booked(groups: Groups) -> None:
+    groups(2).run(_not_booked)
+
+
+def _backbone() -> list[str]:
+    """A part of the model called by itself, before any pass, after an evaluation and after a step."""
+
+    def call(pair: Pair) -> Any:
+        return lambda: pair.model.blocks[0](torch.zeros(1, 8, 8, dtype=torch.float64))
+
+    pair = Pair(gpt(), dense="none")
+    errors = [error_of(call(pair))]
+    _evaluate(pair)
+    errors.append(error_of(call(pair)))
+    with torch.no_grad():
+        errors.append(error_of(call(pair)))
+    pair.warm_up(lm_loss(0))
+    errors.append(error_of(call(pair)))
+    pair.warm_up(lm_loss(0))  # the model itself goes on
+    return errors
+
+
+def test_backbone_instead_of_the_model(groups: Groups) -> None:
+    for errors in groups(2).run(_backbone):
+        assert len(errors) == 4
+        for error in errors:
+            assert error.startswith("RuntimeError: blocks.0.moe.experts: called outside a forward pass of the model")
+            assert error.endswith("call that model instead")
