@@ -1,7 +1,7 @@
 """Random settings and patterns of use against the plain model, in float64.
 
 `python -m tests.runtime.fuzz --cases 500 --seed 0` draws case after case and prints each one that fails, with the
-command that repeats it: `python -m tests.runtime.fuzz --only SEED`. A seed decides everything, the number of devices too.
+command that repeats it: `python -m tests.runtime.fuzz --only SEED`. A seed decides everything, also how many devices.
 """
 
 from __future__ import annotations

@@ -119,6 +119,8 @@ class Engine:
         torch.clear_autocast_cache()
         if torch.is_grad_enabled():
             self.passes.watch_pools()
+        # Python frees the graph of a dropped pass at other moments on other ranks: start from one state on all.
+        self._dense.leave_evaluation()
         self._dense.enter()
         if self._placements is None:
             self._placements = self._begin_step()

@@ -1,4 +1,4 @@
-"""Several forward and backward passes: retained graphs, outer checkpoints, passes in flight, losses dropped, two models."""
+"""Several passes: retained graphs, outer checkpoints, passes in flight, losses dropped, two models."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""What `FSSDP.stats()` says of plans: how even they are, how even they could be, and what stands in the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hecate.cost import CostModel, LayerCost
+from hecate.placement import Placement, Topology
+from hecate.planning.plan import Plan
+from hecate.planning.quota import exact_quota
+from hecate.policies.base import LayerSetting
+from hecate.runtime.plans.stats import LayerTotals
+
+TOPOLOGY = Topology(4, devices_per_node=2)
+OWNERS = np.array([0, 1, 2, 3])
+COST = LayerCost(CostModel(), expert_bytes=1, gradient_bytes=1, token_flops=1, token_bytes=1, dense_token_flops=1)
+SETTING = LayerSetting(TOPOLOGY, COST, 1, 1.0, "auto", "always", 4)
+
+
+def plan_of(loads: list[int], copies: list[tuple[int, int]]) -> Plan:
+    """Every device routes the same to each expert; `copies` are (expert, device)."""
+    matrix = Placement.from_owners(OWNERS, 4).matrix.copy()
+    for expert, device in copies:
+        matrix[expert, device] = True
+    placement, counts = Placement(matrix), np.tile(np.array(loads, dtype=np.int64) // 4, (4, 1))
+    return Plan.build(placement, OWNERS, TOPOLOGY, exact_quota(counts, placement, TOPOLOGY))
+
+
+def entry(plan: Plan, setting: LayerSetting = SETTING) -> dict[str, object]:
+    totals = LayerTotals(np.zeros((4, 4), dtype=np.int64))
+    totals.add(plan.counts, plan, top_k=1)
+    return totals.report("layer", setting)
+
+
+def test_before_the_first_micro_batch() -> None:
+    report = LayerTotals(np.zeros((4, 4), dtype=np.int64)).report("layer", SETTING)
+    assert (report["lower_bound"], report["limited_by"], report["crossings"]) == (1.0, None, 0)
+
+
+def test_even_loads_are_limited_by_nothing() -> None:
+    report = entry(plan_of([16, 16, 16, 16], []))
+    assert (report["lower_bound"], report["limited_by"], report["imbalance_after"]) == (1.0, None, 1.0)
+
+
+def test_crossings_are_nodes_that_hold_a_foreign_expert() -> None:
+    """Expert 0 lives in node 0: a copy there crosses nothing, two in node 1 cross once."""
+    assert entry(plan_of([64, 0, 0, 0], [(0, 1)]))["crossings"] == 0
+    assert entry(plan_of([64, 0, 0, 0], [(0, 1), (0, 2)]))["crossings"] == 1
+    report = entry(plan_of([64, 0, 0, 0], [(0, 1), (0, 2), (0, 3)]))
+    assert (report["crossings"], report["copies"]) == (1, 3)
+    assert report["limited_by"] is None
+
+
+def test_lower_bound_is_what_the_slots_allow() -> None:
+    """Without slots a device computes all that its experts get; with one, the hottest expert can be everywhere."""
+    plan = plan_of([64, 0, 0, 0], [])
+    assert entry(plan, replace(SETTING, memory_slots=0))["lower_bound"] == 4.0
+    assert entry(plan)["lower_bound"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"memory_slots": 0}, "memory_slots=0 allow 4.000 at best"),
+        ({"calibrate": False}, "calibrate=False, so copies are planned from past loads alone"),
+        ({"calibrate": "pays"}, "by the cost model further copies cost more than they save"),
+        ({"calibrate": "always"}, "the policy found no better copies within memory_slots=1"),
+    ],
+)
+def test_limited_by_names_the_setting(changes: dict[str, object], reason: str) -> None:
+    report = entry(plan_of([64, 0, 0, 0], []), replace(SETTING, **changes))  # type: ignore[arg-type]
+    assert report["limited_by"] == f"imbalance 4.000 > max_imbalance=1: {reason}"
+
+
+def test_a_wide_dial_is_met() -> None:
+    assert entry(plan_of([64, 0, 0, 0], []), replace(SETTING, max_imbalance=4.0))["limited_by"] is None
