@@ -323,6 +323,8 @@ def _save_and_load(run: Run) -> None:
         for parameter in run.model.parameters():
             parameter.mul_(2.0)
     run.engine.load(path, optimizer)
+    for parameter in run.plain.parameters():  # `load` drops gradients; zeros would let a frozen weight decay
+        parameter.grad = None
 
 
 def _snapshot(run: Run) -> None:
