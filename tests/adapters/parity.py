@@ -40,7 +40,8 @@ class Precision:
 BF16_TOLERANCE = 5e-2
 """One rounding to bfloat16 (8 bits) is off by up to 2**-9 = 0.2 %. Both runs round as often, at other places: they
 add the tokens of the ranks in another order. A gradient has passed some hundred roundings, whose errors add up like
-their square root: up to 3.6 % was seen. An expert or a rank left out, or a sum in place of a mean, is off by tens of percent.
+their square root: up to 3.6 % was seen. An expert or a rank left out, or a sum in place of a mean, is off by tens of
+percent.
 """
 BF16_MODEL = Precision(torch.bfloat16, steps=2, tolerance=BF16_TOLERANCE)
 BF16_COMPUTE = Precision(param_dtype=torch.bfloat16, steps=2, tolerance=BF16_TOLERANCE)
