@@ -121,7 +121,7 @@ def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precisi
         precision: of the new group.
 
     Returns:
-        False, and nothing is changed, with a torch whose modules have one group only (before 2.12).
+        False, and nothing is changed, with a torch whose modules have one group only (2.11).
     """
     groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
     if groups is None:

@@ -223,7 +223,7 @@ def not_per_expert(step: Step) -> str | None:
         elif kind in ("Concatenate", "Chunk", "Interleave", "Transpose"):
             alone = 0 not in dims and getattr(operation, "num_shards_attribute", None) is None
         else:
-            alone = kind == "Force16BytesAlignment"  # of transformers before 5.4: a copy with the same values
+            alone = kind == "Force16BytesAlignment"  # of transformers 5.0: a copy with the same values
         if not alone:
             return repr(operation)
     return None

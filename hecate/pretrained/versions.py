@@ -15,7 +15,7 @@ class Loading:
     """Names of transformers' loading code.
 
     Attributes:
-        converter, renaming, prefix_change: classes of transforms; the last one is an empty tuple before 5.7.
+        converter, renaming, prefix_change: classes of transforms; the last one is an empty tuple in 5.0.
         mapping: `get_model_conversion_mapping`.
         rename: `rename_source_key`.
         natural_key: `dot_natural_key`.
@@ -69,7 +69,7 @@ def converted(name: str, converters: Iterable[Any]) -> tuple[str, str | None]:
 
 
 def used(transforms: Sequence[Any], keys: Iterable[str]) -> tuple[Any, ...]:
-    """Those of `transforms` that have matched one of `keys`; before 5.4 they do not say so themselves."""
+    """Those of `transforms` that have matched one of `keys`; in 5.0 they do not say so themselves."""
     if all(hasattr(t, "was_used") for t in transforms):
         return tuple(t for t in transforms if t.was_used())
     found: set[int] = set()
@@ -82,13 +82,13 @@ def used(transforms: Sequence[Any], keys: Iterable[str]) -> tuple[Any, ...]:
 
 
 def run(converter: Any, target: str, model: Any, config: Any) -> dict[str, Any]:
-    """What `converter` makes of the tensors it was given; before 5.4 errors came beside it."""
+    """What `converter` makes of the tensors it was given; in 5.0 errors come beside it."""
     results = converter.convert(target, model=model, config=config)
     return results[0] if isinstance(results, tuple) else results
 
 
 def copied(converter: Any, targets: list[str]) -> Any:
-    """The same converter with other target patterns; before 5.21 it had no `copy`."""
+    """The same converter with other target patterns; up to 5.20 it has no `copy`."""
     sources, operations = list(converter.source_patterns), converter.operations
     if hasattr(converter, "copy"):
         return converter.copy(sources, targets, operations=operations)

@@ -85,7 +85,7 @@ def test_groups_by_dtype(groups: Groups) -> None:
 
 
 def without_groups(way: Way) -> None:
-    """As with a torch before 2.12."""
+    """As with torch 2.11."""
     with patch("hecate.runtime.dense.fsdp.shard_beside", return_value=False):
         model = tiny_model(MODEL, dtype=torch.bfloat16)
         hecate.fully_shard(model, None, CONFIG)

@@ -21,7 +21,7 @@ class ShardedDense(Dense):
     """FSDP2 on the model's blocks and on the model, with its own hooks for passes and reductions.
 
     A block's weights are gathered together and reduced together, those of each dtype in a group of their own. Plain
-    tensors stay, for `ReplicatedDense`: parameters without dimensions, and with a torch before 2.12 those of all dtypes
+    tensors stay, for `ReplicatedDense`: parameters without dimensions, and with torch 2.11 those of all dtypes
     but the block's most common one.
 
     Args:
