@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -107,6 +108,8 @@ class FSSDP:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
+        while _abandoned:
+            _release(*_abandoned.popleft())
         setup = inspect(model, mesh, config)
         before = [weakref.ref(p) for p in model.parameters()]
         self.model = model
@@ -137,7 +140,7 @@ class FSSDP:
         self._experts = experts
         for module in experts:
             module.connect(self._engine)
-        self._garbage = weakref.finalize(self, _release_aside, self._comms, self._ahead, self._saves)
+        self._garbage = weakref.finalize(self, _release_garbage, self._comms, self._ahead, self._saves)
         self._garbage.atexit = False  # the interpreter has its own order of ending threads
         self._watch.on_step(self._after_step)
         if self.mesh is not None:
@@ -487,6 +490,13 @@ def _release(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
     comms.close()
 
 
-def _release_aside(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
-    """In a thread of its own: garbage is collected in any thread, also in those that are to end."""
-    threading.Thread(target=_release, args=(comms, ahead, saves), name="hecate-release", daemon=True).start()
+def _release_garbage(comms: Comms, ahead: PlanAhead, saves: Saves) -> None:
+    """Garbage is collected in any thread, also in one that is to end here: then the next engine does it."""
+    if threading.current_thread() is threading.main_thread():
+        _release(comms, ahead, saves)
+    else:
+        _abandoned.append((comms, ahead, saves))
+
+
+_abandoned: deque[tuple[Comms, PlanAhead, Saves]] = deque()
+"""Of engines that became garbage in another thread than the main one."""

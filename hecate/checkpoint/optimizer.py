@@ -14,7 +14,7 @@ from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
 from hecate.checkpoint.state import Entry, TrainingState, compare_names, expert_rows
-from hecate.runtime.experts.optimizer_states import BY_EXPERT, has_rows
+from hecate.runtime.experts.optimizer_states import BY_EXPERT
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.text import listed
 from hecate.values.local import local_tensor
@@ -24,7 +24,7 @@ __all__ = ["OPTIMIZER", "OptimizerTarget", "optimizer_entries", "optimizer_recor
 OPTIMIZER = "optimizer.state."
 
 # How a step is computed is the run's own choice; everything else in a parameter group is state.
-IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
+IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable", BY_EXPERT)
 
 
 def optimizer_entries(state: TrainingState, optimizer: Optimizer) -> dict[str, Entry]:
@@ -32,7 +32,7 @@ def optimizer_entries(state: TrainingState, optimizer: Optimizer) -> dict[str, E
     entries: dict[str, Entry] = {}
     for parameter, (names, pool) in _homes(state, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and key != BY_EXPERT:
+            if isinstance(value, Tensor):
                 entries |= _cut(names, pool, key, value)
     return entries
 
@@ -178,13 +178,14 @@ class OptimizerTarget:
                     if value.ndim:
                         pool.clear_padding(value)
             own |= self._record["scalars"].get(names[0], {})
-            own |= {BY_EXPERT: torch.tensor(False)} if pool is not None and has_rows(own) else {}
             self._optimizer.state.pop(parameter, None)
             if own:
                 self._optimizer.state[parameter] = own
         for group, values in zip(self._optimizer.param_groups, self._groups, strict=True):
             for key, value in values.items():
                 group[key] = _like(group.get(key), value)
+            if any(self._homes[parameter][1] is not None for parameter in group["params"]):
+                group[BY_EXPERT] = False
 
     def _check_kind(self) -> None:
         """By the settings: state of another kind would be missed in the first step. One side alone may have more."""

@@ -160,7 +160,7 @@ class Comms:
 def destroy(group: dist.ProcessGroup) -> None:
     """Destroy a group of our own, unless `destroy_process_group()` has destroyed all."""
     if dist.is_initialized():
-        with suppress(ValueError):  # torch does not know the group any more
+        with suppress(ValueError, KeyError):  # torch does not know the group any more
             dist.destroy_process_group(group)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,14 @@ class Stack:
     experts: Sequence[int]
 
 
+@runtime_checkable
+class HoldsStack(Protocol):
+    """An experts module whose stacked weights are in a pool."""
+
+    def stand_in(self, kind: str, parameter: Tensor) -> None:
+        """Have a parameter of its own again at the attribute of a stacked weight, until it is deleted."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """A parameter or buffer where a module has it.
@@ -66,8 +75,8 @@ class _Place:
         return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
     def put(self, tensor: Tensor) -> Tensor:
-        if self.tensor is None:  # `setattr` refuses a name that the module answers to already, as it does to this one
-            self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
+        if self.stack is not None and isinstance(self.module, HoldsStack):
+            self.module.stand_in(self.attribute, tensor)
         else:
             setattr(self.module, self.attribute, tensor)
         return tensor

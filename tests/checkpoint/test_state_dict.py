@@ -271,6 +271,9 @@ def misfits() -> None:
     assert f"{UP} has dtype torch.float32; with assign=True" in error_of(run, state | halves, assign=True)
     own = {UP: state[UP]} if dist.get_rank() == 0 else {UP: torch.zeros(3)}
     assert f"{UP} has shape (3,); must be (8, 32, 16) on rank 1; it was loaded on no rank" in error_of(run, state | own)
+    own = {UP: state[UP]} if dist.get_rank() == 0 else {UP: torch.zeros(8, 32, 16)}
+    message = error_of(run, state | own)
+    assert f"{UP} is a DTensor on rank 0, a plain tensor on rank 1; must be alike on all" in message
     here = state if dist.get_rank() == 1 else without
     message = error_of(run, here)
     assert f"{UP} is missing on rank 0" in message or f'Missing key(s) in state_dict: "{UP}".' in message

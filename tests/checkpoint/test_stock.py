@@ -62,10 +62,14 @@ def resumed(folder: str, way: Way, options: StateDictOptions, used: bool) -> Non
     assert_same(run, plain)
 
 
-@pytest.mark.parametrize("options", [PLAIN, FLAT], ids=["nested", "flat"])
 @pytest.mark.parametrize(
-    "way",
-    [Way(), Way(experts=5, dense="replicate"), Way(optimizer="groups", pools="layer"), Way(optimizer="Adafactor")],
+    ("way", "options"),
+    [
+        (Way(), FLAT),
+        (Way(experts=5, dense="replicate"), PLAIN),
+        (Way(optimizer="groups", pools="layer"), FLAT),
+        (Way(optimizer="Adafactor"), PLAIN),
+    ],
 )
 def test_two_devices_to_any_number(groups: Groups, tmp_path: Path, way: Way, options: StateDictOptions) -> None:
     groups(2).run(saved, str(tmp_path), way, options)

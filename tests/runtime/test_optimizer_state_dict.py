@@ -44,8 +44,9 @@ def by_layer_and_expert(way: Way) -> None:
     run.train(0, 3)
     plain.train(0, 3)
     kept = {key: value.clone() for key, value in own_state(run).items() if isinstance(value, Tensor)}
-    state = run.optimizer.state_dict()["state"][position(run)]
-    assert state[BY_EXPERT]
+    state_dict = run.optimizer.state_dict()
+    state = state_dict["state"][position(run)]
+    assert state_dict["param_groups"][0][BY_EXPERT] is True
     layers = [plain.model.get_parameter(f"blocks.{n}.moe.experts.up") for n in range(3)]
     for key in ("exp_avg", "exp_avg_sq"):
         entry = state[key]
@@ -54,7 +55,8 @@ def by_layer_and_expert(way: Way) -> None:
         whole = torch.cat([plain.optimizer.state[layer][key] for layer in layers])
         torch.testing.assert_close(entry.full_tensor(), whole, **TOLERANCE)
     assert float(state["step"]) == 3
-    assert not own_state(run)[BY_EXPERT]
+    assert run.optimizer.param_groups[0][BY_EXPERT] is False
+    assert own_state(run).keys() == plain.optimizer.state[layers[0]].keys()
     assert all(torch.equal(local_tensor(own_state(run)[key]), local_tensor(value)) for key, value in kept.items())
 
 
@@ -69,7 +71,7 @@ def in_order_on_one_rank() -> None:
     run.loss(0).backward()
     run.optimizer.step()
     if dist.get_rank() == 0:
-        assert run.optimizer.state_dict()["state"][position(run)][BY_EXPERT]
+        assert run.optimizer.state_dict()["param_groups"][0][BY_EXPERT] is True
 
 
 def test_nothing_is_sent_for_what_is_in_order(groups: Groups) -> None:
@@ -85,10 +87,10 @@ def loaded_before_it_is_known(folder: str, way: Way) -> None:
     run.optimizer = make_optimizer(way.optimizer, run.model)
     run.optimizer.load_state_dict(state)
     again = run.optimizer.state_dict()["state"][position(run)]
-    assert again[BY_EXPERT]
+    assert run.optimizer.param_groups[0][BY_EXPERT] is True
     assert torch.equal(again["exp_avg"], state["state"][position(run)]["exp_avg"])
     run.engine.save(folder, run.optimizer)
-    assert not own_state(run)[BY_EXPERT]
+    assert run.optimizer.param_groups[0][BY_EXPERT] is False
     other = way.run(seed=9)
     other.train(20, 22)
     other.engine.load(folder, other.optimizer)
@@ -128,6 +130,29 @@ def test_state_that_is_there_before_the_first_step(groups: Groups) -> None:
     groups(2).run(with_adagrad, Way())
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: it passes for an optimizer, but is none of torch's making."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.defaults, self.param_groups, self.state = inner.defaults, inner.param_groups, inner.state
+
+
+def saved_through_a_wrapper(folder: str) -> None:
+    run, other = Way().run(), Way().run(seed=9)
+    run.train(0, 3)
+    run.engine.save(folder, Wrapper(run.optimizer))
+    other.engine.load(folder, Wrapper(other.optimizer))
+    for trained in (run, other):
+        trained.train(3, 5)
+    state = run.engine.full_state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in other.engine.full_state_dict().items())
+
+
+def test_wrapper_without_hooks(groups: Groups, tmp_path: Path) -> None:
+    groups(2).run(saved_through_a_wrapper, str(tmp_path / "saved"))
+
+
 # What is refused.
 
 
@@ -162,6 +187,7 @@ def of_rows() -> None:
     state = deepcopy(run.optimizer.state_dict())
     by_hand = deepcopy(state)
     by_hand["state"][position(run)] = dict(own_state(run))
+    by_hand["param_groups"][0][BY_EXPERT] = run.optimizer.param_groups[0][BY_EXPERT]
     run.train(2, 4)
     before = run.engine.full_state_dict()["blocks.0.moe.experts.up"]
     moments = run.optimizer.state_dict()["state"]
@@ -169,8 +195,10 @@ def of_rows() -> None:
         lambda: run.optimizer.load_state_dict(by_hand)
     )
     unmarked = deepcopy(state)
-    del unmarked["state"][position(run)][BY_EXPERT]
-    assert f"of {UP} lacks 'hecate_by_expert' beside it" in error_of(lambda: run.optimizer.load_state_dict(unmarked))
+    del unmarked["param_groups"][0][BY_EXPERT]
+    assert "comes with a parameter group that lacks 'hecate_by_expert'" in error_of(
+        lambda: run.optimizer.load_state_dict(unmarked)
+    )
     other = deepcopy(state)
     other["state"][position(run)]["exp_avg"] = torch.zeros(23, 32, 16)
     assert "has shape (23, 32, 16); must be (24, 32, 16), by (layer, expert)" in error_of(
@@ -182,8 +210,8 @@ def of_rows() -> None:
     new = make_optimizer("AdamW", run.model)
     new.load_state_dict(unmarked)  # nobody looks at it yet
     run.loss(5).backward()
-    assert "lacks 'hecate_by_expert' beside it" in error_of(new.step)
-    assert "lacks 'hecate_by_expert' beside it" in error_of(lambda: run.engine.save("/nowhere", new))
+    assert "lacks 'hecate_by_expert', which tells its order" in error_of(new.step)
+    assert "lacks 'hecate_by_expert', which tells its order" in error_of(lambda: run.engine.save("/nowhere", new))
     assert torch.equal(run.engine.full_state_dict()["blocks.0.moe.experts.up"], before)
 
 

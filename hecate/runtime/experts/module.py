@@ -62,6 +62,12 @@ class ExpertsModule(nn.Module):
         shape = next(w.shape for w in spec.weights if w.kind == name)
         return InPool(f"{spec.name}.{name}", (spec.num_experts, *shape), self._hecate_storage.dtypes.master)
 
+    def stand_in(self, kind: str, parameter: Tensor) -> None:
+        """Have a parameter of its own again at the attribute of a stacked weight, until it is deleted."""
+        kinds, self.hecate_kinds = self.hecate_kinds, ()  # `setattr` refuses a name that is answered to already
+        setattr(self, kind, parameter)
+        self.hecate_kinds = kinds
+
     def keep(self, experts: LayerExperts) -> None:
         """Where the weights are."""
         self._hecate_experts = [experts]  # in a list: nn.Module looks at attributes
@@ -71,7 +77,7 @@ class ExpertsModule(nn.Module):
         return self._hecate_experts[0]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Collective, unless each device owns the experts of its part of the entry.
+        """As torch documents for subclasses that save otherwise. Collective, unless devices own their part of entries.
 
         With `keep_vars` gradients of entries reach the pool.
         """
@@ -107,15 +113,14 @@ def take_experts(
         everyone = gather({kind: _look_at(module, kind, entry, assign) for kind, entry in entries.items()})
         for kind, entry in entries.items():
             found = [by_kind[kind] for by_kind in everyone]
-            if all(f.problem is None for f in found):
+            if all(f == found[0] for f in found) and found[0].problem is None:
                 _load(layer, kind, entry)
             elif _only_on_rank_0(found):
                 _load(layer, kind, _from_rank_0(getattr(module, kind), entry, layer.pool.device))
             elif found[rank_and_world()[0]].problem == MISSING:
                 missing_keys.append(prefix + kind)
             else:
-                rank, problem = next((rank, f.problem) for rank, f in enumerate(found) if f.problem is not None)
-                error_msgs.append(f"{prefix}{kind} {problem} on rank {rank}; it was loaded on no rank.")
+                error_msgs.append(f"{prefix}{kind} {_difference(found)}; it was loaded on no rank.")
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,15 @@ def _look_at(module: ExpertsModule, kind: str, entry: Tensor | None, assign: boo
     if problem is None and assign and entry.dtype != weight.dtype:
         problem = f"has dtype {entry.dtype}; with assign=True, which experts only copy, it must be {weight.dtype}"
     return _Found(problem, whole=not isinstance(entry, DTensor))
+
+
+def _difference(found: list[_Found]) -> str:
+    """What keeps an entry from being loaded, and where."""
+    for rank, f in enumerate(found):
+        if f.problem is not None:
+            return f"{f.problem} on rank {rank}"
+    kinds = [f"a {'plain tensor' if f.whole else 'DTensor'} on rank {rank}" for rank, f in enumerate(found)]
+    return f"is {', '.join(kinds)}; must be alike on all"
 
 
 def _only_on_rank_0(found: list[_Found]) -> bool:

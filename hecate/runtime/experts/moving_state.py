@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from hecate.ranks.agree import agree, gather
 from hecate.ranks.same import check_equal
-from hecate.runtime.experts.optimizer_states import BY_EXPERT, OptimizerStates
+from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.values.local import local_tensor
 
@@ -42,10 +42,12 @@ class MovingState:
             ValueError: state that is not understood, which would stay behind; on all ranks.
         """
         own = {id(p) for p in pool.parameters.values()}
-        return [tensor for rows in self._found() for key, (home, tensor) in rows.items() if home in own]
+        values = [value for rows in self._found() for home, value in rows.values() if home in own]
+        # A wrapper may have the very state of the optimizer inside of it.
+        return [local_tensor(value) for value in {id(value): value for value in values}.values()]
 
     def _found(self) -> list[dict[str, tuple[int, Tensor]]]:
-        """Per optimizer that is alive on all ranks: parameter's name and key -> id of the parameter, local tensor."""
+        """Per optimizer that is alive on all ranks: parameter's name and key -> id of the parameter, and the tensor."""
         found = agree(lambda: {n: dict(self._rows(o)) for n, o in self._states.optimizers()})
         described = {
             n: {key: (tuple(t.shape), str(t.dtype)) for key, (_, t) in rows.items()} for n, rows in found.items()
@@ -64,8 +66,8 @@ class MovingState:
             for key, value in sorted(state.items()):
                 if home is None:
                     _check_other(optimizer, parameter, key, value)
-                elif key != BY_EXPERT and _has_rows(optimizer, f"{key} of {home[0]}", value, home[1]):
-                    yield f"{home[0]} {key}", (id(parameter), local_tensor(value))
+                elif _has_rows(optimizer, f"{key} of {home[0]}", value, home[1]):
+                    yield f"{home[0]} {key}", (id(parameter), value)
 
 
 def _has_rows(optimizer: Optimizer, what: str, value: object, pool: ExpertPool) -> bool:

@@ -64,7 +64,6 @@ class OptimizerWatch:
     def after(self, optimizer: Optimizer) -> None:
         """An optimizer, anyone's, has made a step."""
         self._stepping.discard(id(optimizer))
-        self._states.mark(optimizer)
         if not self.add(optimizer):
             return
         if in_backward():
