@@ -1,4 +1,4 @@
-"""`fully_shard` and `FSSDP`: wires adapters, runtime and torch FSDP2 together."""
+"""`fully_shard` and `FSSDP`: connects adapters, runtime and torch FSDP2."""
 
 from __future__ import annotations
 
@@ -62,26 +62,28 @@ if TYPE_CHECKING:
 __all__ = ["FSSDP", "fully_shard"]
 
 STEPS_TO_MEASURE = 3
-"""Of this process, or after `load`: parameters, gradients and optimizer state have their final size by then."""
+"""Steps after the start or after `load` in which memory is measured: by then all tensors have their final size."""
 
 
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
-    """Train `model` with FSSDP: its experts by sparse collectives, the rest as `config.dense` says. In place.
+    """Prepare `model` for FSSDP training: experts by sparse collectives, the rest as `config.dense` says. In place.
 
-    Collective. Call it before the optimizer is made, and after freezing parameters or adding LoRA to the dense part.
+    Collective. Call it before making the optimizer, and after freezing parameters or adding LoRA to the dense part.
 
-    For parameter groups by name: the experts of all layers with equal weights are one parameter a kind, called
-    `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_down_proj`; `engine.pools[number].specs` names the layers.
-    So experts can have settings of their own, a weight kind too; with `FSSDPConfig(pools="layer")` each layer has
-    parameters of its own, `number` being the layer's. A single expert cannot have any.
+    Parameter groups: the experts of all layers with equal weights are one parameter per weight kind, called
+    `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_down_proj`; `engine.pools[number].specs` lists its layers. So
+    optimizer settings can differ between experts and the dense part, and between weight kinds. With
+    `FSSDPConfig(pools="layer")` every layer has its own parameters, `number` is the layer's index, and settings can
+    differ between layers too. They cannot differ between experts of one layer.
 
-    In `model.state_dict()` experts have their original names instead, `[num_experts, ...]`, in the same order whoever
-    owns them: DTensors, or plain tensors without a mesh. `optimizer.state_dict()` has a pool's state by layer and
-    expert. The latter is collective, and so is loading either; the former once experts have moved, or where devices do
-    not divide them.
+    State dicts: in `model.state_dict()` experts have their original names and shapes `[num_experts, ...]`, in the same
+    order whatever their owners; they are DTensors, or plain tensors without a mesh. `optimizer.state_dict()` has a
+    pool's state by layer and expert. `optimizer.state_dict()` and loading of either are collective;
+    `model.state_dict()` is collective after experts have changed owners, or if the number of devices does not divide
+    the number of experts.
 
     Args:
-        model: any module with MoE layers that an adapter knows (`hecate.adapters.base`), on every rank the same.
+        model: any module with MoE layers that an adapter knows (`hecate.adapters.base`); the same on every rank.
         mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension. Without a process group the
             model runs on one device.
         config: settings; the same on all ranks.
@@ -90,8 +92,8 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
         The engine; `engine.model` is `model`.
 
     Raises:
-        ValueError: no MoE layer, parameters sharded already, a mesh that is not of the process group, or ranks that
-            disagree; before anything is changed.
+        ValueError: no MoE layer, parameters that are sharded already, a mesh that is not over all ranks of the process
+            group, or ranks that pass different models or settings; before anything is changed.
     """
     return FSSDP(model, mesh, FSSDPConfig() if config is None else config)
 
@@ -100,11 +102,11 @@ class FSSDP:
     """A model under FSSDP. Made by `fully_shard`.
 
     Attributes:
-        model: the model, changed in place: experts live in pools `hecate_pool_*`.
-        config: as passed.
-        mesh: as passed or made; None on one device.
-        device: where experts live.
-        pools: owned experts.
+        model: the model, changed in place: experts are in parameters `hecate_pool_*`.
+        config: the config, as passed.
+        mesh: the mesh, as passed or made; None on one device.
+        device: device of the experts.
+        pools: the pools of owned experts.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> None:
@@ -122,7 +124,7 @@ class FSSDP:
         self._comms = make_comms(setup.mesh, setup.device, setup.cost, heart)
         self._saves = Saves()
         self._copies_memory, self._memory = CopiesMemory(), PeakMemory()
-        self._measured = 0  # steps
+        self._measured = 0  # steps in which memory was measured
         self._without_values = set(setup.without_values)
         move_dense(setup, model)
         self.pools = make_pools(setup, model, self._comms.rank)
@@ -145,7 +147,7 @@ class FSSDP:
         self._watch.on_step(self._after_step)
         if self.mesh is not None:
             generate_in_step(model)
-        if buffers := self._without_values - set(self._names):  # rotary frequencies, say: no file will have them
+        if buffers := self._without_values - set(self._names):  # e.g. rotary frequencies, which no file contains
             self._without_values -= initialize(model, self._stacks(), config.seed, wanted=buffers)
         hide_pools(model, self._dense.leave, self._got_values)
         save_through(model, self._format, self.mesh is not None, self.save_pretrained, self.full_state_dict)
@@ -168,10 +170,11 @@ class FSSDP:
         self.close()
 
     def close(self) -> None:
-        """Give back process groups, threads and hooks. A checkpoint that is being written is completed first.
+        """Release process groups, threads and hooks, after completing a checkpoint that is being written.
 
-        The model keeps its weights, but neither it nor this object can be used any more: that raises RuntimeError. Also
-        done when this object is garbage; further calls do nothing. Not collective, but for a checkpoint being written.
+        The model keeps its weights, but neither it nor this object can be used any more; using them raises
+        RuntimeError. Groups and threads are also released when this object is garbage collected. Further calls do
+        nothing. Not collective, unless a checkpoint is being written.
         """
         if not self._garbage.alive:
             return
@@ -183,12 +186,15 @@ class FSSDP:
         self._garbage.detach()
         _release(self._comms, self._ahead, self._saves)
 
-    # What a training loop calls.
+    # Methods for training loops.
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, a plain scalar.
+        """Scale all gradients so that their total norm is at most `max_norm`.
 
-        Where the norm is NaN or infinite, gradients stay as they are, so that `non_finite` can tell which ones.
+        If the norm is NaN or infinite, gradients are not changed, so that `non_finite` can find the cause.
+
+        Returns:
+            The norm before scaling, a plain scalar tensor; the same on all ranks.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]  # none is None
@@ -197,38 +203,42 @@ class FSSDP:
         return norm
 
     def non_finite(self, loss: Tensor | None = None) -> list[str]:
-        """Names of what is NaN or infinite on any rank, weights first, by layer and expert. Collective, not cheap.
+        """Names of what is NaN or infinite on any rank, weights first, by layer and expert. Collective and slow.
 
-        For when `clip_grad_norm_` returned a norm that is not finite, which all ranks see, or a forward pass raised
-        `hecate.errors.NonFiniteError`, which it does on all ranks. Then `skip_step`, or stop.
+        Call it on all ranks after `clip_grad_norm_` has returned a norm that is not finite, or after a forward pass has
+        raised `hecate.errors.NonFiniteError`; both happen on all ranks. Then call `skip_step`, or stop training.
 
         Args:
-            loss: of this rank; None leaves it out.
+            loss: loss of this rank; None leaves it out.
+
+        Returns:
+            Names, the same on all ranks; weights and buffers, then losses, then gradients.
         """
         return non_finite(self.model, [entry for pool in self.pools for entry in pool.entries()], self._names, loss)
 
     def skip_step(self) -> None:
-        """Drop the gradients and everything planned or half done since the last optimizer step. On all ranks.
+        """Drop gradients, plans and unfinished passes since the last optimizer step. Call it on all ranks.
 
-        Also after a forward or backward pass that raised on all of them; the next step is as if this one had not been.
+        It may also be called after a forward or backward pass that raised on all ranks. The next step then runs as if
+        this one had never begun.
         """
         self._engine.skip_step()
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def init_weights(self, seed: int, rule: Callable[[nn.Module], None] | None = None) -> None:
-        """Give all parameters and buffers initial values: the same ones on any number of devices. Collective.
+        """Give all parameters and buffers initial values, the same on any number of devices. Collective.
 
         A module is filled by the `_init_weights(module)` of its nearest ancestor that has one (transformers' models
-        do), else by its own `reset_parameters()`. Stacked experts are drawn one at a time, as a stack of one; of the
-        dense part this process holds one module's tensors whole while it draws them.
+        do), else by its own `reset_parameters()`. Stacked experts are drawn one at a time, each as a stack of one
+        expert. For the dense part, a process holds the unsharded tensors of one module at a time while it draws them.
 
         Args:
-            seed: of all values, together with the names of modules and the number of the expert.
-            rule: fills the tensors of the module it is given, from torch's default generator; instead of the above.
+            seed: each tensor's values depend only on this seed, the name of its module, and the expert's id.
+            rule: called with a module, fills its tensors from torch's default generator; replaces the rules above.
 
         Raises:
-            ValueError: a model built on the meta device has tensors that no rule fills; names them.
+            ValueError: the model was built on the meta device and has tensors that no rule fills; names them.
         """
         agree(lambda: self._fill(seed, rule))
         self._without_values = set()
@@ -236,7 +246,10 @@ class FSSDP:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients without reducing the dense part's; experts' go to their owners all the same."""
+        """Context in which gradients of the dense part are accumulated without being reduced.
+
+        Gradients of experts are still reduced to their owners in every backward pass.
+        """
         self._dense.set_sync(False)
         try:
             yield
@@ -245,21 +258,21 @@ class FSSDP:
 
     @contextmanager
     def naming_missing_ranks(self) -> Iterator[None]:
-        """Put it around a training loop: where a collective fails because ranks died or hang, the error names them.
+        """Context for a training loop: if a collective fails because ranks died or hang, the error names them.
 
         Raises:
-            hecate.errors.MissingRankError: from the backend's own error.
+            hecate.errors.MissingRankError: chained to the backend's own error.
         """
         with self._comms.guard():
             yield
 
     def on_reshard(self, callback: Moved) -> RemovableHandle:
-        """Be told when experts have changed owners, for what remembers rows of `hecate_pool_*` outside of optimizers.
+        """Register a callback for changes of owners, for code outside of optimizers that refers to rows of pools.
 
         Args:
-            callback: `callback(pool_name, old_rows, new_rows)`, called on every rank after owners moved and before the
-                next forward pass. Rows are int64 `[slots]` of this device: which expert of the pool is in each slot,
-                counted over its layers (`engine.pools[n].specs`), -1 for padding.
+            callback: `callback(pool_name, old_rows, new_rows)`, called on every rank after owners have changed and
+                before the next forward pass. Rows are int64 `[slots]` of this device: the expert in each slot, counted
+                over all layers of the pool (`engine.pools[n].specs`); -1 for padding.
 
         Returns:
             A handle with `.remove()`.
@@ -267,16 +280,16 @@ class FSSDP:
         return self._resharder.on_move(callback)
 
     def follow(self, tensors: Callable[[ExpertPool], list[Tensor]]) -> None:
-        """Move rows of further tensors whenever experts change owners, as those of weights and optimizer state move.
+        """Move the rows of further tensors together with weights and optimizer state whenever experts change owners.
 
         Args:
-            tensors: called on every rank with one of `engine.pools`, before it moves; returns this device's tensors
-                `[slots, ...]` that belong to its experts, the same number and shapes on all ranks.
+            tensors: called on every rank with one of `engine.pools` before its experts move; returns this device's
+                tensors `[slots, ...]` that belong to the pool, the same number and shapes on all ranks.
         """
         self._resharder.follow(tensors)
 
     def loads(self) -> NDArray[np.int64] | list[NDArray[np.int64]]:
-        """How many tokens each expert got in the last step, of all ranks and replicas, the same on every rank.
+        """Tokens that each expert got in the last step, summed over all ranks and replicas; the same on every rank.
 
         Returns:
             int64 `[layers, experts]`; a list of int64 `[experts]` if layers have different numbers of experts.
@@ -290,15 +303,20 @@ class FSSDP:
         return np.stack(loads) if len({len(load) for load in loads}) == 1 else loads
 
     def stats(self) -> dict[str, Any]:
-        """What happened in the last step.
+        """Statistics of the last step.
 
         Returns:
-            `step`: optimizer steps so far. `layers`: per MoE layer `name`, `loads` int64 `[E]` (of all ranks and
-            replicas; of this replica before the first step ends), `counts` int64 `[D, E]` of this replica,
-            `imbalance_before` and `imbalance_after` (max/mean device load without and with copies), `lower_bound` of
-            the latter for the memory slots there are, `limited_by` (what kept it above `max_imbalance`; None if nothing
-            did), `copies`, `crossings` (pairs of an expert and a foreign node that holds it), `bytes` (over all links),
-            `exposed_seconds`. `memory_bytes` of this device, peaks: `owned`, `optimizer`, `gradients`, `copies`.
+            A dictionary with these keys:
+
+            - `step`: optimizer steps so far.
+            - `policy`: name of the policy.
+            - `layers`: a dictionary per MoE layer: `name`; `loads`, int64 `[E]`, of all ranks and replicas (of this
+              replica before the first step ends); `counts`, int64 `[D, E]`, of this replica; `imbalance_before` and
+              `imbalance_after`, max/mean device load without and with copies; `lower_bound`, of `imbalance_after` for
+              the available memory slots; `limited_by`, what kept `imbalance_after` above `max_imbalance`, None if
+              nothing did; `copies`; `crossings`, pairs of an expert and a node that holds it other than its owner's;
+              `bytes`, sent over all links; `exposed_seconds`, time that compute waited for copies and gradients.
+            - `memory_bytes`: peaks on this device: `owned`, `optimizer`, `gradients`, `copies`.
         """
         return {
             "step": self._engine.step,
@@ -336,81 +354,84 @@ class FSSDP:
     ) -> SaveHandle | None:
         """Write a checkpoint folder with torch.distributed.checkpoint, by original names and shapes. Collective.
 
-        Weights and buffers have their original names, optimizer state `optimizer.state.<name>.<key>`; experts are
-        stacked, so that the stock `dcp.load` reads them anywhere. Also saved: parameter groups, owners, load history,
-        step count, cost model; not: pending gradients. What was at `path` is replaced when the new one is complete.
+        Weights and buffers have their original names, optimizer state `optimizer.state.<name>.<key>`. Experts are
+        stacked, so the stock `dcp.load` can read them on any number of devices. Parameter groups, owners, load history,
+        step count and cost model are saved too; pending gradients are not. A checkpoint that was at `path` before is
+        replaced when the new one is complete.
 
         Args:
             path: the folder, on a file system that all ranks share.
-            optimizer: of the model's parameters.
+            optimizer: an optimizer of the model's parameters, whose state is saved too.
             async_op: copy everything to the CPU, return, and write the copy while training goes on. The next `save` or
-                `load` waits for it, and so does Python when it ends; `destroy_process_group` does not disturb it. If it
-                fails and nobody waits, the process says so and ends with exit code 1.
-            extra: what else to keep, of numbers, strings, lists and mappings as JSON has them: the position in the
-                data, a scheduler's `state_dict()`. Rank 0's is written.
-            sha256: record the SHA-256 of every file beside its size and CRC-32; `load` compares what was recorded.
+                `load` waits for it, and so does Python when it ends; `destroy_process_group` does not disturb it. If
+                writing fails and no wait reports it, the process prints the error and ends with exit code 1.
+            extra: further values to keep, e.g. the position in the data or a scheduler's `state_dict()`: numbers,
+                strings, lists and mappings as in JSON. The one of rank 0 is written.
+            sha256: record the SHA-256 of every file beside its size and CRC-32; `load` checks what was recorded.
 
         Returns:
             With `async_op`, a handle whose `wait()` returns when the checkpoint is in place, or raises.
 
         Raises:
-            OSError: it could not be written; on all ranks, and the one before is intact.
+            OSError: the checkpoint could not be written; on all ranks. The one before is intact.
             ValueError: an optimizer of other parameters, or state or `extra` that cannot be saved.
-            RuntimeError: the process group is gone, or a rank died; the one before is intact.
+            RuntimeError: the process group is gone, or a rank died. The one before is intact.
         """
         self._check_values()
         if optimizer is not None:
-            self._watch.add(optimizer)  # it may have been loaded by expert, and have made no step since
+            self._watch.add(optimizer)  # it may have state loaded by expert, if it has not stepped since
         return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra, sha256)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """Read what `save` wrote, on any number of devices, or a plain `dcp.save(model.state_dict())`. Collective.
+        """Read a checkpoint of `save`, on any number of devices, or of `dcp.save(model.state_dict())`. Collective.
 
-        On an equal mesh owners and cost model become the saved ones, and training goes on bit by bit; on another one
-        owners become the initial ones and the cost model stays the config's. Pending gradients are dropped.
+        On an equal mesh, owners and cost model become the saved ones, and training continues bit-identically. On
+        another mesh, owners become the initial ones and the cost model remains that of the config. Pending gradients
+        are dropped.
 
-        A checkpoint of somebody else runs no code: of `.metadata` only what DCP itself writes is read, of the other
-        files tensors (`torch.load(weights_only=True)`) and JSON, nothing that is stored as bytes, and no file outside
-        of the folder. Its values are as trustworthy as who wrote them: a CRC-32 or SHA-256 in the same folder shows
-        damage, not forgery.
+        Loading an untrusted checkpoint runs no code: `.metadata` may contain only what DCP itself writes there, and
+        other files only tensors (`torch.load(weights_only=True)`) and JSON. Nothing that is stored as bytes is read,
+        and no file outside of the folder. The values are not authenticated: a CRC-32 or SHA-256 in the same folder
+        detects damage, not forgery.
 
         Args:
             path: the folder.
-            optimizer: gets the saved state and parameter groups, whether it has made a step or not; None reads weights.
+            optimizer: gets the saved state and parameter groups, whether or not it has made a step; None: only weights
+                are read.
 
         Returns:
-            The `extra` that `save` was given; empty without one.
+            The `extra` that was passed to `save`; empty if there was none.
 
         Raises:
-            ValueError: no checkpoint, damaged (names the file), incomplete (names the tensor), of a newer format, or of
-                another model or optimizer; on all ranks, before anything is overwritten.
-            OSError: it could not be read.
+            ValueError: there is no checkpoint, or it is damaged (names the file), incomplete (names the tensor), of a
+                newer format, or of another model or optimizer; on all ranks, before anything is overwritten.
+            OSError: the checkpoint could not be read.
             RuntimeError: the process group is gone.
         """
         self._saves.finish()
         extra = load(Path(path), self._training_state(), optimizer)
         self._without_values = set()
         if optimizer is not None:
-            self._watch.add(optimizer)  # its state moves with the experts before it makes a step
+            self._watch.add(optimizer)  # experts may change owners before its first step; its state must move too
         self._measured = 0
-        self._memory.measure(self.model, self._watch.optimizers)  # there may be no more step
+        self._memory.measure(self.model, self._watch.optimizers)  # now, because no further step may follow
         return extra
 
     def load_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Read weights and buffers that transformers' `save_pretrained` or this one's wrote. Collective.
+        """Read weights and buffers written by transformers' `save_pretrained` or by this class's. Collective.
 
         Every rank reads the experts it owns, one at a time, and its part of each dense tensor. Keys are those of the
-        model's state dict, or those that transformers converts to it (a tensor an expert, as on the hub); where a
-        conversion makes a dense tensor of others, these are read whole, one such tensor at a time. Values are cast to
-        the model's dtype, which is `master_dtype` if that is set. Tied parameters need to be there once. Optimizer,
-        owners and load history stay as they are.
+        model's state dict, or keys that transformers converts to them (e.g. one tensor per expert, as on the hub). If a
+        conversion makes a dense tensor from several others, these are read whole, for one such tensor at a time. Values
+        are cast to the model's dtype, which is `master_dtype` if that is set. Tied parameters need to be present only
+        once. Optimizer, owners and load history are not changed.
 
         Args:
-            folder: with `model.safetensors`, or `model.safetensors.index.json` and its files.
+            folder: contains `model.safetensors`, or `model.safetensors.index.json` and the files it lists.
 
         Raises:
-            ValueError: keys lack or are not known, up to those that the model class ignores; another shape or number of
-                experts; quantized weights; a conversion that mixes experts; a damaged file (names it); on all ranks,
+            ValueError: missing or unknown keys, except those that the model class ignores; a different shape or number
+                of experts; quantized weights; a conversion that mixes experts; a damaged file (names it). On all ranks,
                 before anything is overwritten.
         """
         from hecate.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
@@ -419,21 +440,22 @@ class FSSDP:
         self._without_values = set()
 
     def save_pretrained(self, folder: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
-        """Write weights and buffers as transformers' `from_pretrained` reads them. Collective.
+        """Write weights and buffers in the format that transformers' `from_pretrained` reads. Collective.
 
-        Of a transformers model also `config.json` and `generation_config.json`, and keys and shapes are those of the
-        folder it was loaded from, else of its class on the hub; of any other model they are the state dict's. Weights
-        keep the dtype they have here, the master weights' (`from_pretrained` casts). Ranks write side by side, each its
-        own files. What was written there before is replaced when all is complete; a tokenizer or other files stay.
+        For a transformers model, `config.json` and `generation_config.json` are written too, and keys and shapes are
+        those of the folder it was loaded from, or else those that its class has on the hub. For any other model, keys
+        and shapes are those of the state dict. Weights are written in their present dtype, that of the master weights
+        (`from_pretrained` casts). Ranks write in parallel, each its own files. Files of an earlier save are replaced
+        when all new ones are complete; a tokenizer and other files are kept.
 
         Args:
-            folder: on a file system that all ranks share.
-            max_shard_size: bytes of one file, or like "5GB" or "500MiB"; a larger tensor has a file of its own.
+            folder: the folder, on a file system that all ranks share.
+            max_shard_size: bytes per file, or a text like "5GB" or "500MiB"; a larger tensor gets its own file.
 
         Raises:
             ValueError: a conversion that mixes experts, or a bad `max_shard_size`; on all ranks.
             RuntimeError: the model was built on the meta device and has no values yet.
-            OSError: it could not be written; on all ranks, and the one before is intact.
+            OSError: the files could not be written; on all ranks. Those of an earlier save are intact.
         """
         from hecate.pretrained.save import save_pretrained  # needs safetensors, an optional dependency
 
@@ -461,7 +483,7 @@ class FSSDP:
         replica, replicas = (0, 1) if group is None else (group.rank(), group.size())
         return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
 
-    # Between passes.
+    # Internal.
 
     @torch.compiler.disable
     def _check_values(self) -> None:

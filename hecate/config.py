@@ -1,4 +1,4 @@
-"""`FSSDPConfig`: every setting of FSSDP, in one frozen record that validates itself."""
+"""`FSSDPConfig`: all settings of FSSDP, in a frozen dataclass that validates them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Calibrate = Literal["pays", "always", False]
 Pools = Literal["shared", "layer"]
 
 LARGEST = 2**31 - 1
-"""Of the settings that count something: larger ones fit no plan, array or queue."""
+"""Largest value of settings that are counts: plans, arrays and queues cannot handle larger ones."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,34 @@ class FSSDPConfig:
     """Settings of `hecate.fully_shard`; all ranks must pass the same.
 
     Attributes:
-        policy: who decides what is copied and moved: "balanced" (ours), "hecate" (the paper's), "ep" (nothing moves).
+        policy: decides which experts are copied and which change owners: "balanced" (Hecate's own), "hecate" (the
+            paper's), or "ep" (plain expert parallelism: none).
         max_imbalance: max/mean device load to plan for, >= 1.
-        overlap_degree: experts a layer whose copies hide behind non-MoE work (the paper's t); "auto" asks `cost`.
-        memory_slots: copies a device may hold of one layer (the paper's m); "auto" takes what fits in
-            `memory_share` of the free memory, at most 2. Memory is taken for the experts that a device does not own
-            at most.
+        overlap_degree: experts per layer whose copies overlap with non-MoE work (the paper's t); "auto" computes it
+            from `cost`.
+        memory_slots: most copies that a device may hold per layer (the paper's m); "auto" takes what fits in
+            `memory_share` of the free memory, at most 2. Memory is allocated for at most as many copies as there are
+            experts that the device does not own.
         memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1].
         rematerialize: release copies after forward and gather them again for backward.
-        calibrate: further copies after the gate: "pays" (if the cost model says so), "always", or False.
-        reshard_interval: optimizer steps between re-shardings; 0 never re-shards. What remembers rows of pools outside
-            of optimizers and `FSSDP` must follow owners (`FSSDP.on_reshard`); hence it is off until asked for.
+        calibrate: whether to gather further copies after the gate, when the true loads are known: "pays" (if the cost
+            model predicts a gain), "always", or False.
+        reshard_interval: optimizer steps between re-shardings; 0 never re-shards. Off by default, because code outside
+            of optimizers and `FSSDP` that refers to rows of pools must handle the change (`FSSDP.on_reshard`).
         load_window: steps of load history that copies are planned from (the paper's w).
-        cost: links and compute: a cost model, a profile file of one, or None for the stated numbers of the device type.
+        cost: speed of links and compute: a cost model, the path of a profile file, or None for default numbers of the
+            device type.
         master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
-        param_dtype: dtype that experts and dense part compute in, but for what a class of transformers keeps in float32
-            (`_keep_in_fp32_modules_strict`: some routers); None keeps `master_dtype`.
-        reduce_dtype: dtype that gradients travel in; None takes `param_dtype`.
-        wire_dtype: dtype that tokens, their results and their gradients travel in between devices, at most as wide as
-            `param_dtype`; None sends them as computed.
-        pools: which owned experts are one parameter: "shared" (of all layers with equal weights; re-sharding may move
-            them between layers' devices as it likes) or "layer" (each layer's by itself, for optimizers that look at
-            whole tensors and for settings per layer; every device then owns equally many of each layer).
-        dense: the rest of the model: "fsdp" (FSDP2), "replicate", "none" (left to the caller).
-        seed: of `FSSDP.init_weights` where no other is passed.
+        param_dtype: dtype that experts and dense part compute in, except weights that a transformers class keeps in
+            float32 (`_keep_in_fp32_modules_strict`, e.g. some routers); None keeps `master_dtype`.
+        reduce_dtype: dtype that gradients are sent in; None takes `param_dtype`.
+        wire_dtype: dtype in which tokens, their results and the gradients of both are sent between devices, at most as
+            wide as `param_dtype`; None sends them as computed.
+        pools: which owned experts are combined in one parameter: "shared" (those of all layers with equal weights; a
+            device may own different numbers of experts of each layer) or "layer" (those of one layer, for optimizers
+            that look at whole tensors and for settings per layer; all devices have equally many slots of each layer).
+        dense: how to train the rest of the model: "fsdp" (FSDP2), "replicate", or "none" (left to the caller).
+        seed: seed of initial values if no other is given.
     """
 
     policy: PolicyName = "balanced"
@@ -95,7 +99,7 @@ class FSSDPConfig:
             _float_dtype(name, getattr(self, name))
 
     def cost_model(self, device_type: str) -> CostModel:
-        """`cost` resolved: read from its file, or the stated numbers for "cpu" or an accelerator."""
+        """The cost model: `cost` itself, or read from its file, or the default for "cpu" or an accelerator."""
         if isinstance(self.cost, CostModel):
             return self.cost
         if self.cost is not None:

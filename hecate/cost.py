@@ -1,6 +1,7 @@
-"""The link and compute model: integer nanoseconds, bytes and tokens, stated or from a profile (paper, section 4.2).
+"""The cost model of links and compute: given numbers or a profile file (paper, section 4.2).
 
-Every rank computes the same plan from it, so no float decides and nothing is measured during a run.
+It uses only integers (nanoseconds, bytes, tokens) and measures nothing during a run, so that every rank computes the
+same plan from it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ __all__ = ["CostModel", "LayerCost"]
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a device and its links can do. The defaults state an H100 node with 400 Gbit/s between nodes.
+    """Speed of a device and its links. The defaults describe H100 nodes with 400 Gbit/s between nodes.
 
     Attributes:
-        intra_node_bandwidth: bytes per second and direction of one device to its node.
-        inter_node_bandwidth: bytes per second and direction of one device out of its node.
+        intra_node_bandwidth: bytes per second, per device and direction, within a node.
+        inter_node_bandwidth: bytes per second, per device and direction, between nodes.
         message_ns: fixed cost of one message in nanoseconds.
-        flops: floating-point operations per second that matrix products of one device reach.
-        hidden_permille: share of the non-MoE time that copies may hide behind, in 1/1000. 0: nothing is hidden
-            (CPU, where the same cores compute and copy), so that every copy must pay.
+        flops: floating-point operations per second that matrix products reach on one device.
+        hidden_permille: share of the non-MoE time with which copies can overlap, in 1/1000. 0: no overlap (on CPU the
+            same cores compute and copy), so every copy must save more time than it costs.
     """
 
     intra_node_bandwidth: int = 300_000_000_000
@@ -41,7 +42,7 @@ class CostModel:
 
     @classmethod
     def cpu(cls) -> CostModel:
-        """Stated figures for processes of one machine that talk through gloo."""
+        """Default numbers for processes on one machine that communicate through gloo."""
         return cls(
             intra_node_bandwidth=1_500_000_000,
             inter_node_bandwidth=1_000_000_000,
@@ -60,11 +61,11 @@ class CostModel:
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
-        """Write the profile that `load` reads."""
+        """Write a profile that `load` can read."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def transfer_ns(self, num_bytes: int, crosses_node: bool) -> int:
-        """Nanoseconds one message of `num_bytes` takes alone on its link."""
+        """Nanoseconds that one message of `num_bytes` takes if nothing else uses the link."""
         bandwidth = self.inter_node_bandwidth if crosses_node else self.intra_node_bandwidth
         return self.message_ns + num_bytes * 1_000_000_000 // bandwidth
 
@@ -75,14 +76,14 @@ class CostModel:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One MoE layer under a `CostModel`, all integers.
+    """Costs of one MoE layer, all integers.
 
     Attributes:
-        model: the links.
-        expert_bytes: one expert on the wire, in `param_dtype`.
-        gradient_bytes: its gradient on the wire, in `reduce_dtype`.
-        token_flops: forward and backward floating-point operations of one (token, expert) pair.
-        token_bytes: one hidden state on the wire.
+        model: speed of links and devices.
+        expert_bytes: bytes sent per copy of an expert, in `param_dtype`.
+        gradient_bytes: bytes sent per gradient of an expert, in `reduce_dtype`.
+        token_flops: forward and backward floating-point operations per (token, expert) pair.
+        token_bytes: bytes sent per hidden state.
         dense_token_flops: forward floating-point operations of the non-MoE part before this layer, per token.
     """
 
@@ -94,11 +95,11 @@ class LayerCost:
     dense_token_flops: int
 
     def hidden_ns(self, tokens: int) -> int:
-        """Nanoseconds of forward non-MoE work that copies may hide behind, for `tokens` tokens on each device."""
+        """Nanoseconds of forward non-MoE work that can overlap with copies, for `tokens` tokens on each device."""
         return self.model.compute_ns(self.dense_token_flops * tokens) * self.model.hidden_permille // 1000
 
     def overlap_degree(self, tokens: int, crosses_node: bool) -> int:
-        """The paper's t: experts that can be copied for free, `T_nonMoE * bw / expert_bytes` (Algorithm 1)."""
+        """The paper's t: experts whose copies overlap fully, `T_nonMoE * bw / expert_bytes` (Algorithm 1)."""
         bandwidth = self.model.inter_node_bandwidth if crosses_node else self.model.intra_node_bandwidth
         return self.hidden_ns(tokens) * bandwidth // (self.expert_bytes * 1_000_000_000)
 

@@ -1,4 +1,4 @@
-"""An average of weights that follows experts when they change owners."""
+"""Exponential moving average of weights that stays correct when experts change owners."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["ExpertAverage"]
 class ExpertAverage:
     """Exponential moving average of all floating-point parameters of a model under FSSDP.
 
-    `average = decay * average + (1 - decay) * weight`. Each device averages what it has of the weights, so the average
-    takes as much memory as they do. Buffers are not averaged.
+    `average = decay * average + (1 - decay) * weight`. Each device averages its own part of the weights, so the average
+    takes as much memory as the weights. Buffers are not averaged.
 
     Args:
-        engine: of the model, which has its values already; the average begins with them.
-        decay: in [0, 1].
+        engine: the engine of the model. The model must have its values already; the average starts with them.
+        decay: the decay, in [0, 1].
 
     Raises:
         ValueError: a decay outside of [0, 1].
@@ -42,14 +42,14 @@ class ExpertAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the present weights; usually after each optimizer step."""
+        """Add the present weights to the average; usually called after each optimizer step."""
         self._check_owners()
         for name, tensor in self._weights():
             self._average[name].lerp_(tensor, 1 - self.decay)
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """The model has the average inside, e.g. for validation, and its own weights again afterwards."""
+        """Context in which the model has the averaged weights, e.g. for validation; afterwards it has its own again."""
         self._swap()
         try:
             yield
@@ -57,12 +57,12 @@ class ExpertAverage:
             self._swap()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average as `model.state_dict()` would give it, in memory of its own. Collective as that is."""
+        """A copy of the average in the form of `model.state_dict()`. Collective if `model.state_dict()` is."""
         with self.apply():
             return {name: value.clone() for name, value in self._engine.model.state_dict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict()` gave, at any ownership; buffers in it are left alone. Collective."""
+        """Load what `state_dict()` returned, whatever the present owners; buffers in it are ignored. Collective."""
         buffers = {name: value.clone() for name, value in self._engine.model.named_buffers()}
         weights = {name: tensor.clone() for name, tensor in self._weights()}
         self._engine.model.load_state_dict(state_dict)
@@ -75,7 +75,7 @@ class ExpertAverage:
         self._remember_owners()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and this device's part of each floating-point parameter, as the optimizer has it."""
+        """Name and this device's part of each floating-point parameter."""
         for name, parameter in self._engine.model.named_parameters():
             if parameter.is_floating_point():
                 yield name, local_tensor(parameter)
@@ -89,7 +89,7 @@ class ExpertAverage:
             self._average[name].copy_(own)
 
     def _rows_of(self, pool: ExpertPool) -> list[Tensor]:
-        """What moves with the rows of `pool`."""
+        """The averages whose rows move with those of `pool`."""
         self._check_owners()
         names = {id(p): name for name, p in self._engine.model.named_parameters()}
         return [self._average[names[id(p)]] for p in pool.parameters.values() if p.is_floating_point()]
@@ -98,7 +98,7 @@ class ExpertAverage:
         self._owners = [pool.owners for pool in self._engine.pools]
 
     def _check_owners(self) -> None:
-        """RuntimeError if owners changed otherwise than by re-sharding, which the average follows."""
+        """RuntimeError if owners changed in another way than by re-sharding, which the average follows."""
         if any(known is not pool.owners for known, pool in zip(self._owners, self._engine.pools, strict=True)):
             raise RuntimeError(
                 "ExpertAverage: FSSDP.load gave experts other owners, so the average has rows of other experts; call "

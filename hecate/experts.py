@@ -1,4 +1,4 @@
-"""What an adapter finds in a model: the experts of its MoE layers, by original names, shapes and dtypes."""
+"""Descriptions of the experts of a model's MoE layers, made by adapters: original names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from hecate.placement import Placement
 __all__ = ["POOL_PREFIX", "Dtypes", "ExpertMLP", "ExpertsSpec", "OwnedExperts", "WeightSpec"]
 
 POOL_PREFIX = "hecate_pool_"
-"""Names of the pools' parameters on the model begin with it."""
+"""Prefix of the names of the pools' parameters on the model."""
 
 ExpertMLP = Callable[[Tensor, Groups, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight kind of a layer's experts.
+    """One kind of weight of a layer's experts.
 
     Attributes:
-        kind: its attribute on the experts module, e.g. "up".
-        shape: of one expert.
-        dtype: of the model's own parameter.
-        trainable: whether it gets gradients.
+        kind: name of the attribute on the experts module, e.g. "up".
+        shape: shape for one expert.
+        dtype: dtype of the model's own parameter.
+        trainable: whether it requires gradients.
     """
 
     kind: str
@@ -43,10 +43,10 @@ class ExpertsSpec:
     """What an adapter finds in one MoE layer.
 
     Attributes:
-        name: of the experts module in the model; weights are called `name.kind`.
-        num_experts: experts of the layer.
-        width: of a token's hidden state, d.
-        weights: their kinds, in a fixed order.
+        name: name of the experts module in the model; its weights are called `name.kind`.
+        num_experts: number of experts of the layer.
+        width: width d of a token's hidden state.
+        weights: the weight kinds, in a fixed order.
         mlp: `(rows [N, d] sorted by expert, groups, {kind: [experts, *shape]}) -> [N, d]`, differentiable.
     """
 
@@ -59,13 +59,14 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Resolved precision.
+    """The dtypes of a layer's experts, resolved from the config.
 
     Attributes:
-        master: of owned weights.
-        param: of compute and copies.
-        reduce: of weight gradients between devices.
-        wire: of tokens, results and their gradients between devices, at most as wide as `param`; None: as computed.
+        master: dtype of owned weights.
+        param: dtype of compute and copies.
+        reduce: dtype in which weight gradients are sent between devices.
+        wire: dtype in which tokens, results and the gradients of both are sent between devices, at most as wide as
+            `param`; None: as computed.
     """
 
     master: torch.dtype
@@ -75,20 +76,20 @@ class Dtypes:
 
     @property
     def token(self) -> torch.dtype:
-        """What a token takes on the wire."""
+        """The dtype in which tokens are sent."""
         return self.wire or self.param
 
 
 @dataclass(frozen=True)
 class OwnedExperts:
-    """The experts of one stacked weight of the model that this rank owns, and where a pool has them.
+    """The experts of one stacked weight of the model that this rank owns, and their slots in a pool.
 
     Attributes:
-        name: of the stacked weight in the model, e.g. "blocks.0.moe.experts.up".
-        parameter: of the pool; this rank has `[slots, *shape]` of it.
+        name: name of the stacked weight in the model, e.g. "blocks.0.moe.experts.up".
+        parameter: the pool's parameter; this rank has `[slots, *shape]` of it.
         placement: the owner of each expert of the layer.
         experts: int64 `[owned]`, ascending ids of this rank's experts.
-        slots: where they are in the pool, in the same order.
+        slots: the slots of these experts in the pool, in the same order.
     """
 
     name: str
@@ -99,9 +100,9 @@ class OwnedExperts:
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer."""
+        """Number of experts of the layer."""
         return self.placement.num_experts
 
     def of(self, local: Tensor) -> Tensor:
-        """Rows `[owned, ...]` of `local` `[slots, ...]`: of the parameter, a gradient or optimizer state."""
+        """The rows `[owned, ...]` of `local` `[slots, ...]`, which may be the parameter, its gradient or state."""
         return local[self.slots]

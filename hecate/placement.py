@@ -1,4 +1,4 @@
-"""Who shares a node with whom (`Topology`) and who holds which expert (`Placement`): data, no communication."""
+"""Which devices share a node (`Topology`) and which devices hold which experts (`Placement`). No communication."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Placement", "Topology", "initial_owners"]
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices numbered 0..num_devices-1, `devices_per_node` consecutive ones to a node."""
+    """Devices are numbered 0..num_devices-1; each node has `devices_per_node` consecutive ones."""
 
     num_devices: int
     devices_per_node: int
@@ -35,14 +35,14 @@ class Topology:
         return self.num_devices // self.devices_per_node
 
     def node_of(self, device: int) -> int:
-        """The node that `device` is part of."""
+        """Index of the node that `device` is in."""
         return device // self.devices_per_node
 
     @classmethod
     def detect(cls, num_devices: int) -> Topology:
-        """The topology of a torchrun launch: LOCAL_WORLD_SIZE devices a node; one node without torchrun.
+        """The topology of a torchrun launch: LOCAL_WORLD_SIZE devices per node; one node without torchrun.
 
-        Where the group is no whole number of nodes (a part of the job), all its devices count as one node.
+        If `num_devices` is not a multiple of that (a group of only part of the job), all devices count as one node.
         """
         local = int(os.environ.get("LOCAL_WORLD_SIZE", num_devices))
         return cls(num_devices, local if num_devices % local == 0 else num_devices)
@@ -75,12 +75,20 @@ class Placement:
 
     @classmethod
     def even(cls, num_experts: int, num_devices: int) -> Placement:
-        """Consecutive blocks of experts, sizes differing by at most one: the sharding that training starts from."""
+        """The initial sharding: consecutive blocks of experts, whose sizes differ by at most one."""
         return cls.from_owners(initial_owners(num_experts, num_devices), num_devices)
 
     @classmethod
     def from_owners(cls, owners: Sequence[int] | NDArray[np.integer], num_devices: int) -> Placement:
-        """One device an expert: `owners` int `[num_experts]`, each in [0, num_devices)."""
+        """A placement with one device per expert.
+
+        Args:
+            owners: int `[num_experts]`, the device of each expert, in [0, num_devices).
+            num_devices: number of devices.
+
+        Raises:
+            ValueError: an expert has no valid owner.
+        """
         owner_of = check_owners(owners, num_devices)
         matrix = np.zeros((owner_of.size, num_devices), dtype=np.bool_)
         matrix[np.arange(owner_of.size), owner_of] = True
@@ -101,7 +109,7 @@ class Placement:
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """int64 `[num_experts]`: the single device of each expert. ValueError where an expert has none or several."""
+        """int64 `[num_experts]`: the single device of each expert; ValueError if an expert has none or several."""
         held = self._matrix.sum(axis=1)
         if (held != 1).any():
             expert = int(np.flatnonzero(held != 1)[0])
@@ -160,14 +168,17 @@ def check_owners(owners: Sequence[int] | NDArray[np.integer], num_devices: int) 
 
 
 def initial_owners(num_experts: int, num_devices: int, before: int = 0) -> NDArray[np.int64]:
-    """Even sharding of one layer, int64 `[num_experts]`: consecutive blocks, sizes differing by at most one.
+    """Even sharding of one layer: consecutive blocks of experts, whose sizes differ by at most one.
 
     Args:
-        num_experts: of the layer.
-        num_devices: that share it.
-        before: experts of the layers before this one. If devices do not divide the experts, the larger blocks begin
-            at the device where those of the layers before ended, so that the devices own equally many experts over all
-            layers, within one.
+        num_experts: number of experts of the layer.
+        num_devices: number of devices that share them.
+        before: number of experts of all layers before this one. If `num_devices` does not divide `num_experts`, larger
+            blocks begin at the device after the last one that got a larger block, so that over all layers the devices
+            own equally many experts, within one.
+
+    Returns:
+        int64 `[num_experts]`, the owner of each expert.
     """
     base, extra = divmod(num_experts, num_devices)
     size = np.full(num_devices, base, dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Every private torch call of this package, each with the reason why no public one does.
+"""All uses of torch's private API in this package, each with the reason why no public function will do.
 
-Nothing else in `hecate` reads a name of torch that begins with an underscore.
+No other file of `hecate` uses a name of torch that begins with an underscore.
 """
 
 from __future__ import annotations
@@ -33,30 +33,31 @@ __all__ = [
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group whose `group_name` is `name`.
 
-    A `torch.library` op cannot take a process group, so torch's own collectives pass the name; only a private function
-    turns it back into the group.
+    A `torch.library` op cannot take a process group, so like torch's own collectives it takes the group's name. Only a
+    private function finds the group by its name.
     """
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def timeout_of(group: dist.ProcessGroup, device_type: str) -> timedelta:
-    """How long a collective of `group` on that device type waits for its peers.
+    """The timeout of collectives of `group` on that device type.
 
-    A new group gets its backend's default timeout, not that of the group it is a part of, which only its options hold.
+    It is needed because a new group gets the backend's default timeout instead of that of an existing group, and only
+    the private options of a group hold its timeout.
     """
     return group._get_backend(torch.device(device_type)).options._timeout
 
 
 def default_store() -> dist.Store:
-    """The store through which the ranks of this job found each other; `init_process_group` returns it to nobody."""
+    """The store that the ranks of this job use for rendezvous; `init_process_group` does not return it."""
     return distributed_c10d._get_default_store()
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Run `callback` when the backward pass that is running now has computed all gradients.
 
-    Reductions that run beside backward must end before `backward()` returns, and no public hook runs then. FSDP2 uses
-    the same call.
+    Reductions that overlap with backward must end before `backward()` returns, and no public hook runs at that time.
+    FSDP2 uses the same call.
     """
     Variable._execution_engine.queue_callback(callback)
 
@@ -64,8 +65,8 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass.
 
-    A forward pass inside a backward pass is a recomputation (activation checkpointing); only the current graph task
-    tells. FSDP2 uses the same call.
+    A forward pass inside a backward pass is a recomputation (activation checkpointing). Only the id of the current
+    graph task shows this. FSDP2 uses the same call.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -73,12 +74,12 @@ def in_backward() -> bool:
 def accumulates(node: Node, name: str) -> bool:
     """Whether the running backward pass accumulates into the leaf whose `AccumulateGrad` is `node`.
 
-    Not so for leaves left out of `backward(inputs=...)`; only the engine knows. In `torch.autograd.grad` of the leaf
-    itself the question cannot be answered, and there is nowhere for its gradient to go.
+    It does not for leaves left out of `backward(inputs=...)`; only the autograd engine knows. Inside
+    `torch.autograd.grad` with this leaf as an input, the engine cannot answer, and the gradient cannot be returned.
 
     Args:
-        node: of a leaf that the present node leads to.
-        name: of the layer, for the error.
+        node: the leaf's node; the node that runs now must lead to it.
+        name: name of the layer, for the error.
 
     Raises:
         RuntimeError: inside `torch.autograd.grad`.
@@ -93,7 +94,7 @@ def accumulates(node: Node, name: str) -> bool:
 
 
 def post_accumulate_hooks(parameter: Tensor) -> list[Callable[[Tensor], None]]:
-    """What `register_post_accumulate_grad_hook` registered, for gradients that autograd does not accumulate itself.
+    """Hooks registered by `register_post_accumulate_grad_hook`, to call them for gradients not accumulated by autograd.
 
     FSDP2 reads the same attribute.
     """
@@ -110,15 +111,15 @@ def refuse_hooks(name: str, parameter: Tensor) -> None:
 
 
 def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precision: MixedPrecisionPolicy) -> bool:
-    """Let FSDP2 gather and reduce `parameters` whenever it does those of `module`, in a group of their own.
+    """Make FSDP2 gather and reduce `parameters` together with those of `module`, but in a separate parameter group.
 
-    One group has one dtype. Publicly a module has one group, or one a process group (`shard_placement_fn`), so a module
-    with weights of two dtypes would need a second communicator over the same ranks.
+    All parameters of a group have one dtype. FSDP2's public API gives a module one parameter group, or one per process
+    group (`shard_placement_fn`), so weights of two dtypes would need a second communicator over the same ranks.
 
     Args:
-        module: that `fully_shard` was called on; its own group is not empty.
-        parameters: of `module` or below, and in no group yet.
-        precision: of the new group.
+        module: a module that FSDP2's `fully_shard` was called on; its own group is not empty.
+        parameters: parameters of `module` or of modules below it that are in no group yet.
+        precision: precision of the new group.
 
     Returns:
         False, and nothing is changed, with a torch whose modules have one group only (2.11).
@@ -136,13 +137,13 @@ def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precisi
 
 
 def forget_step(model: nn.Module) -> None:
-    """Bring FSDP2 back to where it is between passes, without gradients that were not reduced yet.
+    """Reset FSDP2 to its state between passes, and drop gradients that were not reduced yet.
 
-    `reset_iter_state` is its own way back from a pass that raised, but keeps what `no_sync` has accumulated in
-    unsharded gradients. The next reduction would add those to another step's gradients; nothing public reaches them.
+    FSDP2's `reset_iter_state` is made for passes that raised, but it keeps unsharded gradients accumulated under
+    `no_sync`. The next reduction would add those to another step's gradients, and no public function can drop them.
 
     Args:
-        model: the root that FSDP2's `fully_shard` was called on; any other module is left alone.
+        model: the root that FSDP2's `fully_shard` was called on; for any other module nothing is done.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -153,5 +154,5 @@ def forget_step(model: nn.Module) -> None:
         for group in module._get_fsdp_state()._fsdp_param_groups:
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):  # not before the first pass
+                if hasattr(parameter, "_unsharded_param"):  # set by the first pass
                     parameter._unsharded_param.grad = None

@@ -1,1 +1,1 @@
-"""What ranks must know of each other: whether all hold the same values, which one raised, and which one is missing."""
+"""Coordination of ranks: check that all hold the same values, raise an error of one on all, find missing ranks."""

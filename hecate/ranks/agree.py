@@ -1,4 +1,4 @@
-"""An error on one rank becomes an error on all, instead of a hang of the others."""
+"""Raises an error of one rank on all ranks, so that the others do not hang."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that act together, as they were when this was made.
+    """The ranks of a process group, as they were when this object was made.
 
-    Whatever becomes of the process group later, no rank takes itself for the only one: its messages arrive, or fail.
+    If the process group is destroyed later, messages fail; a rank never behaves as if it were the only one.
 
     Attributes:
-        rank, size: of the process group, (0, 1) without one.
-        group: of all ranks; None without a process group.
+        rank, size: this rank and the number of ranks; (0, 1) without a process group.
+        group: process group of all ranks; None without one.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Ranks:
 
     @classmethod
     def current(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        """Those of `group` (None: of the default process group)."""
+        """The ranks of `group` (None: of the default process group)."""
         group = dist.group.WORLD if group is None and dist.is_initialized() else group
         return Ranks(0, 1, None) if group is None else Ranks(group.rank(), group.size(), group)
 
@@ -47,10 +47,10 @@ class Ranks:
         return values
 
     def agree(self, function: Callable[[], T]) -> T:
-        """`function()`; if it raises on any rank, all raise what the lowest such rank did. Collective.
+        """Return `function()`; if it raises on any rank, all ranks raise the error of the lowest such rank. Collective.
 
-        On that rank it is the exception itself; elsewhere one of the same class and text, or a RuntimeError that names
-        the rank, class and text if the exception cannot be pickled.
+        That rank raises its exception itself. The others raise one of the same class and text or, if the exception
+        cannot be pickled, a RuntimeError that names the rank, class and text.
         """
         error: Exception | None = None
         try:
@@ -63,27 +63,28 @@ class Ranks:
         return value
 
     def on_rank_0(self, function: Callable[[], T]) -> T | None:
-        """`function()` there, None elsewhere."""
+        """Call `function` on rank 0 only; returns its result there, None elsewhere."""
         return function() if self.rank == 0 else None
 
 
 @dataclass(frozen=True)
 class PrivateRanks(Ranks):
-    """All ranks over a gloo group of their own, for a thread whose messages must not meet those of training.
+    """All ranks over a separate gloo group, for a thread whose messages must not mix with those of training.
 
-    They go on after `destroy_process_group`: the functions of torch.distributed look a group up in a registry, which
-    that empties, so the messages go over the group object itself.
+    Messages still work after `destroy_process_group`: it empties the registry in which functions of torch.distributed
+    look up groups, so this class calls the methods of the group object itself.
 
     Attributes:
-        task: number of what the ranks are doing, sent with every message: a rank that left the task before in its
-            middle, by Ctrl-C say, and begins the next one is an error on the others, not an answer to them.
+        task: number of the task that the ranks are working on, sent with every message. If a rank has left a task
+            halfway (by Ctrl-C, for example) and begins the next one, the others raise an error instead of taking its
+            messages for those of the present task.
     """
 
     task: int = 0
 
     @classmethod
     def make(cls) -> PrivateRanks:
-        """Those of the default process group. Collective."""
+        """Make the group, over all ranks of the default process group. Collective."""
         if not dist.is_initialized():
             return cls(0, 1, None)
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
@@ -93,14 +94,14 @@ class PrivateRanks(Ranks):
         return self.from_rank_0([self.to_rank_0(value)] * self.size)
 
     def to_rank_0(self, value: T) -> list[T]:
-        """What every rank passes, by rank, on rank 0; an empty list elsewhere. Collective."""
+        """Send `value` to rank 0; returns the values of all ranks there, an empty list elsewhere. Collective."""
         if self.rank != 0:
             self._send(value, 0)
             return []
         return [value, *(self._receive(rank) for rank in range(1, self.size))]
 
     def from_rank_0(self, values: Sequence[T]) -> T:
-        """Rank 0 passes one value a rank; each gets its own. Collective."""
+        """Send one value to each rank; returns this rank's. Only rank 0's `values` are used. Collective."""
         if self.rank != 0:
             return self._receive(0)
         for rank in range(1, self.size):
@@ -126,21 +127,21 @@ class PrivateRanks(Ranks):
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Of the default process group; (0, 1) without one."""
+    """Rank of this process and number of ranks in the default process group; (0, 1) without one."""
     ranks = Ranks.current()
     return ranks.rank, ranks.size
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank passes, by rank. Collective over `group` of all ranks (None: the default one)."""
+    """What every rank passes, by rank. Collective over `group` (None: the default process group)."""
     return Ranks.current(group).gather(value)
 
 
 def agree(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """As `Ranks.agree`, over `group` (None: the default one). Collective."""
+    """`Ranks.agree` over `group` (None: the default process group). Collective."""
     return Ranks.current(group).agree(function)
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
-    """`function()` there, None elsewhere."""
+    """Call `function` on rank 0 only; returns its result there, None elsewhere."""
     return Ranks.current().on_rank_0(function)

@@ -1,4 +1,4 @@
-"""Which backend of a process group serves which kind of device."""
+"""Finds out which backend of a process group serves which type of device."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def backend_of(group: dist.ProcessGroup, device_type: str) -> str:
 
 
 def small_tensor_device(group: dist.ProcessGroup) -> torch.device:
-    """Where the few numbers that ranks compare are put: the CPU if the group serves it, else its accelerator."""
+    """Device for small tensors that ranks exchange: the CPU if the group has a backend for it, else the accelerator."""
     kind = next(iter(sorted(_backends(group), key=lambda kind: kind != "cpu")))
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """Device type -> backend; torch gives them as "cpu:gloo,cuda:nccl"."""
+    """Device type -> backend, parsed from torch's format "cpu:gloo,cuda:nccl"."""
     return dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))

@@ -1,7 +1,7 @@
-"""Which rank is missing: a beat of every rank in the job's store, read when a collective fails.
+"""Finds missing ranks: every rank increments a counter in the job's store, and they are read when a collective fails.
 
-A backend only knows that a connection broke or that time ran out, and with many ranks the broken connection may be one
-to a rank that merely gave up before. A rank whose beat stands still is the one that died or hangs.
+A backend only knows that a connection broke or timed out. With many ranks, the connection may have been to a rank that
+is alive and only gave up earlier. A rank whose counter no longer increases is the one that died or hangs.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from hecate.errors import MissingRankError
 __all__ = ["Heartbeat"]
 
 PATIENCE = 5
-"""Intervals without a beat after which a rank is missing; a busy machine may well skip one or two."""
+"""Intervals without a beat after which a rank counts as missing; on a busy machine one or two beats may be late."""
 
 UNEQUAL_CALLS = (
     "All ranks are alive, so they have called the model unequally often, in other modes (with and without gradients), "
     "or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
 )
-"""What a time-out means where no rank is missing."""
+"""Added to a time-out error if no rank is missing."""
 
 CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out")
-"""What a backend says if a peer has gone."""
+"""Parts of backends' error messages that mean that a peer is gone."""
 
 
 class Heartbeat:
-    """Beats for this rank from a thread of its own, until `stop()`, the object's or the process's end.
+    """Increments this rank's counter from a thread until `stop()` is called, or the object or the process ends.
 
-    Several in one process (one an engine) beat together; the rank has left when all have stopped.
+    One process may have several heartbeats (one per engine); the rank has left when all of them have stopped.
 
     Args:
-        store: that all ranks share; on rank 0's machine, so that a store that is gone means that rank 0's host is.
-        rank, world_size: of this process.
-        interval: between beats.
+        store: store that all ranks share. It is kept by rank 0, so if it is gone, rank 0 is missing.
+        rank, world_size: this rank and the number of ranks.
+        interval: time between beats.
     """
 
     def __init__(
         self, store: dist.Store, rank: int, world_size: int, interval: timedelta = timedelta(seconds=1)
     ) -> None:
-        # A connection of its own: a call that blocks in the main thread would hold up the beat on a shared one.
+        # Use a separate connection: on a shared one, a blocking call of the main thread would delay the beats.
         self._store = dist.PrefixStore("hecate/heartbeat", store.clone())  # type: ignore[attr-defined]  # stubs lack it
         self._rank, self._world_size, self._interval = rank, world_size, interval
         self._stop = threading.Event()
@@ -62,7 +62,7 @@ class Heartbeat:
         self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
 
     def missing(self) -> list[int]:
-        """Ranks that neither beat for `PATIENCE` intervals nor left; rank 0, which keeps the store, if it is gone."""
+        """Ranks that have not left but made no beat during `PATIENCE` intervals; rank 0 if its store is gone."""
         try:
             before = self._read("{}")
             suspects = [rank for rank in range(self._world_size) if rank != self._rank]
@@ -76,7 +76,7 @@ class Heartbeat:
 
     @contextmanager
     def naming_missing_ranks(self) -> Iterator[None]:
-        """Turn an error inside into `MissingRankError` where a rank is missing, and pass it on where none is."""
+        """Context that turns a RuntimeError into `MissingRankError` if a rank is missing, and else passes it on."""
         try:
             yield
         except (MissingRankError, torch.OutOfMemoryError):
@@ -89,9 +89,10 @@ class Heartbeat:
             raise
 
     def _blamed_for(self, error: RuntimeError) -> MissingRankError | None:
-        """The ranks whose end explains `error`; None if there are none."""
+        """The error that names the ranks whose end explains `error`; None if there are none."""
         left = self._left() if _lost_connection(error) else {}
-        # A rank that missed another one ended because of that one. Without an exception it may have ended so too.
+        # A rank that ended by MissingRankError is not the first cause: it missed another rank itself. A rank that
+        # ended without an exception may be a consequence too, so it is blamed only if there is no better answer.
         first = {rank: why for rank, why in left.items() if MissingRankError.__name__ not in why}
         if any(first.values()):
             return _ended(first)
@@ -100,17 +101,17 @@ class Heartbeat:
         return _ended(first or left) if left else None
 
     def _left(self) -> dict[int, str]:
-        """Ranks whose hearts were all stopped, each with its last uncaught exception; empty if there was none."""
+        """Ranks that have left, each with its last uncaught exception as text, "" if there was none."""
         try:
             alive = self._read("{}/alive")
             left = [rank for rank in range(self._world_size) if rank != self._rank and not alive[rank]]
             keys = {rank: f"{rank}/why" for rank in left}
             return {rank: self._store.get(k).decode() if self._store.check([k]) else "" for rank, k in keys.items()}
-        except (RuntimeError, OSError):  # `missing` will say that rank 0's store is gone
+        except (RuntimeError, OSError):  # the store is gone; `missing` reports that
             return {}
 
     def _read(self, key: str) -> list[int]:
-        # Adding nothing reads a counter without waiting for a key.
+        # `add(key, 0)` reads a counter; unlike `get`, it does not wait until the key exists.
         return [self._store.add(key.format(rank), 0) for rank in range(self._world_size)]
 
 
@@ -118,16 +119,16 @@ def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) 
     while not stop.wait(interval):
         try:
             store.add(rank, 1)
-        except (RuntimeError, OSError):  # the store is gone; `missing` will say so
+        except (RuntimeError, OSError):  # the store is gone; `missing` of other ranks reports that
             return
 
 
 def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
-    if thread is not threading.current_thread():  # the garbage collector may run this in any thread
+    if thread is not threading.current_thread():  # the garbage collector may run this in the heartbeat thread
         thread.join()
-    with suppress(RuntimeError, OSError):  # the store may have gone before
-        # Python keeps here what it prints when a process ends by an exception.
+    with suppress(RuntimeError, OSError):  # the store may be gone already
+        # Python stores the uncaught exception here before it prints it.
         if (error := getattr(sys, "last_value", None)) is not None:
             store.set(f"{rank}/why", "".join(traceback.format_exception_only(type(error), error)).strip())
         store.add(f"{rank}/alive", -1)

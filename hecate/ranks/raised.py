@@ -1,4 +1,4 @@
-"""An exception on its way to another rank, whether it can be pickled or not."""
+"""Sends an exception to another rank, whether or not it can be pickled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Raised", "RemoteError"]
 
 
 class RemoteError(Exception):
-    """The cause of an exception that another rank raised first: that rank's traceback, as text."""
+    """Cause of an exception that was first raised on another rank; contains that rank's traceback as text."""
 
     def __init__(self, rank: int, traceback_text: str) -> None:
         super().__init__(f"\n\nOn rank {rank}:\n{traceback_text}")
@@ -18,13 +18,13 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class Raised:
-    """What a rank tells the others about an exception. Strings and bytes only, so it always pickles.
+    """What a rank sends to the others about an exception. Strings and bytes only, so it can always be pickled.
 
     Attributes:
         text: `str()` of the exception.
         summary: its class and text, as in the last line of a traceback.
         traceback: the whole traceback.
-        pickled: the exception itself; None if it cannot be pickled, as a class inside a function cannot.
+        pickled: the exception itself; None if it cannot be pickled, e.g. because its class is local to a function.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Raised:
 
     @classmethod
     def of(cls, error: Exception) -> Raised:
-        """What to send of `error`; never raises."""
+        """Describe `error`; never raises."""
         summary = "".join(traceback.format_exception_only(type(error), error)).strip()
         whole = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         try:
@@ -43,11 +43,11 @@ class Raised:
             return cls("", summary, whole, None)
 
     def rebuilt(self, rank: int, also: Exception | None) -> Exception:
-        """The exception that `rank` raised; a RuntimeError with its class and text if it cannot be made again.
+        """The exception that `rank` raised; if it cannot be unpickled, a RuntimeError with its class and text.
 
         Args:
-            rank: who raised.
-            also: what this rank raised itself, to be shown in the traceback too.
+            rank: the rank that raised.
+            also: what this rank raised itself, shown in the traceback too; None if nothing.
         """
         error = self._unpickled() or RuntimeError(f"rank {rank} raised {self.summary}")
         error.__cause__ = RemoteError(rank, self.traceback)
@@ -55,7 +55,10 @@ class Raised:
         return error
 
     def _unpickled(self) -> Exception | None:
-        """None also if `__init__` does not take what `Exception` kept: then another text, or an error, comes out."""
+        """The unpickled exception; None if it cannot be made or has another text.
+
+        That happens if its `__init__` takes other arguments than those in `Exception.args`.
+        """
         if self.pickled is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Do all ranks hold the same values? If not, every rank raises one error that names a rank that differs."""
+"""Checks that all ranks hold the same values. If not, every rank raises one error that names a rank that differs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from hecate.ranks.backend import small_tensor_device
 __all__ = ["agree_on", "check_equal", "check_placements", "check_same", "debugging", "described"]
 
 Values = Mapping[str, object]
-"""name -> value of one rank: picklable, compared by `==`, shown by `str()`."""
+"""Values of one rank: name -> value. They must be picklable; they are compared by `==` and shown by `str()`."""
 
 
 def debugging() -> bool:
-    """Whether HECATE_DEBUG=1: compare plans across ranks before following them. It changes no result."""
+    """Whether HECATE_DEBUG=1 is set: plans are then compared between ranks before they are used. Changes no result."""
     return os.environ.get("HECATE_DEBUG", "0") == "1"
 
 
 def check_equal(
     what: str, everyone: Sequence[Values], must: str = "pass the same", error: type[Exception] = ValueError
 ) -> None:
-    """Compare values that are known of all ranks. Not collective.
+    """Compare values of all ranks that are already known here. Not collective.
 
     Args:
-        what: the call or layer, first in the message.
+        what: the call or layer; begins the message.
         everyone: the values of every rank, by rank.
-        must: ends the message "all ranks must ...".
+        must: ends the message, after "all ranks must".
         error: class of the exception.
 
     Raises:
@@ -55,9 +55,9 @@ def check_same(
     must: str = "pass the same",
     error: type[Exception] = ValueError,
 ) -> None:
-    """Compare this rank's values with those of all ranks of `group` (None: the default one). Collective.
+    """Compare values between all ranks of `group` (None: the default process group). Collective.
 
-    Arguments and errors as for `check_equal`; without a process group there is nothing to compare.
+    Arguments and errors are those of `check_equal`. Without a process group there is nothing to compare.
     """
     check_equal(what, gather(values, group), must, error)
 
@@ -65,11 +65,12 @@ def check_same(
 def agree_on(what: str, values: Callable[[], Values], group: dist.ProcessGroup) -> None:
     """Evaluate `values` on every rank; all ranks raise if it raises on any, or if the results differ. Collective.
 
-    If all is well, the ranks exchange eight bytes each. Errors and differences are looked for only if those differ.
+    Each rank sends only an eight-byte fingerprint; errors and values are exchanged only if fingerprints differ or
+    `values` raised.
 
     Raises:
-        ValueError: as `check_same`.
-        Exception: what `values` raised on the lowest rank where it did.
+        ValueError: values differ; see `check_same`.
+        Exception: what `values` raised, on the lowest rank where it did.
     """
     mine: Values = {}
     failure: Exception | None = None
@@ -85,7 +86,7 @@ def agree_on(what: str, values: Callable[[], Values], group: dist.ProcessGroup) 
 
 
 def check_placements(what: str, placements: Sequence[Placement], group: dist.ProcessGroup) -> None:
-    """Under HECATE_DEBUG=1, RuntimeError if ranks hold different placements. Collective then, else nothing."""
+    """With HECATE_DEBUG=1, RuntimeError if ranks hold different placements; collective. Without it, does nothing."""
     if debugging():
         values = {f"placement {i}": described(placement) for i, placement in enumerate(placements)}
         check_same(what, values, group, "make the same plan", RuntimeError)

@@ -1,8 +1,8 @@
-"""FSSDP at run time: the ways of an expert, a token and a plan, the rest of the model, and the step around them."""
+"""FSSDP at run time: experts, tokens, plans, the dense part of the model, and the training step."""
 
 import sys
 
 import hecate.errors
 
-# Where the exceptions of hecate.errors were at first: code that catches them from there goes on.
+# The exceptions of hecate.errors used to be in these modules; code that imports them from there keeps working.
 sys.modules[f"{__name__}.heartbeat"] = sys.modules[f"{__name__}.finite"] = hecate.errors

@@ -1,7 +1,7 @@
-"""Everything that talks: process groups, the transport of experts, and the lanes that run it beside compute.
+"""Communication: process groups, the transport of experts, and lanes that run it in parallel with compute.
 
-On CUDA each lane is a side stream: work is launched and finished there, and `wait()` makes the compute stream wait for
-an event, never the host. On CPU the backend's own threads carry it, and `wait()` blocks.
+On CUDA, each lane is a side stream: work is launched and completed there, and `wait()` makes the compute stream wait
+for an event; the host does not wait. On CPU, the backend's threads do the work, and `wait()` blocks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["Comms", "ExposedTime", "Lane", "Pending", "destroy", "make_comms"]
 
 
 class ExposedTime:
-    """Seconds that compute waited, per layer."""
+    """Time that compute has waited for communication, per layer."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
     def wait(self, layer: int, blocking: Callable[[], None], on_cuda: bool) -> None:
-        """Run `blocking` and book the time it holds up compute to `layer`."""
+        """Run `blocking` and add the time that compute waits for it to that of `layer`."""
         if on_cuda:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
@@ -47,14 +47,14 @@ class ExposedTime:
         self._add(layer, time.perf_counter() - start)
 
     def take(self) -> ExposedTime:
-        """What was booked so far, to be read later; starts again from zero."""
+        """Return the times measured so far in a new object, and start again from zero."""
         taken = ExposedTime()
         taken._seconds, taken._events = self._seconds, self._events
         self._seconds, self._events = {}, []
         return taken
 
     def seconds(self, layer: int) -> float:
-        """Of one layer. Waits for the device where events were recorded: not for the training loop's hot path."""
+        """Seconds of one layer. Waits for the device if events were recorded, so keep it out of the hot path."""
         for booked, before, after in self._events:
             after.synchronize()
             self._add(booked, before.elapsed_time(after) / 1e3)
@@ -69,9 +69,9 @@ class Pending:
     """Communication under way on a lane.
 
     Args:
-        wait: what to do for the results.
-        kept: owner of the memory in use. It was allocated for the compute stream, which might hand it to the next
-            tensor while a side stream still reads it, so it lives until `wait()` has ordered the two.
+        wait: makes compute wait for the results.
+        kept: an object that holds the memory in use; kept alive until `wait()` has ordered the streams. The memory
+            belongs to the compute stream, whose allocator could otherwise reuse it while a side stream still reads it.
     """
 
     def __init__(self, wait: Callable[[], None], kept: object = None) -> None:
@@ -79,7 +79,7 @@ class Pending:
         self._kept = kept
 
     def wait(self) -> None:
-        """Return when compute may use the results; further calls do nothing."""
+        """Make compute wait for the results; further calls do nothing."""
         wait, self._wait = self._wait, None
         if wait is not None:
             wait()
@@ -87,7 +87,7 @@ class Pending:
 
 
 class Lane:
-    """One kind of traffic (expert copies, gradients), in issue order."""
+    """Runs one kind of communication (expert copies, or gradients) in the order of its calls."""
 
     def __init__(self, device: torch.device, exposed: ExposedTime) -> None:
         self.on_cuda = device.type == "cuda"
@@ -95,7 +95,12 @@ class Lane:
         self._stream = torch.cuda.Stream(device) if self.on_cuda else None
 
     def start(self, layer: int, launch: Callable[[], Work]) -> Pending:
-        """Launch after all compute issued so far. What `launch` uses must stay untouched until `wait()`."""
+        """Launch communication that begins after all compute issued so far.
+
+        Args:
+            layer: index of the layer for which waiting time is counted.
+            launch: starts the work. Tensors that it uses must not be changed until `wait()`.
+        """
         if self._stream is None:
             work = launch()
             return Pending(lambda: self._exposed.wait(layer, work.wait, on_cuda=False), launch)
@@ -115,18 +120,19 @@ class Lane:
 
 @dataclass(frozen=True)
 class Comms:
-    """Process groups, transport and lanes: made once, shared by all layers.
+    """Process groups, transport and lanes; made once and shared by all layers.
 
     Attributes:
-        rank: this device among those that share the experts.
-        topology: of these devices.
+        rank: this device's rank among those that share the experts.
+        topology: topology of these devices.
         tokens: process group of the token exchange; None on one device.
         experts: transport of copies and gradients; None on one device.
         replicas: process group of the devices that own the same experts; None without a (replicate, shard) mesh.
-        copies: lane of spAG, so that prefetch runs beside compute.
-        gradients: lane of spRS, so that a reduction does not queue behind the next layer's copies.
-        exposed: what compute waited for.
-        heart: knows which ranks are missing; None without a process group.
+        copies: lane of SparseAllGather (copies of experts), so that prefetch overlaps with compute.
+        gradients: lane of SparseReduceScatter (gradients of experts), so that a reduction does not queue behind the
+            next layer's copies.
+        exposed: time that compute waited for communication.
+        heart: finds out which ranks are missing; None without a process group.
     """
 
     rank: int
@@ -141,11 +147,14 @@ class Comms:
 
     @property
     def gradient_scale(self) -> float:
-        """1 / number of these devices: gradients are averaged, as in DDP and FSDP; replicas are averaged on top."""
+        """1 / number of devices that share the experts, because gradients are averaged as in DDP and FSDP.
+
+        The average over replicas comes in addition.
+        """
         return 1.0 / self.topology.num_devices
 
     def close(self) -> None:
-        """End the threads and destroy the process groups, after what they carry has ended. Not collective."""
+        """End the threads and destroy the process groups, after running communication has ended. Not collective."""
         if self.heart is not None:
             self.heart.stop()
         for group in filter(None, (self.tokens, None if self.experts is None else self.experts.group)):
@@ -158,14 +167,14 @@ class Comms:
 
 
 def destroy(group: dist.ProcessGroup) -> None:
-    """Destroy a group of our own, unless `destroy_process_group()` has destroyed all."""
+    """Destroy a process group that Hecate made, unless `destroy_process_group()` has destroyed all groups before."""
     if dist.is_initialized():
         with suppress(ValueError, KeyError):  # torch does not know the group any more
             dist.destroy_process_group(group)
 
 
 def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, heart: Heartbeat | None) -> Comms:
-    """For the devices that share experts: the last dimension of `mesh`. Collective."""
+    """Make the `Comms` of the devices that share experts: those along the last dimension of `mesh`. Collective."""
     exposed = ExposedTime()
     lanes = (Lane(device, exposed), Lane(device, exposed))
     if mesh is None:
@@ -180,8 +189,8 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, h
 
 
 def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """A process group of its own for each row of `ranks`, with the timeout of `like`; returns this rank's."""
+    """Make one new process group per row of `ranks`, with the timeout of `like`; returns this rank's group."""
     group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout_of(like, device.type))
-    # Point-to-point calls between some ranks only are allowed after a first collective of all (NCCL).
+    # NCCL allows point-to-point calls between only some ranks after a first collective of all ranks.
     dist.all_reduce(torch.zeros(1, device=device), group=group)
     return group

@@ -1,4 +1,4 @@
-"""One inspection of model, mesh and config. What is built afterwards reads the frozen `Setup` that comes of it."""
+"""Inspects model, mesh and config once. Everything built afterwards reads the resulting frozen `Setup`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHER_PARALLELISM = {
     "sp": "sequence",
     "sequence": "sequence",
 }
-"""What people call the mesh dimensions along which ranks work on the same tokens or on different layers."""
+"""Usual names of mesh dimensions along which ranks work on the same tokens or on different layers."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class MoELayer:
     """One MoE layer of the model.
 
     Attributes:
-        index: of the layer in the model.
+        index: index of the layer in the model.
         parent: the module that holds the experts module.
         module: the experts module.
         spec: what an adapter found in it.
-        dtypes: of its experts, as the config resolves them.
+        dtypes: dtypes of its experts, resolved from the config.
     """
 
     index: int
@@ -64,11 +64,11 @@ class Setup:
 
     Attributes:
         config: as passed.
-        mesh: as passed or made; None on one device.
-        device: where experts live.
-        layers: in module order.
-        cost: the cost model, read from its file if it has one.
-        policy: decides what is copied and moved.
+        mesh: the mesh, as passed or made; None on one device.
+        device: device of the experts.
+        layers: the MoE layers, in module order.
+        cost: the cost model, read from its file if the config names one.
+        policy: decides which experts are copied and which change owners.
         without_values: names of parameters and buffers on the meta device.
     """
 
@@ -82,19 +82,19 @@ class Setup:
 
     @property
     def num_devices(self) -> int:
-        """Devices that share the experts: the last dimension of the mesh."""
+        """Number of devices that share the experts: the size of the mesh's last dimension."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
     def stacked(self) -> set[int]:
-        """Ids of the parameters that go to the pools."""
+        """`id()` of the parameters whose values go to the pools."""
         return {id(getattr(layer.module, w.kind)) for layer in self.layers for w in layer.spec.weights}
 
 
 def inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> Setup:
-    """Check everything before anything is changed. Collective.
+    """Check everything, before anything is changed. Collective.
 
     Raises:
-        ValueError: as `fully_shard`, on all ranks.
+        ValueError: see `fully_shard`; on all ranks.
     """
     layers, cost = agree(lambda: _inspect(model, mesh, config))
     _check_same([layer.spec for layer in layers], cost, config, mesh)
@@ -104,7 +104,7 @@ def inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> S
 
 
 def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> tuple[tuple[MoELayer, ...], CostModel]:
-    """What one rank can check by itself."""
+    """The checks that a rank can make without the others."""
     _check_mesh(mesh)
     _check_model(model, mesh)
     found = enumerate(find_experts(model))
@@ -119,7 +119,7 @@ def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> 
 
 
 def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """ValueError if a model is sharded already, or lies on an accelerator that is not the mesh's."""
+    """ValueError if the model is sharded already, or is on an accelerator of another type than the mesh."""
     for name, module in original_modules(model).items():
         if hasattr(module, "hecate_spec"):
             raise ValueError(f"fully_shard: {name} is under FSSDP already; call hecate.fully_shard once on a model")
@@ -138,7 +138,7 @@ def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 
 def _check_mesh(mesh: DeviceMesh | None) -> None:
-    """ValueError if `mesh` is not of the process group."""
+    """ValueError if `mesh` does not consist of all ranks of the process group, or has unsupported dimensions."""
     if mesh is None:
         return
     if not dist.is_initialized():
@@ -159,14 +159,14 @@ def _check_mesh(mesh: DeviceMesh | None) -> None:
 
 
 def _default_mesh(model: nn.Module) -> DeviceMesh | None:
-    """All ranks in one dimension, on the model's device type; None without a process group."""
+    """A mesh of all ranks in one dimension, on the model's device type; None without a process group."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     return init_device_mesh(_kind_of(model), (dist.get_world_size(),))
 
 
 def _kind_of(model: nn.Module) -> str:
-    """Device type of the model; of one on the meta device, where it will be."""
+    """Device type of the model; if it is on the meta device, the type that it will be allocated on."""
     kind = next(model.parameters()).device.type
     if kind == "meta":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,13 +174,13 @@ def _kind_of(model: nn.Module) -> str:
 
 
 def _device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
-    """Where the experts go: the mesh's device type, else the model's."""
+    """The device that the experts go to: of the mesh's device type, or without a mesh of the model's."""
     kind = mesh.device_type if mesh is not None else _kind_of(model)
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _check_same(specs: Sequence[ExpertsSpec], cost: CostModel, config: FSSDPConfig, mesh: DeviceMesh | None) -> None:
-    """ValueError on every rank if ranks disagree on what plans come from; names rank, setting and both values."""
+    """ValueError on every rank if ranks differ in anything that plans depend on; names rank, setting, both values."""
     if not dist.is_initialized():
         return
     values = {f"config.{f.name}": repr(getattr(config, f.name)) for f in fields(config)}
@@ -194,7 +194,7 @@ def _check_same(specs: Sequence[ExpertsSpec], cost: CostModel, config: FSSDPConf
 
 
 def resolve_dtypes(spec: ExpertsSpec, config: FSSDPConfig) -> Dtypes:
-    """What None means in the config for this layer; ValueError if its dtypes do not go together."""
+    """Replace None in the config's dtypes by the layer's own; ValueError if the dtypes do not fit together."""
     own = {w.dtype for w in spec.weights}
     if len(own) > 1 and config.master_dtype is None:
         raise ValueError(f"{spec.name}: weights have dtypes {own}; must be one, or set FSSDPConfig.master_dtype")

@@ -1,1 +1,1 @@
-"""The values of a model by original names: initial ones, finite ones, whole ones, and the memory they take."""
+"""Tensor values of a model by original names: initial values, checks for NaN, unsharded tensors, memory use."""

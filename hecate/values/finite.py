@@ -1,4 +1,4 @@
-"""Which weights, losses and gradients are not finite, by original name and expert."""
+"""Finds weights, losses and gradients that are not finite, by original name and expert."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from hecate.values.local import local_tensor
 __all__ = ["non_finite"]
 
 WHOLE = -1
-"""In place of an expert: a tensor of the dense part."""
+"""In place of an expert id: the tensor is not of experts but of the dense part."""
 
 Place = tuple[str, int]
-"""Original name and expert."""
+"""Original name, and expert or `WHOLE`."""
 
 
 def non_finite(
     model: nn.Module, experts: Sequence[OwnedExperts], names: Sequence[str], loss: Tensor | None = None
 ) -> list[str]:
-    """What is NaN or infinite on any rank, the same answer on all. Collective; waits for the device.
+    """Names of what is NaN or infinite on any rank; the same list on all ranks. Collective; waits for the device.
 
-    One pass over parameters, buffers and gradients: for when a loss or a norm has told that something is wrong.
+    It reads all parameters, buffers and gradients, so call it only after a loss or norm was not finite.
 
     Args:
-        model: with its dense parameters.
+        model: the model, for its dense parameters and buffers.
         experts: its stacked weights in pools.
         names: original names in the model's order.
-        loss: of this rank, any shape; None leaves it out.
+        loss: loss of this rank, any shape; None leaves it out.
 
     Returns:
         Weights and buffers ("a.b.experts.up, expert 3"), then losses ("loss of rank 1"), then gradients ("gradient of
-        ...") from the last layer to the first: NaN spreads that way, so the cause is near the front.
+        ...") from the last layer to the first. NaN spreads in this order, so the cause is near the front.
     """
     wrong_loss = loss is not None and not bool(torch.isfinite(loss).all())
     weights = _on_any_rank(_found(model, experts, lambda tensor: tensor), names)
@@ -49,7 +49,7 @@ def non_finite(
 
 
 def _on_any_rank(found: set[Place], names: Sequence[str]) -> list[Place]:
-    """In the model's order."""
+    """What any rank has found, in the model's order. Collective."""
     order = {name: position for position, name in enumerate(names)}
     places = set().union(*gather(found))
     return sorted(places, key=lambda place: (order.get(place[0], len(order)), place))
@@ -61,7 +61,7 @@ def _text(place: Place) -> str:
 
 
 def _found(model: nn.Module, experts: Sequence[OwnedExperts], part: Callable[[Tensor], Tensor | None]) -> set[Place]:
-    """Where `part` of what this rank has is not finite; waits for the device once."""
+    """Places where this rank's `part` of a tensor (e.g. its gradient) is not finite; waits for the device once."""
     places: list[Place] = []
     flags: list[Tensor] = []
     for where, tensor in _tensors(model, experts, part):
@@ -74,7 +74,7 @@ def _found(model: nn.Module, experts: Sequence[OwnedExperts], part: Callable[[Te
 def _tensors(
     model: nn.Module, experts: Sequence[OwnedExperts], part: Callable[[Tensor], Tensor | None]
 ) -> Iterator[tuple[list[Place], Tensor]]:
-    """Places and the floating-point tensor with a row for each of them."""
+    """Pairs of places and a floating-point tensor that can be viewed as one row per place."""
     pools = {id(entry.parameter) for entry in experts}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         value = None if id(tensor) in pools else part(tensor)
@@ -88,5 +88,8 @@ def _tensors(
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
-    """Bool `[n]`: whether rows `[n, m]` are finite. The largest magnitude tells, without a mask of their size."""
+    """Bool `[n]`: whether each of the rows `[n, m]` is finite.
+
+    Tests the largest magnitude of each row, which needs no mask `[n, m]`.
+    """
     return torch.isfinite(torch.linalg.vector_norm(rows, float("inf"), dim=1))

@@ -1,4 +1,4 @@
-"""Whole tensors from sharded ones: original names and shapes, on every rank."""
+"""Gathers sharded tensors to whole ones with original shapes, on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["full_experts", "full_tensor"]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a DTensor, or the tensor itself, on CPU and outside autograd. Collective for DTensors."""
+    """A copy of the whole tensor, on CPU and outside autograd. Collective for DTensors."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
 
@@ -24,9 +24,9 @@ def full_experts(entry: OwnedExperts, slots: Tensor, transport: Transport | None
     """One stacked weight of the model, `[num_experts, *shape]` on CPU. Collective.
 
     Args:
-        entry: where this device's experts of it are.
+        entry: the weight, and where this device's experts are in the pool.
         slots: `[slots, *shape]` of this device: the pool's parameter, its gradient or optimizer state.
-        transport: between the devices of the pool; None on one device.
+        transport: transport between the devices of the pool; None on one device.
     """
     rows = entry.of(slots)
     if transport is not None:

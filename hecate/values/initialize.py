@@ -1,9 +1,10 @@
-"""Initial values that depend on a seed and on names alone, whatever the sharding (docs/design.md, decision 14).
+"""Initial values that depend only on a seed and on names, not on the sharding (docs/design.md, decision 14).
 
 A model's own rules fill one module at a time: a Hugging Face style `_init_weights(module)` of the module's nearest
-ancestor, else the module's `reset_parameters()`. While they run, every tensor of the model is a stand-in on the meta
-device, except those that the rule at hand writes: these are drawn on the CPU by a generator seeded with (seed, module
-name), and for stacked experts one expert at a time with (seed, module name, expert). A rule must not read values.
+ancestor that has one, else the module's `reset_parameters()`. While a rule runs, every tensor of the model is replaced
+by a stand-in on the meta device, except those that the rule writes. These are drawn on the CPU by a generator seeded
+with (seed, module name); stacked experts are drawn one expert at a time with (seed, module name, expert). A rule must
+not read values.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ Rule = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class Stack:
-    """What this device has of the stacked weights of one experts module.
+    """The rows that this device owns of the stacked weights of one experts module.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         rows: kind -> `[owned, *shape]`, sharing memory with the model.
-        experts: ids of the rows.
+        experts: expert id of each row.
     """
 
     name: str
@@ -52,11 +53,12 @@ class HoldsStack(Protocol):
 
 @dataclass(frozen=True)
 class _Place:
-    """A parameter or buffer where a module has it.
+    """An attribute of a module that holds a parameter or buffer.
 
     Attributes:
-        tensor: what is there; None for stacked weights that live in a pool.
-        stack: of stacked weights; a stand-in then has one expert.
+        module, attribute: the module, and the name of the attribute.
+        tensor: what is there; None for stacked weights that are in a pool.
+        stack: the stack if these are stacked weights, whose stand-ins have one expert; else None.
     """
 
     module: nn.Module
@@ -65,7 +67,7 @@ class _Place:
     stack: Stack | None = None
 
     def stand_in(self, device: str) -> Tensor:
-        """A tensor of this shape: not a number on the CPU, no memory on the meta device."""
+        """A tensor to put here while rules run: filled with NaN on the CPU, without memory on the meta device."""
         like = self.tensor if self.stack is None else self.stack.rows[self.attribute]
         assert like is not None
         shape = like.shape if self.stack is None else (1, *like.shape[1:])
@@ -88,25 +90,30 @@ class _Place:
             self.put(self.tensor)
 
     def store(self, value: Tensor, row: int | None) -> None:
-        """Copy what a rule drew to where it belongs."""
+        """Copy a drawn value to the model.
+
+        Args:
+            value: what a rule drew.
+            row: row of the stack, for stacked weights; else None.
+        """
         if self.stack is not None:
             assert row is not None
             self.stack.rows[self.attribute][row].copy_(value[0])
             return
         assert self.tensor is not None
         target = self.tensor
-        if isinstance(target, DTensor):  # no communication: every rank has drawn the same
+        if isinstance(target, DTensor):  # without communication: every rank has drawn the same values
             value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
         local_tensor(target).copy_(value)
 
 
 def on_meta(model: nn.Module) -> set[str]:
-    """Original names of the parameters and buffers, non-persistent ones too, that have no memory."""
+    """Original names of parameters and buffers (including non-persistent ones) on the meta device."""
     return {name for name, place in _places(model).items() if place.tensor is not None and place.tensor.is_meta}
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give memory, and no values, to all that is on the meta device; tied parameters stay tied."""
+    """Allocate all tensors that are on the meta device, without initializing them; tied parameters stay tied."""
     made: dict[int, Tensor] = {}
     for place in _places(model).values():
         tensor = place.tensor
@@ -118,7 +125,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
         place.put(made[id(tensor)])
     if made and isinstance(model, FSDPModule):
-        model.to(device)  # moves nothing, but makes FSDP2 look at its parameters again
+        model.to(device)  # moves nothing, but makes FSDP2 update its references to the parameters
 
 
 @torch.no_grad()
@@ -129,21 +136,21 @@ def initialize(
     rule: Rule | None = None,
     wanted: set[str] | None = None,
 ) -> set[str]:
-    """Fill parameters and buffers in place; the same values on every rank and on any number of them.
+    """Fill parameters and buffers in place, with the same values on every rank and on any number of ranks.
 
     Args:
-        model: sharded or not, between passes.
+        model: the model, sharded or not, between passes.
         stacks: its stacked experts.
-        seed: of all values.
-        rule: fills the tensors of one module; None: the model's own rules.
+        seed: seed of all values.
+        rule: fills the tensors of the module it is given; None: the model's own rules.
         wanted: names of the tensors to fill; None: all.
 
     Returns:
-        Names that got values; of stacked weights `name.kind`.
+        Names of the tensors that got values; those of stacked weights are `name.kind`.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass may have left it whole
+            module.reshard()  # a forward pass may have left it unsharded
     modules = original_modules(model)
     places = _places(model)
     for stack in stacks:
@@ -154,7 +161,7 @@ def initialize(
     given: set[str] = set()
     scaffold = _Scaffold(places, set(places) if wanted is None else wanted, seed)
     try:
-        # Children before parents, which may overwrite what their children did.
+        # Children come before parents, because rules of parents may overwrite values of children.
         for name, module in reversed(modules.items()):
             given |= scaffold.fill(name, module, _rules(modules, name) if rule is None else [rule])
     finally:
@@ -164,7 +171,7 @@ def initialize(
 
 
 def _places(model: nn.Module) -> dict[str, _Place]:
-    """All parameters and buffers but the pools' by original name; a tied one at each of its places."""
+    """All parameters and buffers except the pools', by original name; a tied one is listed under each of its names."""
     places = {}
     for prefix, module in original_modules(model).items():
         tensors = [
@@ -178,7 +185,7 @@ def _places(model: nn.Module) -> dict[str, _Place]:
 
 
 def _rules(modules: Mapping[str, nn.Module], name: str) -> list[Rule]:
-    """The model's own rules for one module: a tensor gets its values from the first that writes it."""
+    """The model's own rules for one module, in order: a tensor gets its values from the first rule that writes it."""
     rules: list[Rule] = []
     ancestor = name
     while True:
@@ -194,14 +201,14 @@ def _rules(modules: Mapping[str, nn.Module], name: str) -> list[Rule]:
 
 
 class _Scaffold:
-    """The model while every tensor of it is a stand-in on the meta device."""
+    """The model while each of its tensors is replaced by a stand-in on the meta device."""
 
     def __init__(self, places: Mapping[str, _Place], wanted: set[str], seed: int) -> None:
         self._places, self._wanted, self._seed = places, wanted, seed
         self._stand_ins = {name: place.put(place.stand_in("meta")) for name, place in places.items()}
 
     def fill(self, name: str, module: nn.Module, rules: Iterable[Rule]) -> set[str]:
-        """Run the rules of one module; returns the names of what they gave values to."""
+        """Run the rules of one module; returns the names of the tensors that got values."""
         own = {n for n, place in self._places.items() if place.module is module}
         given: set[str] = set()
         for number, rule in enumerate(rules):
@@ -219,9 +226,9 @@ class _Scaffold:
         return given
 
     def _written(self, name: str, module: nn.Module, rule: Rule) -> set[str]:
-        """Names of the tensors in `module` and below that the rule writes, found without memory."""
+        """Names of the tensors in `module` and below that `rule` writes; found on the meta device."""
         if next(module.children(), None) is None:
-            return set()  # only its own, which are drawn anyway
+            return set()  # it can only write its own tensors, which are drawn anyway
         prefix = f"{name}." if name else ""
         below = {n: t._version for n, t in self._stand_ins.items() if n.startswith(prefix)}
         with torch.random.fork_rng(devices=[]):
@@ -229,13 +236,13 @@ class _Scaffold:
         return {n for n, version in below.items() if self._stand_ins[n]._version != version}
 
     def _draw(self, module: nn.Module, rule: Rule, names: Iterable[str], key: str, row: int | None = None) -> set[str]:
-        """Run `rule` with memory behind `names`, and store what it wrote."""
+        """Run `rule` with the tensors `names` on the CPU, and store what it wrote."""
         drawn = {n: self._places[n].put(self._places[n].stand_in("cpu")) for n in names}
         if not drawn:
             return set()
         versions = {n: t._version for n, t in drawn.items()}
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed_of(self._seed, key))  # torch.manual_seed would seed CUDA's too
+            torch.default_generator.manual_seed(_seed_of(self._seed, key))  # torch.manual_seed would also seed CUDA
             rule(module)
         given = {n for n, t in drawn.items() if _written_to(t, versions[n])}
         for n in given:
@@ -249,7 +256,7 @@ class _Scaffold:
 
 
 def _written_to(tensor: Tensor, version: int) -> bool:
-    # The version alone does not show what is written through `.data`.
+    # Writing through `.data` does not change the version, so also look whether the NaNs are gone.
     return tensor._version != version or (tensor.is_floating_point() and not bool(tensor.isnan().any()))
 
 

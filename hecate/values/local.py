@@ -1,4 +1,4 @@
-"""The part of a tensor that this rank has."""
+"""Access to this rank's part of a tensor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["local_tensor"]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank, sharing its storage and outside autograd; a plain tensor likewise."""
+    """Return this rank's part of a DTensor, or all of a plain tensor; outside autograd and sharing the storage."""
     with torch.no_grad():
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -1,4 +1,4 @@
-"""How much memory parameters, gradients and optimizer state take on this device."""
+"""Measures the memory of parameters, gradients and optimizer state on this device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["PeakMemory"]
 
 
 class PeakMemory:
-    """Bytes of parameters, optimizer state and gradients on this device: the most that was measured.
+    """The largest measured size of parameters, optimizer state and gradients on this device.
 
     Attributes:
-        peaks: by kind.
+        peaks: bytes of "owned" (parameters), "optimizer" and "gradients".
     """
 
     def __init__(self) -> None:
         self.peaks = {"owned": 0, "optimizer": 0, "gradients": 0}
 
     def measure(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        """Look once, after a step and before its gradients are dropped."""
+        """Measure once; call it after a step, before its gradients are dropped."""
         parameters: list[Tensor] = list(model.parameters())
         state: list[object] = [v for o in optimizers for values in o.state.values() for v in values.values()]
         found: dict[str, list[Tensor]] = {

@@ -1,1 +1,1 @@
-"""The rest of the model: sharded by FSDP2, replicated, or left to the caller."""
+"""The dense part: all parameters other than experts. Sharded by FSDP2, replicated, or left to the caller."""

@@ -1,4 +1,4 @@
-"""What the engine asks of the model's parameters other than experts."""
+"""The interface through which the engine handles the dense part: the model's parameters other than experts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["Dense"]
 
 
 class Dense(ABC):
-    """The dense part of the model between and during passes.
+    """The dense part of the model, between and during passes.
 
-    The engine calls, on all ranks alike: `enter` before a forward or backward pass, `leave` after it, `await_gradients`
-    when a backward pass begins and `reduce` when its gradients are complete, or `drop` if it raised or its step is
-    skipped.
+    The engine calls these methods in the same order on all ranks: `enter` before a forward or backward pass, `leave`
+    after it, `await_gradients` when a backward pass begins, `reduce` when its gradients are complete, and `drop` if it
+    raised or its step is skipped.
 
     Attributes:
-        sync: whether `reduce` is to reduce; False inside `no_sync`.
-        awaited: whether a backward pass runs that `reduce` will end.
-        keeps_weights: whether tensors that a pass computed with stay as they are until the next step.
+        sync: whether `reduce` reduces gradients; False inside `no_sync`.
+        awaited: whether a backward pass is running for which the engine will call `reduce`.
+        keeps_weights: whether the tensors that a pass computes with keep their values until the next step.
     """
 
     sync = True
@@ -25,23 +25,23 @@ class Dense(ABC):
     keeps_weights = True
 
     def set_sync(self, sync: bool) -> None:
-        """Reduce gradients after the backward passes from now on, or accumulate them only."""
+        """Set whether gradients are reduced after each backward pass from now on, or only accumulated."""
         self.sync = sync
 
     @abstractmethod
     def enter(self) -> None:
-        """A pass begins: modules must hold what they compute with."""
+        """Prepare for a pass: put the tensors that it computes with into the modules."""
 
     @abstractmethod
     def leave(self) -> None:
-        """No pass runs: parameters are where the optimizer and the checkpoint look for them. May be called twice."""
+        """End a pass: put parameters back where optimizers and checkpoints expect them. May be called twice."""
 
     def leave_evaluation(self) -> None:
-        """A forward pass is over that no backward pass follows."""
+        """Like `leave`, after a forward pass that no backward pass follows."""
         self.leave()
 
     def await_gradients(self) -> None:
-        """A backward pass of the whole model begins; `reduce` or `drop` will be called when it is over."""
+        """Note that a backward pass of the model begins; the engine calls `reduce` or `drop` when it is over."""
         self.awaited = True
 
     @abstractmethod
@@ -50,4 +50,4 @@ class Dense(ABC):
 
     @abstractmethod
     def drop(self) -> None:
-        """Forget the gradients that were not reduced yet."""
+        """Drop gradients that were not reduced yet."""

@@ -1,4 +1,4 @@
-"""The dense part under torch's FSDP2."""
+"""The dense part sharded by torch's FSDP2."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["ShardedDense"]
 
 
 class ShardedDense(Dense):
-    """FSDP2 on the model's blocks and on the model, with its own hooks for passes and reductions.
+    """Applies FSDP2 to the model's blocks and to the model; FSDP2's own hooks handle passes and reductions.
 
     A block's weights are gathered together and reduced together, those of each dtype in a group of their own. Plain
     tensors stay, for `ReplicatedDense`: parameters without dimensions, and with torch 2.11 those of all dtypes
     but the block's most common one.
 
     Args:
-        setup: of the model, on a mesh.
+        setup: the inspected model and config; it has a mesh.
         model: changed in place.
         ignored: parameters left alone.
     """
@@ -41,30 +41,33 @@ class ShardedDense(Dense):
         self._model = model
 
     def set_sync(self, sync: bool) -> None:
-        """As FSDP2's `set_requires_gradient_sync`."""
+        """Set it by FSDP2's `set_requires_gradient_sync`."""
         super().set_sync(sync)
         self._model.set_requires_gradient_sync(sync)
 
     def enter(self) -> None:
-        """FSDP2's hooks do it."""
+        """Nothing to do: FSDP2's hooks gather the parameters."""
 
     def leave(self) -> None:
-        """FSDP2's hooks do it."""
+        """Nothing to do: FSDP2's hooks reshard the parameters."""
 
     def leave_evaluation(self) -> None:
-        """FSDP2 keeps the root's parameters whole for a backward pass: optimizers and users would find those."""
+        """Reshard the root, whose parameters FSDP2 keeps unsharded for a backward pass.
+
+        Otherwise optimizers and users would find unsharded parameters.
+        """
         self._model.reshard()
 
     def reduce(self) -> None:
-        """FSDP2 has reduced them during the backward pass."""
+        """Nothing to do: FSDP2 has reduced gradients during the backward pass."""
 
     def drop(self) -> None:
-        """Also bring FSDP2 back from a pass that raised."""
+        """Drop unreduced gradients, and reset FSDP2's state if a pass raised."""
         forget_step(self._model)
 
 
 def _shard(unit: nn.Module, setup: Setup, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]) -> None:
-    """FSDP2 on one unit: `param_dtype` for all weights but the `kept` ones, and for its inputs."""
+    """Apply FSDP2 to one unit, with `param_dtype` for its inputs and all its weights except the `kept` ones."""
     config = setup.config
     asked = MixedPrecisionPolicy(config.param_dtype, config.reduce_dtype or config.param_dtype)
     as_is = MixedPrecisionPolicy(None, config.reduce_dtype)
@@ -78,9 +81,10 @@ def _shard(unit: nn.Module, setup: Setup, ignored: Set[nn.Parameter], kept: Set[
 
 
 def _groups(unit: nn.Module, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters of `unit` by dtype, frozen ones too: they may be trained later.
+    """The parameters of `unit`, grouped by dtype and by whether they are `kept`.
 
-    The first group's precision is also that of the unit's inputs, so it is the largest of those that are not `kept`.
+    Frozen parameters are included: they may be trained later. The precision of the first group also applies to the
+    unit's inputs, so the first group is the largest of those that are not `kept`.
     """
     groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
     for parameter in dict.fromkeys(_parameters(unit)):
@@ -91,7 +95,7 @@ def _groups(unit: nn.Module, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]
 
 
 def _parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
-    """Those that no unit inside of this one has."""
+    """Parameters of `unit`, except those of FSDP2 units inside it."""
     yield from unit.parameters(recurse=False)
     for child in unit.children():
         if not isinstance(child, FSDPModule):
@@ -99,9 +103,10 @@ def _parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _blocks(setup: Setup, model: nn.Module) -> list[nn.Module]:
-    """Modules that the model, or one inside of it, says must not be split; else those that hold an MoE layer.
+    """The modules to shard one by one, innermost first.
 
-    Innermost first.
+    These are modules whose class is named in `_no_split_modules` of the model or a submodule; if there are none, the
+    modules that hold an MoE layer.
     """
     named = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     blocks = [m for m in model.modules() if type(m).__name__ in named]

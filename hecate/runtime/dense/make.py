@@ -1,4 +1,4 @@
-"""The kind of dense part that the config asks for."""
+"""Makes the dense part as the config asks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ __all__ = ["make_dense", "move_dense"]
 
 
 def move_dense(setup: Setup, model: nn.Module) -> None:
-    """The dense part to the device, floating-point parameters to `master_dtype`. Meta tensors stay on meta."""
+    """Move the dense part to the device, and cast its floating-point parameters to `master_dtype`.
+
+    Meta tensors stay on the meta device.
+    """
     stacked, dtype = setup.stacked(), setup.config.master_dtype
     for parameter in model.parameters():
         if id(parameter) not in stacked:
@@ -32,7 +35,7 @@ def move_dense(setup: Setup, model: nn.Module) -> None:
 
 
 def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) -> Dense:
-    """Shard or replicate all parameters of `model` but the pools', and give memory to those on meta. In place."""
+    """Shard or replicate all parameters of `model` except `pools`, and allocate those on the meta device. In place."""
     pools = set(pools)
     if setup.mesh is None or setup.config.dense == "none":
         allocate(model, setup.device)
@@ -43,7 +46,7 @@ def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) ->
         allocate(model, setup.device)
         return ReplicatedDense(setup, model, pools)
     sharded = ShardedDense(setup, model, pools)
-    allocate(model, setup.device)  # after sharding: a device only ever allocates its own part
+    allocate(model, setup.device)  # after sharding, so that a device allocates only its own part
     rest = {p for p in model.parameters() if not isinstance(p, DTensor)} - pools
     if not rest:
         return sharded

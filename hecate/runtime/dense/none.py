@@ -1,4 +1,4 @@
-"""The dense part left to the caller: the model runs on one device, or the caller has parallelized it."""
+"""The dense part left to the caller: the model runs on one device, or the caller parallelizes it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["CallersDense"]
 
 
 class CallersDense(Dense):
-    """Nothing to do: gradients of the dense part are the caller's."""
+    """Does nothing: parameters and gradients of the dense part are left to the caller."""
 
     def enter(self) -> None:
-        """The caller's."""
+        """Does nothing."""
 
     def leave(self) -> None:
-        """The caller's."""
+        """Does nothing."""
 
     def reduce(self) -> None:
-        """The caller's."""
+        """Does nothing."""
 
     def drop(self) -> None:
-        """The caller's."""
+        """Does nothing."""

@@ -1,4 +1,4 @@
-"""The dense part in several parts, each kept in its own way."""
+"""A dense part that consists of several parts, e.g. one sharded and one replicated."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ __all__ = ["DenseParts"]
 
 
 class DenseParts(Dense):
-    """Does with all of `parts` what the engine asks, in order: on all ranks alike, if the parts are."""
+    """Forwards every call to all `parts`, in their order, which must be the same on all ranks."""
 
     def __init__(self, *parts: Dense) -> None:
         self._parts = parts
 
     def set_sync(self, sync: bool) -> None:
-        """Reduce gradients after the backward passes from now on, or accumulate them only."""
+        """Set whether gradients are reduced after each backward pass from now on, or only accumulated."""
         super().set_sync(sync)
         for part in self._parts:
             part.set_sync(sync)
 
     def enter(self) -> None:
-        """A pass begins."""
+        """Prepare all parts for a pass."""
         for part in self._parts:
             part.enter()
 
     def leave(self) -> None:
-        """No pass runs."""
+        """End a pass."""
         for part in self._parts:
             part.leave()
 
     def leave_evaluation(self) -> None:
-        """A forward pass is over that no backward pass follows."""
+        """End a forward pass that no backward pass follows."""
         for part in self._parts:
             part.leave_evaluation()
 
     def await_gradients(self) -> None:
-        """A backward pass of the whole model begins."""
+        """Note that a backward pass of the model begins."""
         super().await_gradients()
         for part in self._parts:
             part.await_gradients()
@@ -46,6 +46,6 @@ class DenseParts(Dense):
             part.reduce()
 
     def drop(self) -> None:
-        """Forget the gradients that were not reduced yet."""
+        """Drop gradients that were not reduced yet."""
         for part in self._parts:
             part.drop()

@@ -1,7 +1,8 @@
-"""The dense part replicated: parameters become Replicate() DTensors, forward and backward see plain tensors.
+"""The dense part replicated: parameters become Replicate() DTensors, but forward and backward use plain tensors.
 
-The optimizer and `clip_grad_norm_` then meet one kind of parameter, dense and experts alike. FSDP2 keeps DTensors on
-a mesh in the forward pass when asked to replicate, which a plain model does not survive; hence this.
+So all parameters, dense and experts, are DTensors for the optimizer and `clip_grad_norm_`. FSDP2 cannot be used here:
+if asked to replicate, it leaves DTensors in the modules during the forward pass, which fails in models that do not
+expect them.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ __all__ = ["ReplicatedDense"]
 
 @dataclass
 class _Replica:
-    """One parameter, the places it is used at, and the plain leaf that stands there during a pass.
+    """One parameter, the places that use it, and the plain leaf that replaces it there during a pass.
 
-    `watched`: whether the leaf tells when it gets a gradient.
+    `watched`: whether the leaf has a hook that reports gradients.
     """
 
     name: str
@@ -39,15 +40,15 @@ class _Replica:
 
 
 class ReplicatedDense(Dense):
-    """All parameters of `model` but `ignored`, on all ranks of `mesh`.
+    """Replicates all parameters of `model` except `ignored` on all ranks of the mesh.
 
-    Between `enter` and `leave` the modules hold plain leaves; outside, DTensors. `reduce` averages the
-    gradients of the leaves over all ranks into those of the DTensors.
+    Between `enter` and `leave` the modules hold plain leaf tensors, otherwise DTensors. `reduce` averages the gradients
+    of the leaves over all ranks and adds them to those of the DTensors.
 
-    Leaves have `param_dtype` if that is set, but for parameters that the model's class keeps in float32.
+    Leaves have `param_dtype` if that is set, except those of parameters that the model's class keeps in float32.
 
     Args:
-        setup: of the model, on a mesh, all of whose dimensions replicate.
+        setup: the inspected model and config; it has a mesh, and parameters are replicated along all its dimensions.
         model: changed in place.
         ignored: parameters left alone.
     """
@@ -60,12 +61,12 @@ class ReplicatedDense(Dense):
         self._kept = kept_in_float32(model)
         self._replicas = list(self._build(model, ignored))
         self._inside = False
-        self._unreduced = False  # whether leaves have gradients of a backward pass that is not over
+        self._unreduced = False  # whether leaves got gradients in a backward pass that has not ended
         self.enter()
         self.leave()
 
     def enter(self) -> None:
-        """Put plain leaves with the present values in place."""
+        """Put plain leaves with the present values into the modules."""
         for r in self._replicas:
             refuse_hooks(r.name, r.parameter)
             r.leaf.requires_grad_(r.parameter.requires_grad)
@@ -77,11 +78,15 @@ class ReplicatedDense(Dense):
         self._place(plain=True)
 
     def leave(self) -> None:
-        """Put the DTensors back."""
+        """Put the DTensors back into the modules."""
         self._place(plain=False)
 
     def _arrived(self) -> None:
-        """A leaf has got a gradient: of a pass that the engine knows of, or of a loss that reached the leaf alone."""
+        """Called when a leaf gets a gradient.
+
+        If the engine does not know of the backward pass, because its loss depends on the leaf but not on the model's
+        output, the gradients are reduced at the end of that pass.
+        """
         if not self._unreduced:
             self._unreduced = True
             at_end_of_backward(self._end_of_backward)
@@ -91,7 +96,7 @@ class ReplicatedDense(Dense):
             self.reduce()
 
     def reduce(self) -> None:
-        """Average what the leaves collected since the last call, add it to the parameters' gradients. Collective."""
+        """Average the leaves' gradients over all ranks and add them to the parameters' gradients. Collective."""
         self._unreduced = self.awaited = False
         if not self.sync or not any(r.parameter.requires_grad for r in self._replicas):
             return
@@ -100,7 +105,7 @@ class ReplicatedDense(Dense):
             [r.leaf.grad is not None for r in trained], dtype=torch.int32, device=trained[0].leaf.device
         )
         self._sum([used])
-        # What no rank used keeps no gradient, so that optimizers leave it alone.
+        # A parameter that no rank used gets no gradient, so that optimizers leave it alone.
         reduced = [r for r, by_any in zip(trained, used.tolist(), strict=True) if by_any]
         grads = [self._wire(r.leaf) for r in reduced]
         self._sum(grads)
@@ -111,7 +116,7 @@ class ReplicatedDense(Dense):
                 hook(r.parameter)
 
     def drop(self) -> None:
-        """Forget what the leaves collected since the last reduction."""
+        """Drop gradients that the leaves got since the last reduction."""
         self._unreduced = self.awaited = False
         for r in self._replicas:
             r.leaf.grad = None

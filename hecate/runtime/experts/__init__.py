@@ -1,1 +1,1 @@
-"""The way of an expert: pool, copies, buffers, and what moves them."""
+"""Storage and movement of experts: pools of owned experts, copies and their buffers, re-sharding, optimizer state."""

@@ -1,4 +1,4 @@
-"""The memory of copies: how many fit, what they take, and two buffers that serve all layers in turn."""
+"""Memory for copies: how many fit, how many bytes they take, and two buffers that all layers use in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CopiesMemory", "SharedBuffers", "memory_slots"]
 
 
 class CopiesMemory:
-    """Bytes that buffers of copies take on this device, now and at most."""
+    """Counts the bytes that buffers of copies take on this device: at present, and the peak."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -27,14 +27,14 @@ class CopiesMemory:
 
 
 class Tenant(Protocol):
-    """Whoever has a shared buffer."""
+    """Something that uses a shared buffer."""
 
     def release(self) -> None:
-        """Use it no more."""
+        """Stop using the buffer."""
 
 
 class SharedBuffers:
-    """Two buffers that serve the copies of all layers in turn, for re-materialization (paper, section 4.2)."""
+    """Two buffers that the copies of all layers use in turn, for re-materialization (paper, section 4.2)."""
 
     def __init__(self, memory: CopiesMemory, device: torch.device) -> None:
         self._memory = memory
@@ -43,22 +43,31 @@ class SharedBuffers:
         self._tenant: list[Tenant | None] = [None, None]
 
     def reserve(self, num_bytes: int) -> None:
-        """Make both at least that large. Between steps only: autograd may keep views while one runs."""
+        """Make both buffers at least that large. Only between steps: during a step autograd may hold views of them."""
         if self._bytes[0].numel() < num_bytes:
             self.evict()
             self._memory.add(2 * (num_bytes - self._bytes[0].numel()))
-            with torch.inference_mode(False):  # an evaluation may come first; training must be able to save views
+            with torch.inference_mode(False):  # evaluation may run first; autograd cannot save inference tensors
                 self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
     def lend(self, tenant: Tenant, turn: int, num_bytes: int) -> Tensor:
-        """Bytes of one of them; whoever had it holds nothing any more."""
+        """Lend one of the buffers to `tenant`; the tenant before it is released.
+
+        Args:
+            tenant: the new user.
+            turn: even or odd: which buffer.
+            num_bytes: bytes needed, at most what was reserved.
+
+        Returns:
+            uint8 `[num_bytes]`.
+        """
         before, self._tenant[turn % 2] = self._tenant[turn % 2], tenant
         if before is not None and before is not tenant:
             before.release()
         return self._bytes[turn % 2][:num_bytes]
 
     def evict(self) -> None:
-        """Release both, for example because the weights changed."""
+        """Release both buffers, for example because the weights have changed."""
         for tenant in self._tenant:
             if tenant is not None:
                 tenant.release()
@@ -66,16 +75,16 @@ class SharedBuffers:
 
 
 def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_node: int) -> int:
-    """Copies of one layer that a device has room for, the same on all ranks. Collective.
+    """Number of copies of one layer that a device may hold, the same on all ranks. Collective.
 
-    `config.memory_slots`, but no more than the layer has experts, or for "auto" what fits in `memory_share` of the free
-    memory, at most 2; none if the policy copies nothing.
+    This is `config.memory_slots`, at most the layer's number of experts. For "auto" it is what fits in `memory_share`
+    of the free memory, at most 2. It is 0 on one device and for the policy "ep", which copies nothing.
 
     Args:
-        setup: of the model.
-        num_experts: of the layer.
-        expert_bytes: of one copy.
-        devices_per_node: processes that share the memory of a CPU.
+        setup: the inspected model and config.
+        num_experts: experts of the layer.
+        expert_bytes: bytes of one copy.
+        devices_per_node: processes that share the host memory, if experts are on the CPU.
     """
     config, device = setup.config, setup.device
     if setup.num_devices == 1 or config.policy == "ep":
@@ -85,11 +94,11 @@ def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() // devices_per_node
     alive = min(2, len(setup.layers)) if config.rematerialize else len(setup.layers)
     slots = torch.tensor(min(2, int(free * config.memory_share) // max(1, alive * expert_bytes)), device=device)
-    dist.all_reduce(slots, op=dist.ReduceOp.MIN)  # the smallest of all ranks, so that they plan the same
+    dist.all_reduce(slots, op=dist.ReduceOp.MIN)  # the smallest over all ranks, so that all make the same plan
     return int(slots)
 
 
 def _available_memory() -> int:
-    """Bytes that Linux says new allocations may use."""
+    """Bytes of host memory that Linux reports as available (MemAvailable)."""
     with open("/proc/meminfo") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

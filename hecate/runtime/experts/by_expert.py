@@ -1,8 +1,8 @@
-"""Experts in one order for state dicts, whoever owns them.
+"""Converts rows of owned experts to state dict entries, whose order does not depend on owners, and back.
 
-In a state dict, what `num_experts` experts have is one DTensor `[num_experts, ...]`, Shard(0): consecutive experts on
-each device, as `torch.chunk` cuts them. Owners have the same rows elsewhere; the two are brought together by
-SparseAllGather (paper, section 3.1), and not at all if they agree.
+In a state dict, the tensors of `num_experts` experts are one DTensor `[num_experts, ...]`, Shard(0): consecutive
+experts on each device, as `torch.chunk` splits them. If owners hold the experts in another distribution,
+SparseAllGather (paper, section 3.1) moves the rows; if not, nothing is sent.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["experts_of", "in_order", "misfit", "rows_of"]
 
 
 def experts_of(rows: Tensor, owners: Placement, mesh: DeviceMesh | None, transport: Transport | None) -> Tensor:
-    """The entry of a state dict. Collective, unless owners have consecutive experts as the entry does.
+    """The state dict entry for the given rows. Collective, unless `in_order(owners)`.
 
     Args:
-        rows: `[owned, *rest]` of this device, ascending expert id.
-        owners: of `num_experts` experts.
-        mesh: of the entry; None without one.
-        transport: among the owners; None without a mesh.
+        rows: `[owned, *rest]` of this device, by ascending expert id.
+        owners: the owner of each of the `num_experts` experts.
+        mesh: the mesh of the entry; None without one.
+        transport: between the owners; None without a mesh.
 
     Returns:
         DTensor `[num_experts, *rest]`; a plain tensor without a mesh. It shares memory with `rows` if nothing had to
-        move, and is of the graph of `rows`.
+        move, and is part of the autograd graph of `rows`.
     """
     if mesh is not None:
         rows = _moved(rows, owners, _consecutive(owners), transport)
@@ -50,14 +50,14 @@ def experts_of(rows: Tensor, owners: Placement, mesh: DeviceMesh | None, transpo
 def rows_of(
     entry: Tensor, owners: Placement, rank: int, mesh: DeviceMesh | None, transport: Transport | None
 ) -> Tensor:
-    """The reverse of `experts_of`: `[owned, *rest]` of device `rank`. Collective likewise.
+    """The reverse of `experts_of`: rows `[owned, *rest]` of this device. Collective, unless `in_order(owners)`.
 
     Args:
-        entry: as `misfit` has nothing against.
-        owners: of its experts.
-        rank: of this device among the owners.
-        mesh: of the model.
-        transport: as there.
+        entry: a state dict entry for which `misfit` returns None.
+        owners: the owner of each expert.
+        rank: this device's rank among the owners.
+        mesh: the mesh of the model; None without one.
+        transport: between the owners; None without a mesh.
     """
     if not isinstance(entry, DTensor):
         return entry.detach()[torch.from_numpy(owners.held_by(rank)).to(entry.device)]
@@ -68,7 +68,7 @@ def rows_of(
 
 
 def in_order(owners: Placement) -> bool:
-    """Whether each device owns what it has of an entry, so that nothing need move."""
+    """Whether each device owns exactly the experts of its part of an entry, so that nothing has to move."""
     return owners == _consecutive(owners)
 
 
@@ -86,7 +86,7 @@ def misfit(entry: object, shape: torch.Size, mesh: DeviceMesh | None) -> str | N
 
 
 def _consecutive(owners: Placement) -> Placement:
-    """As many experts a device as `torch.chunk` gives it."""
+    """Consecutive experts on each device, as many as `torch.chunk` gives it."""
     size = -(-owners.num_experts // owners.num_devices)
     return Placement.from_owners(np.arange(owners.num_experts) // size, owners.num_devices)
 
@@ -101,9 +101,9 @@ def _moved(rows: Tensor, src: Placement, dst: Placement, transport: Transport | 
 
 
 def _by_itself(rows: Tensor) -> Tensor:
-    """The same memory as a storage that begins there.
+    """A tensor over the same memory whose storage begins at its first row.
 
-    Then `torch.save` writes these rows alone, and `deepcopy`, which fails for DTensors further on in a storage, works.
+    `torch.save` then writes only these rows, and `deepcopy` works, which fails for DTensors with a storage offset.
     """
     if not rows.storage_offset():
         return rows

@@ -1,7 +1,7 @@
-"""The copies of one layer for one micro-batch: gathered, held, and their gradients sent home.
+"""The copies of one layer for one micro-batch: how they are gathered and held, and how their gradients are reduced.
 
-If compute and master dtype agree, owned rows are read in place and the buffer holds copies only; otherwise the buffer
-has a row per expert held (docs/design.md, decision 3).
+If compute and master dtype are equal, owned rows are read in place and the buffer holds only copies. Otherwise the
+buffer has one row per expert held, including the owned ones (docs/design.md, decision 3).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["CopyState", "LayerCopies", "LayerExperts", "Reduction"]
 
 
 class CopyState(Enum):
-    """Which memory the copies of one layer have.
+    """State of the copies of one layer.
 
-    SHARDED: none; every expert is with its owner only.
-    GATHERING: a buffer that transfers are writing; it must not be read.
-    HELD: a buffer that may be read.
+    SHARDED: there are none; only owners hold experts.
+    GATHERING: transfers are writing the copies into a buffer, which must not be read yet.
+    HELD: the copies are in the buffer and may be read.
     """
 
     SHARDED = "sharded"
@@ -40,19 +40,19 @@ class CopyState(Enum):
 
 @dataclass
 class LayerExperts:
-    """The experts of one layer: what its copies of every micro-batch share.
+    """The experts of one layer: what is common to its copies in all micro-batches.
 
     Attributes:
-        index: of the layer in the model.
-        name: of the layer's experts module in the model.
-        pool, place: the pool that owns them, and which of its layers this is.
-        dtypes: of the layer's experts.
+        index: index of the layer in the model.
+        name: name of the layer's experts module in the model.
+        pool, place: the pool that owns the experts, and the position of this layer in it.
+        dtypes: dtypes of the layer's experts.
         comms: process groups, transport and lanes.
-        memory_slots: copies a device may hold.
-        shared: the buffers of re-materialization; None: each micro-batch has its own.
-        memory: where own buffers are counted.
-        layout: of a copy.
-        bytes_sent: on all links together, since the last step.
+        memory_slots: most copies that a device may hold of this layer.
+        shared: the buffers of re-materialization; None: each micro-batch allocates its own buffer.
+        memory: counts the bytes of buffers that are not shared.
+        layout: how the weights of one copy lie in its row of the buffer.
+        bytes_sent: bytes sent over all links together since the last step.
     """
 
     index: int
@@ -71,30 +71,30 @@ class LayerExperts:
         self.layout = ChunkLayout(self.pool.weights)
 
     def gradient_layout(self, kinds: Iterable[str] | None = None) -> ChunkLayout:
-        """How gradients of `kinds` lie in a chunk; None: of the kinds that are trained now."""
+        """Layout of a chunk with gradients of `kinds`; None: of the kinds that are trained now."""
         wanted = {kind for kind, _ in self.pool.trainable()} if kinds is None else set(kinds)
         return ChunkLayout([w for w in self.pool.weights if w.kind in wanted])
 
     @property
     def casts(self) -> bool:
-        """Whether experts compute in another dtype than their owners keep."""
+        """Whether experts compute in another dtype than the owned weights have."""
         return self.dtypes.param != self.dtypes.master
 
     @property
     def buffer_rows(self) -> int:
-        """Rows of a buffer: the copies, of experts that are not owned, and the owned experts if they are cast."""
+        """Rows of a buffer: one per copy of an expert owned elsewhere, and one per owned expert if weights are cast."""
         owned = len(self.owned)
         copies = min(self.memory_slots, self.owners.num_experts - owned)
         return copies + (owned if self.casts else 0)
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of a buffer."""
+        """Size of a buffer in bytes."""
         return self.buffer_rows * self.layout.numel * self.dtypes.param.itemsize
 
     @property
     def owners(self) -> Placement:
-        """Who owns which expert."""
+        """The owner of each expert, as a placement."""
         return self.pool.placement(self.place)
 
     @property
@@ -104,19 +104,24 @@ class LayerExperts:
 
 
 class Reduction:
-    """Gradients on their way to the owners."""
+    """A running reduction of gradients to the owners.
+
+    Args:
+        home: the transfers.
+        add: adds the results to the owners' gradients.
+    """
 
     def __init__(self, home: Pending, add: Callable[[], None]) -> None:
         self._home = home
         self._add = add
 
     def finish(self) -> None:
-        """Add the sums to the owners' gradients."""
+        """Wait for the transfers and add the sums to the owners' gradients."""
         self._home.wait()
         self._add()
 
     def discard(self) -> None:
-        """Only let the transfers end: the backward pass that they belong to failed."""
+        """Wait for the transfers and ignore their results: the backward pass that they belong to failed."""
         self._home.wait()
 
 
@@ -134,18 +139,18 @@ class LayerCopies:
 
     @property
     def experts(self) -> list[int]:
-        """Experts held here in the order of their rows: owned ascending, then copies as they came."""
+        """Experts held here in the order of their rows: owned ones by ascending id, then copies as they were added."""
         return self._owned + self._copies
 
     def launch(self) -> None:
-        """SHARDED to GATHERING: start to bring the copies here. Collective."""
+        """Go from SHARDED to GATHERING: start to gather the copies; in other states do nothing. Collective."""
         if self.state is not CopyState.SHARDED:
             return
         self._allocate()
         self._start(moves_between(self.layer.owners, self.placement))
 
     def extend(self, placement: Placement) -> None:
-        """GATHERING: bring the experts too that `placement` has beyond the present one. Collective."""
+        """In state GATHERING, also gather what `placement` has in addition to the present placement. Collective."""
         self._require(CopyState.GATHERING)
         owners, old = self.layer.owners, self.placement
         self._copies = self._copies + self._new_experts(old, placement)
@@ -153,7 +158,7 @@ class LayerCopies:
         self._start(moves_between(owners, owners | (placement - old)))
 
     def ensure_held(self) -> None:
-        """Return in state HELD: wait for the copies, or gather them now if they were released."""
+        """Go to state HELD: wait for the copies, or gather them now if they were released."""
         self.launch()
         for pending in self._pending:
             pending.wait()
@@ -161,7 +166,7 @@ class LayerCopies:
         self.state = CopyState.HELD
 
     def release(self) -> None:
-        """Back to SHARDED."""
+        """Go back to SHARDED, after all transfers have ended."""
         for pending in self._pending:
             pending.wait()
         if self._buffer is not None and self.layer.shared is None:
@@ -169,10 +174,10 @@ class LayerCopies:
         self._pending, self._buffer, self.state = [], None, CopyState.SHARDED
 
     def parts(self) -> list[tuple[list[int], dict[str, Tensor]]]:
-        """(positions in `experts`, views kind -> `[n, *shape]`): one part a stack of consecutive rows in memory.
+        """One part per stack of consecutive rows in memory: (positions in `experts`, views kind -> `[n, *shape]`).
 
-        State HELD. Views of the buffer have version counters of their own: a buffer is written again for backward, with
-        the same values, and autograd must not take that for a change of what it saved.
+        In state HELD. Views of the buffer have version counters of their own: for backward, the buffer is written again
+        with the same values, and autograd must not take that for a change of the tensors it saved.
         """
         self._require(CopyState.HELD)
         owned = list(range(len(self._owned)))
@@ -188,9 +193,13 @@ class LayerCopies:
         return parts
 
     def reduce(self, grads: Mapping[str, Sequence[Tensor]]) -> Reduction:
-        """Start to add gradients kind -> one `[*shape]` an expert held here to the owners'. Collective.
+        """Start to sum gradients at the owners. Collective.
 
-        State HELD. Experts that only their owner holds are added at once; the others travel in `reduce_dtype`.
+        In state HELD. Gradients of experts that only their owner holds are added at once; the others are sent in
+        `reduce_dtype`.
+
+        Args:
+            grads: kind -> one gradient `[*shape]` per expert held here, in the order of `experts`.
         """
         self._require(CopyState.HELD)
         layer, owned = self.layer, self._owned
@@ -249,7 +258,7 @@ class LayerCopies:
             layer.layout.pack(layer.pool.weights_of(layer.place), self._buffer[: len(self._owned)])
 
     def _start(self, moves: Moves) -> None:
-        """Launch one gather into the buffer; nothing to do where nobody copies."""
+        """Launch one gather into the buffer, if any device gets a copy."""
         layer, self.state = self.layer, CopyState.GATHERING
         transport = layer.comms.experts
         if transport is None or not moves.transfers:
@@ -259,7 +268,7 @@ class LayerCopies:
         self._pending.append(layer.comms.copies.start(layer.index, lambda: transport.gather(moves, sent, received)))
 
     def _sent(self, moves: Moves) -> dict[int, Tensor]:
-        """Rows that leave this device, packed and cast."""
+        """Rows that this device sends, packed and cast."""
         layer, rank = self.layer, self.layer.comms.rank
         leaving = sorted({t.expert for t in moves.transfers if t.src == rank})
         position = {e: i for i, e in enumerate(self._owned)}
@@ -271,7 +280,7 @@ class LayerCopies:
         return dict(zip(leaving, rows, strict=True))
 
     def _received(self, moves: Moves) -> dict[int, Tensor]:
-        """Rows of the buffer that the copies go to."""
+        """Rows of the buffer that the copies are received into."""
         arriving = self._new_experts(moves.src, moves.dst)
         first = len(self._owned) if self.layer.casts else 0
         position = {e: first + i for i, e in enumerate(self._copies)}

@@ -1,7 +1,7 @@
-"""How the weights of one expert lie in one flat chunk.
+"""Layout of the weights of one expert in a flat chunk.
 
 A chunk concatenates the expert's weight kinds ("up", "down", ...), each flattened and padded to a multiple of `ALIGN`
-elements, so that a buffer of chunks has a view per kind that grouped matrix products accept.
+elements. So a buffer of chunks has one view per kind, which grouped matrix products accept.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hecate.experts import WeightSpec
 __all__ = ["ChunkLayout"]
 
 ALIGN = 16
-"""Elements: 32 bytes of bf16; grouped matrix products on CUDA need 16."""
+"""In elements. 16 elements of bf16 are 32 bytes; grouped matrix products on CUDA need an alignment of 16 bytes."""
 
 
 class ChunkLayout:
-    """Offsets of some weight kinds in a flat chunk of `numel` elements."""
+    """Offsets of the given weight kinds in a flat chunk of `numel` elements."""
 
     def __init__(self, weights: Sequence[WeightSpec]) -> None:
         self.weights = tuple(weights)
@@ -35,7 +35,12 @@ class ChunkLayout:
         return {w.kind: self._part(rows, w).unflatten(1, w.shape) for w in self.weights}
 
     def pack(self, weights: Mapping[str, Sequence[Tensor] | Tensor], rows: Tensor) -> None:
-        """Copy (and cast) kind -> n times `[*shape]` into `rows [n, numel]`; padding is left alone."""
+        """Copy (and cast) weights into `rows [n, numel]`; padding is not written.
+
+        Args:
+            weights: kind -> a stack `[n, *shape]`, or n tensors `[*shape]`.
+            rows: the chunks.
+        """
         for kind, view in self.views(rows).items():
             stack = weights[kind]
             if isinstance(stack, Tensor):

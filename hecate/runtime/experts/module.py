@@ -1,4 +1,4 @@
-"""What an experts module under FSSDP has in place of its stacked weights: their entries in state dicts."""
+"""State dict entries of an experts module under FSSDP, whose stacked weights are in a pool."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ MISSING = "is missing"
 
 @dataclass(frozen=True)
 class InPool:
-    """Found at the attribute of a stacked weight that is in a pool. No tensor, so that nothing computes with it.
+    """Attribute value of a stacked weight that is in a pool. It is no tensor, so that nothing can compute with it.
 
-    `torch.distributed.checkpoint` looks up each key of a state dict by attribute, but does nothing with what it finds.
+    The attribute exists because `torch.distributed.checkpoint` looks up each key of a state dict by attribute; it does
+    not use the value.
 
     Attributes:
         name: original name of the weight.
         shape: `[num_experts, *shape]`.
-        dtype: of the master weights.
+        dtype: dtype of the master weights.
     """
 
     name: str
@@ -40,10 +41,10 @@ class InPool:
 
 
 class ExpertsModule(nn.Module):
-    """Gives the stacked weights, which live in a pool, to `state_dict()`, and takes them from `load_state_dict()`.
+    """Puts the stacked weights, which are in a pool, into `state_dict()`, and loads them in `load_state_dict()`.
 
-    They are entries of their original names, `[num_experts, *shape]`: a DTensor, Shard(0), by expert and not by owner;
-    a plain tensor without a mesh.
+    Entries have the original names and shapes `[num_experts, *shape]`. Each is a DTensor, Shard(0), in the order of
+    expert ids regardless of owners; without a mesh it is a plain tensor.
     """
 
     _hecate_experts: list[LayerExperts]
@@ -52,7 +53,7 @@ class ExpertsModule(nn.Module):
     hecate_kinds: tuple[str, ...]
 
     def __getattr__(self, name: str) -> Any:
-        """An `InPool` for a stacked weight."""
+        """An `InPool` if `name` is a stacked weight."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -69,8 +70,8 @@ class ExpertsModule(nn.Module):
         self.hecate_kinds = kinds
 
     def keep(self, experts: LayerExperts) -> None:
-        """Where the weights are."""
-        self._hecate_experts = [experts]  # in a list: nn.Module looks at attributes
+        """Remember `experts`, which hold the weights."""
+        self._hecate_experts = [experts]  # in a list, so that nn.Module does not look into it
 
     @property
     def _hecate_storage(self) -> LayerExperts:
@@ -79,7 +80,7 @@ class ExpertsModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """As torch documents for subclasses that save otherwise. Collective, unless devices own their part of entries.
 
-        With `keep_vars` gradients of entries reach the pool.
+        With `keep_vars`, entries are part of the autograd graph: their gradients go to the pool's parameters.
         """
         layer = self._hecate_storage
         with layer.comms.guard(), torch.set_grad_enabled(keep_vars):
@@ -102,9 +103,10 @@ def take_experts(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """What `load_state_dict` does with the entries of `module`; a hook before it. Collective.
+    """Pre-hook of `load_state_dict`: load the entries of `module` into the pool. Collective.
 
-    What does not fit on one rank is loaded on none. As with parameters, it goes to the lists, by its name.
+    An entry that does not fit on one rank is loaded on none. Problems are appended to `missing_keys` and `error_msgs`,
+    as `load_state_dict` does for parameters.
     """
     layer = module._hecate_storage
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
@@ -125,11 +127,11 @@ def take_experts(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a rank has to load for a weight.
+    """What a rank found in its state dict for one weight.
 
     Attributes:
-        problem: why it cannot be loaded.
-        whole: a plain tensor of all experts.
+        problem: why it cannot be loaded; None if it can.
+        whole: whether it is a plain tensor of all experts.
     """
 
     problem: str | None
@@ -156,14 +158,22 @@ def _difference(found: list[_Found]) -> str:
 
 
 def _only_on_rank_0(found: list[_Found]) -> bool:
-    """As DCP's `broadcast_from_rank0` leaves what no module has as a parameter. `load_state_dict` would fail on all
-    other ranks.
+    """Whether only rank 0 has the entry, as a plain tensor.
+
+    DCP's option `broadcast_from_rank0` broadcasts only parameters and buffers of modules, so it leaves these entries on
+    rank 0, and `load_state_dict` would fail on all other ranks.
     """
     return len(found) > 1 and found[0] == _Found(None, whole=True) and all(f.problem == MISSING for f in found[1:])
 
 
 def _from_rank_0(weight: InPool, entry: Tensor | None, device: torch.device) -> Tensor:
-    """The whole of an entry that rank 0 has. Collective."""
+    """Broadcast an entry that only rank 0 has. Collective.
+
+    Args:
+        weight: its shape and dtype.
+        entry: the entry on rank 0, None elsewhere.
+        device: where the result goes.
+    """
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     if entry is not None:
         whole.copy_(entry.detach())

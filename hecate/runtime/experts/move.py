@@ -1,4 +1,4 @@
-"""Experts change devices: their rows, gradients and optimizer state move from slot to slot."""
+"""Re-sharding: moves the rows of experts (weights, gradients, optimizer state) between the slots of their owners."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def move(
     """Give `pool` new owners and permute the rows of `tensors` accordingly, in place. Collective.
 
     Args:
-        pool: whose slots move.
-        owners: per layer, int64 `[num_experts]`.
+        pool: gets the new owners.
+        owners: per layer, int64 `[num_experts]`, the new owners.
         tensors: `[slots, ...]` each, the same number and order on every rank.
-        transport: among the devices of the pool.
+        transport: between the devices of the pool.
     """
     before, after = (Placement.from_owners(np.concatenate(o), pool.num_devices) for o in (pool.owners, list(owners)))
     if before == after:
@@ -47,8 +47,14 @@ def move(
 
 
 def _shift(rows: Tensor, kept: Sequence[tuple[int, int]]) -> None:
-    """Move rows from slot to slot in place. Slots are sorted by expert before and after, so rows keep their order:
-    none is overwritten before it moves if those that go down move in ascending order and those that go up descending.
+    """Move rows to other slots in place.
+
+    Slots are sorted by expert before and after, so rows keep their relative order. Moving rows to lower slots in
+    ascending order, then rows to higher slots in descending order, overwrites no row that has yet to move.
+
+    Args:
+        rows: `[slots, n]`.
+        kept: (slot before, slot after) of the experts that stay on this device, ascending.
     """
     for source, target in kept:
         if target < source:

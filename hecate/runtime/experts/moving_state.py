@@ -1,4 +1,4 @@
-"""Optimizer state that has to move with the experts: all that is found, or a refusal before the first row moves."""
+"""Finds the optimizer state that must move with experts; state that cannot move is refused before any row moves."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from hecate.values.local import local_tensor
 __all__ = ["MovingState"]
 
 Rows = dict[str, Tensor]
-"""Parameter and key of the state -> tensor with a row per slot."""
+"""Name of the parameter and key of its state -> tensor with one row per slot."""
 
 
 class MovingState:
-    """State of all optimizers that hold parameters of pools: wrappers and what they wrap, several over one pool.
+    """State of all optimizers that hold parameters of pools.
+
+    This includes wrappers as well as the optimizers they wrap; several optimizers may hold parameters of one pool.
 
     Args:
-        pools: whose rows move.
-        states: knows the optimizers.
+        pools: the pools whose rows move.
+        states: keeps the list of optimizers.
     """
 
     def __init__(self, pools: Sequence[ExpertPool], states: OptimizerStates) -> None:
@@ -32,14 +34,17 @@ class MovingState:
         self._states = states
 
     def check(self) -> None:
-        """See `tensors`; moves nothing. Collective."""
+        """Raise as `tensors` does if some state cannot move. Collective."""
         self._found()
 
     def tensors(self, pool: ExpertPool) -> list[Tensor]:
-        """What this rank has of the state of `pool`, `[slots, ...]` each; the same on all ranks. Collective.
+        """Optimizer state tensors of `pool` on this rank. Collective.
+
+        Returns:
+            Tensors `[slots, ...]`; the same number, shapes and order on all ranks.
 
         Raises:
-            ValueError: state that is not understood, which would stay behind; on all ranks.
+            ValueError: there is state that cannot be moved, because it is not one row per slot; on all ranks.
         """
         own = {id(p) for p in pool.parameters.values()}
         values = [value for rows in self._found() for home, value in rows.values() if home in own]
@@ -54,7 +59,7 @@ class MovingState:
         }
         everyone = gather(described)
         alive = sorted(set.intersection(*(set(other) for other in everyone)))
-        for number in alive:  # one that was dropped may live on where garbage was not collected yet
+        for number in alive:  # a dropped optimizer may still exist on ranks that have not collected garbage yet
             check_equal("re-sharding: optimizer state", [other[number] for other in everyone], "have the same state")
         return [found[number] for number in alive]
 
@@ -71,7 +76,7 @@ class MovingState:
 
 
 def _has_rows(optimizer: Optimizer, what: str, value: object, pool: ExpertPool) -> bool:
-    """Whether `value` is a tensor with a row per slot; ValueError if it may be about experts in another way."""
+    """Whether `value` is a tensor with one row per slot; ValueError if it may depend on experts in another way."""
     if isinstance(value, Tensor):
         local = local_tensor(value)
         if local.ndim == 0 or local.numel() == 1:
@@ -86,7 +91,7 @@ def _has_rows(optimizer: Optimizer, what: str, value: object, pool: ExpertPool) 
 
 
 def _check_other(optimizer: Optimizer, parameter: object, key: str, value: object) -> None:
-    """ValueError if state kept with a parameter that is not of a pool spans several parameters, as L-BFGS's does."""
+    """ValueError if the state of a parameter outside of pools spans several parameters, as that of L-BFGS does."""
     size = parameter.numel() if isinstance(parameter, Tensor) else 0
     if isinstance(value, Tensor) and value.numel() > max(size, 1):
         raise ValueError(_refusal(optimizer, key, f"has {value.numel()} elements, its parameter {size}"))

@@ -1,4 +1,4 @@
-"""`optimizer.state_dict()` and `load_state_dict()` by experts, whoever owns them.
+"""Makes `optimizer.state_dict()` and `load_state_dict()` independent of owners: state is by expert, not by slot.
 
 An optimizer's state of a pool has a row per slot of this device. In a state dict each of its tensors is one DTensor of
 the `num_experts` of all the pool's layers, in the order (layer, expert), as `by_expert.py` has it, and the parameter
@@ -198,7 +198,7 @@ class OptimizerStates:
 
 
 def _is_plain(value: object) -> bool:
-    """Numbers and strings, alone or in containers: the same for all experts."""
+    """Whether `value` is a number or string, or a container of them, and thus the same for all experts."""
     if isinstance(value, Tensor):
         return not value.ndim
     if isinstance(value, Mapping):

@@ -1,5 +1,6 @@
-"""The optimizers that train the experts: found by torch's public hooks on every optimizer step, which also define what
-a step is.
+"""Finds the optimizers that train the experts, by torch's public hooks on all optimizer steps.
+
+The same hooks define what a training step is: it ends when such an optimizer has stepped.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from hecate.runtime.experts.pool import ExpertPool
 __all__ = ["OptimizerWatch"]
 
 WHOLE_TENSORS = ("torch.optim.Adafactor", "transformers.optimization.Adafactor")
-"""Optimizers whose steps depend on norms of whole tensors, and that take those of this rank's part."""
+"""Optimizers that need norms of whole tensors but, for a sharded tensor, compute those of this rank's part only."""
 
 
 class OptimizerWatch:
-    """Knows the optimizers that train the experts, and tells listeners when one has made a step.
+    """Keeps track of the optimizers that train the experts, and calls listeners when one has made a step.
 
-    If all experts are frozen, optimizers of any other parameter count. A step inside a backward pass (an optimizer that
-    steps as gradients come) ends when that pass does.
+    If all experts are frozen, optimizers of any other parameter of the model count too. If an optimizer steps inside a
+    backward pass, as soon as gradients are ready, listeners are not called; ask `stepped_in_backward` instead.
 
     Args:
-        model: sharded.
-        pools: of its experts.
-        states: of the optimizers.
+        model: the sharded model.
+        pools: the pools of its experts.
+        states: the state of the optimizers.
         replaced: parameters that the model had before it was sharded. An optimizer that holds one is refused.
     """
 
@@ -53,7 +54,7 @@ class OptimizerWatch:
         _watch(self)
 
     def before(self, optimizer: Optimizer) -> None:
-        """An optimizer, anyone's, is about to make a step."""
+        """Called before any optimizer of the process makes a step."""
         _refuse_old_parameters(optimizer, self._replaced)
         if not self.add(optimizer):
             return
@@ -62,7 +63,7 @@ class OptimizerWatch:
         self._stepping.add(id(optimizer))
 
     def after(self, optimizer: Optimizer) -> None:
-        """An optimizer, anyone's, has made a step."""
+        """Called after any optimizer of the process has made a step."""
         self._stepping.discard(id(optimizer))
         if not self.add(optimizer):
             return
@@ -73,25 +74,25 @@ class OptimizerWatch:
             listener()
 
     def on_step(self, listener: Callable[[], None]) -> None:
-        """Call `listener` after each step."""
+        """Call `listener` after each step of an optimizer that trains the experts."""
         self._listeners.append(listener)
 
     def close(self) -> None:
-        """Look at no optimizer any more."""
+        """Stop watching optimizers."""
         _watches.discard(self)
 
     @property
     def stepping(self) -> bool:
-        """Whether an optimizer's step is under way, in whose closure the model runs."""
+        """Whether an optimizer's step is under way. If so, the model runs in its closure."""
         return bool(self._stepping)
 
     def stepped_in_backward(self) -> bool:
-        """Whether optimizers have stepped inside a backward pass since this was last asked."""
+        """Whether an optimizer has stepped inside a backward pass since the last call of this method."""
         stepped, self._in_backward = self._in_backward, False
         return stepped
 
     def add(self, optimizer: Optimizer) -> bool:
-        """Take note of an optimizer; whether it trains what is watched. As `OptimizerStates.meet`."""
+        """Register an optimizer if it holds watched parameters; returns whether it does. See `OptimizerStates.meet`."""
         watched = self._watched()
         held = any(id(p) in watched for group in optimizer.param_groups for p in group["params"])
         if held:
@@ -108,13 +109,15 @@ class OptimizerWatch:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """All that are alive."""
+        """All registered optimizers that are alive."""
         return [optimizer for _, optimizer in self._states.optimizers()]
 
 
 _watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
-"""All that are alive. torch's hooks are global and cannot be taken away while a step iterates over them, so one pair
-serves all engines; it keeps no model alive.
+"""All watches that are alive.
+
+torch's hooks are global and cannot be removed while a step iterates over them, so one pair of hooks serves all engines.
+It keeps no model alive.
 """
 
 
@@ -138,7 +141,7 @@ def _hook_once() -> None:
 
 
 def _refuse_old_parameters(optimizer: Optimizer, replaced: Mapping[int, weakref.ref[nn.Parameter]]) -> None:
-    """RuntimeError if an optimizer was made before `fully_shard`: it would train what the model has no more."""
+    """RuntimeError if an optimizer was made before `fully_shard`: the model no longer has its parameters."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     if any((known := replaced.get(id(p))) is not None and known() is p for p in parameters):
         raise RuntimeError(

@@ -1,7 +1,7 @@
-"""The expert pool: what a device owns of all MoE layers, one parameter per weight kind (docs/design.md, decision 1).
+"""Expert pools: a device's owned experts of several MoE layers, in one parameter per kind (docs/design.md, decision 1).
 
-Slots are sorted by (layer, expert), so the owned experts of a layer are consecutive rows. Moving ownership is a
-permutation of slots: no shape changes. Rows beyond the owned experts are zero padding.
+A slot is one row of a pool on one device. Slots are sorted by (layer, expert), so the owned experts of a layer are
+consecutive rows. Changing owners permutes slots and changes no shape. Rows beyond the owned experts are zero padding.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["POOL_PREFIX", "ExpertPool", "make_pools"]
 
 
 class ExpertPool:
-    """Owned experts of layers whose experts have equal weights.
+    """Owned experts of layers whose experts have weights of equal kinds, shapes and dtypes.
 
     Attributes:
-        specs: the layers.
+        specs: specs of the layers.
         owners: per layer, int64 `[num_experts]`; see `set_owners`.
         slots: rows of this device, the same on every device.
         parameters: kind -> the registered parameter, `[slots * devices, *shape]` as DTensor, `[slots, *shape]` without
@@ -67,26 +67,33 @@ class ExpertPool:
         return self.specs[0].weights
 
     def initial_owners(self) -> list[NDArray[np.int64]]:
-        """Per layer, the even sharding that training starts from; over all layers it is even within one expert."""
+        """Per layer, the even sharding that training starts from.
+
+        Over all layers, devices own equally many experts, within one.
+        """
         before = accumulate((s.num_experts for s in self.specs), initial=0)
         return [initial_owners(s.num_experts, self.num_devices, n) for s, n in zip(self.specs, before, strict=False)]
 
     def fits(self, owners: Sequence[NDArray[np.int64]]) -> bool:
-        """Whether no device would own more than its slots."""
+        """Whether with these owners no device has more experts than slots."""
         return int(np.bincount(np.concatenate(owners), minlength=self.num_devices).max()) <= self.slots
 
     def set_owners(self, owners: Sequence[NDArray[np.integer]]) -> None:
-        """Who owns what from now on; the caller moves the rows. `owners`: per layer, `[num_experts]`."""
+        """Set new owners; the caller moves the rows.
+
+        Args:
+            owners: per layer, `[num_experts]`.
+        """
         self.owners = tuple(check_owners(o, self.num_devices) for o in owners)
         self._placements = [Placement.from_owners(o, self.num_devices) for o in self.owners]
         self._owned = [p.held_by(self.rank) for p in self._placements]
         ends = np.cumsum([0, *map(len, self._owned)]).tolist()
         self._rows = [slice(*pair) for pair in pairwise(ends)]
 
-    # `place` says which of the pool's layers is meant.
+    # In the methods below, `place` is the position of a layer among the pool's layers.
 
     def placement(self, place: int) -> Placement:
-        """Who owns the experts of a layer."""
+        """The owner of each expert of a layer, as a placement."""
         return self._placements[place]
 
     def owned(self, place: int) -> NDArray[np.int64]:
@@ -109,7 +116,11 @@ class ExpertPool:
         return np.concatenate([owned, np.full(self.slots - len(owned), -1, dtype=np.int64)])
 
     def entries(self, kind: str | None = None) -> list[OwnedExperts]:
-        """The stacked weights that this pool holds, by their names in the model: of one kind, or of all."""
+        """The stacked weights that this pool holds, by their names in the model.
+
+        Args:
+            kind: only weights of this kind; None: of all kinds.
+        """
         kinds = self.parameters if kind is None else (kind,)
         return [
             OwnedExperts(f"{spec.name}.{k}", self.parameters[k], self._placements[i], self._owned[i], self._rows[i])
@@ -118,14 +129,21 @@ class ExpertPool:
         ]
 
     def stacks(self) -> list[Stack]:
-        """The owned experts of each layer, as initial values are drawn for them."""
+        """The owned experts of each layer in the form that `initialize` takes."""
         owned = enumerate(self._owned)
         return [Stack(self.specs[i].name, self.weights_of(i), experts.tolist()) for i, experts in owned]
 
     def add_gradients(
         self, place: int, positions: Sequence[int], grads: Mapping[str, Sequence[Tensor] | Tensor], scale: float
     ) -> None:
-        """Add `scale * grads[kind][i]` to the gradient of a layer's owned expert number `positions[i]`."""
+        """Add gradients to those of a layer's owned experts.
+
+        Args:
+            place: position of the layer in the pool.
+            positions: positions of the experts among the layer's owned experts.
+            grads: kind -> one gradient `[*shape]` per position.
+            scale: factor of the gradients.
+        """
         start = self.rows(place).start
         for kind, rows in grads.items():
             if not self.parameters[kind].requires_grad:  # frozen since the forward pass
@@ -135,7 +153,7 @@ class ExpertPool:
                 target[start + position].add_(row, alpha=scale)
 
     def gradient(self, kind: str) -> Tensor:
-        """Gradient rows `[slots, *shape]` of this device, zeros if there were none."""
+        """Gradient rows `[slots, *shape]` of this device; made of zeros if there is no gradient yet."""
         parameter = self.parameters[kind]
         if parameter.grad is None:
             parameter.grad = self.distribute(torch.zeros_like(local_tensor(parameter)))
@@ -146,7 +164,10 @@ class ExpertPool:
         return ((kind, p) for kind, p in self.parameters.items() if p.requires_grad)
 
     def average_gradients(self, replicas: dist.ProcessGroup) -> None:
-        """Average over the devices that own the same experts; what none of them reached has no gradient. Collective."""
+        """Average gradients over the devices that own the same experts. Collective.
+
+        A parameter that has no gradient on any of them gets none.
+        """
         trained = [kind for kind, _ in self.trainable()]
         flags = [int(self.parameters[kind].grad is not None) for kind in trained]
         reached = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -157,7 +178,7 @@ class ExpertPool:
             gradient.div_(replicas.size())
 
     def fill(self, place: int, experts: nn.Module) -> None:
-        """Copy this device's owned experts of a layer from the stacked parameters of `experts`, unless on meta."""
+        """Copy this device's owned experts of a layer from the stacked parameters of `experts`; skip those on meta."""
         owned = torch.from_numpy(self.owned(place))
         for kind, rows in self.weights_of(place).items():
             stacked = getattr(experts, kind).detach()
@@ -169,7 +190,7 @@ class ExpertPool:
         local_tensor(tensor)[self._rows[-1].stop :] = 0
 
     def distribute(self, local: Tensor) -> Tensor:
-        """The DTensor of which `local` `[slots, ...]` is this device's part; itself without a mesh."""
+        """The DTensor of which `local` `[slots, ...]` is this device's part; `local` itself without a mesh."""
         if self.mesh is None:
             return local
         placements = [Replicate()] * (self.mesh.ndim - 1) + [Shard(0)]
@@ -177,12 +198,12 @@ class ExpertPool:
 
 
 def make_pools(setup: Setup, model: nn.Module, rank: int) -> list[ExpertPool]:
-    """Pools of the layers as `config.pools` says, filled from the model's own weights and registered on it.
+    """Make the pools according to `config.pools`, fill them from the model's weights and register them on the model.
 
     Args:
-        setup: of the model.
+        setup: the inspected model and config.
         model: gets the pools' parameters.
-        rank: of this device among those that share the experts.
+        rank: this device's rank among those that share the experts.
     """
     pools = []
     for number, layers in enumerate(_by_pool(setup.layers, setup.config)):

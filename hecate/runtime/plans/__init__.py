@@ -1,1 +1,1 @@
-"""The way of a plan: from the loads of past steps to who computes what."""
+"""Plans: from the loads of past steps to which device computes which tokens."""

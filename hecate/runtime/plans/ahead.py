@@ -1,6 +1,6 @@
-"""The next step's copies, planned in threads while the backward pass runs. The threads issue no communication.
+"""Plans the next step's copies in threads while the backward pass runs. The threads issue no communication.
 
-A step always waits for its plan, and a plan depends on integers alone: threads change when it is made, not what it is.
+A step always waits for its plans, and a plan depends only on integers. So the timing of threads does not change plans.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class PlanAhead:
     """Plans all layers of a model.
 
     Args:
-        layers: of the model.
-        processes: of this machine that plan at the same time.
+        layers: plans of each MoE layer.
+        processes: processes on this machine that plan at the same time; they share its CPU cores.
     """
 
     def __init__(self, layers: Sequence[LayerPlans], processes: int) -> None:
@@ -32,14 +32,17 @@ class PlanAhead:
         self._started: list[tuple[Outlook, Future[Placement]]] = []
 
     def start(self) -> None:
-        """Begin to plan from the loads known so far; replaces what was begun before."""
+        """Start to plan from the loads known so far; replaces what was started before."""
         for _, future in self._started:
             future.cancel()
         outlooks = [layer.outlook() for layer in self._layers]
         self._started = [(outlook, self._threads.submit(outlook.placement)) for outlook in outlooks]
 
     def placements(self) -> list[Placement]:
-        """One a layer, for the step that begins now; what was begun is used where nothing has changed since."""
+        """One placement per layer for the step that begins now.
+
+        Plans that were started before are used if their inputs have not changed since.
+        """
         if not self._started:
             self.start()
         begun, self._started = self._started, []
@@ -50,5 +53,5 @@ class PlanAhead:
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """End the threads; what was begun is dropped."""
+        """End the threads; plans that were started are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)

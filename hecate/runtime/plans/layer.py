@@ -1,4 +1,4 @@
-"""One layer's plans: asks the policy, keeps the load history, books what happened. No process group."""
+"""Plans of one layer: asks the policy, keeps the load history, counts what happened. Sends nothing to other ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["LayerPlans", "Outlook", "layer_cost", "make_plans"]
 
 
 def layer_cost(model: CostModel, spec: ExpertsSpec, experts: LayerExperts, dense_token_flops: int) -> LayerCost:
-    """What an expert and a token of this layer cost; 2 operations per weight forward, 4 backward."""
+    """Cost of an expert and a token of this layer: per weight and token, 2 operations in forward and 4 in backward."""
     weights = sum(int(np.prod(w.shape)) for w in spec.weights)
     return LayerCost(
         model=model,
@@ -43,7 +43,7 @@ def layer_cost(model: CostModel, spec: ExpertsSpec, experts: LayerExperts, dense
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """All that the copies of one layer and step are planned from; see `Policy.materialize`."""
+    """All inputs from which the copies of one layer for one step are planned; see `Policy.materialize`."""
 
     policy: Policy
     setting: LayerSetting
@@ -51,7 +51,7 @@ class Outlook:
     owners: NDArray[np.int64]
 
     def placement(self) -> Placement:
-        """The placement to gather before the layer runs; owners only where nothing is known yet."""
+        """The placement to gather before the layer runs; without any history, the owners only."""
         if not len(self.history):
             return Placement.from_owners(self.owners, self.setting.topology.num_devices)
         return self.policy.materialize(self.setting, self.history, self.owners)
@@ -63,14 +63,14 @@ class Outlook:
 
 
 class LayerPlans:
-    """Plans of one layer, from the loads it has seen.
+    """Makes the plans of one layer from its past loads.
 
     Attributes:
-        name: of the layer's experts in the model.
-        num_experts: its experts.
-        experts: its experts in the pool.
+        name: name of the layer's experts module in the model.
+        num_experts: number of experts of the layer.
+        experts: the layer's experts in the pool.
         history: loads of the last steps.
-        since_reshard: int64 `[num_experts]`, loads since ownership last changed.
+        since_reshard: int64 `[num_experts]`, loads since the last re-sharding.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class LayerPlans:
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """int64 `[num_experts]`."""
+        """int64 `[num_experts]`: the owner of each expert."""
         return self.experts.pool.owners[self.experts.place]
 
     @property
     def cost(self) -> LayerCost:
-        """Of an expert and a token of this layer."""
+        """Cost of an expert and a token of this layer."""
         return self._cost
 
     def setting(self, tokens_per_device: int) -> LayerSetting:
-        """What the policy may know."""
+        """What the policy is told about the layer, the devices and the settings."""
         config = self._config
         return LayerSetting(
             topology=self.experts.comms.topology,
@@ -112,16 +112,16 @@ class LayerPlans:
 
     @property
     def totals(self) -> LayerTotals:
-        """Of the step that is under way."""
+        """Totals of the step that is under way."""
         return self._totals
 
     @property
     def tokens_per_device(self) -> int:
-        """Mean tokens of a device in a micro-batch of the last step."""
+        """Mean tokens per device and micro-batch in the last step."""
         return self._tokens_per_device
 
     def outlook(self) -> Outlook:
-        """What the next step is planned from, the micro-batches booked so far included."""
+        """What the next step is planned from, including the micro-batches booked so far."""
         history, tokens = self.history.array(), self._tokens_per_device
         if self._totals.micro_batches:
             history = np.concatenate([history, self._totals.counts[None]])[-self._config.load_window :]
@@ -129,12 +129,12 @@ class LayerPlans:
         return Outlook(self._policy, self.setting(tokens), history, self.owners)
 
     def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int) -> Plan:
-        """Who computes which tokens of one micro-batch.
+        """Plan which device computes which tokens of one micro-batch.
 
         Args:
-            counts: int64 `[D, E]`, the true ones.
-            held: who holds which expert already; the plan's placement may have more copies.
-            top_k: experts a token.
+            counts: int64 `[D, E]`, tokens that each device routed to each expert in this micro-batch.
+            held: the placement that is gathered already; that of the plan may have further copies.
+            top_k: experts per token.
         """
         setting = self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
         owners = self.owners
@@ -142,15 +142,15 @@ class LayerPlans:
         return self._policy.assign(setting, counts, owners, placement)
 
     def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
-        """Count a micro-batch that is trained on."""
+        """Add a micro-batch that is trained on to the step's totals."""
         self._totals.add(counts, plan, top_k)
 
     def report(self, totals: LayerTotals) -> dict[str, Any]:
-        """`totals` of one of this layer's steps, as `FSSDP.stats()` gives them."""
+        """`totals` of one step in the form that `FSSDP.stats()` returns."""
         return totals.report(self.name, self.setting(totals.tokens_per_device))
 
     def end_step(self) -> LayerTotals:
-        """Turn the step's loads into history; returns its totals."""
+        """Add the step's loads to the history; returns its totals."""
         totals, self._totals = self._totals, self._no_totals()
         totals.bytes_sent, self.experts.bytes_sent = self.experts.bytes_sent, 0
         if totals.micro_batches:
@@ -161,12 +161,12 @@ class LayerPlans:
         return totals
 
     def drop_step(self) -> None:
-        """Forget what was booked since the last step."""
+        """Drop what was booked since the last step."""
         self._totals = self._no_totals()
         self.experts.bytes_sent = 0
 
     def state(self) -> dict[str, NDArray[np.int64]]:
-        """What plans come from, besides `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
+        """What plans are made from, except `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
         return {
             "history": self.history.array(),
             "since_reshard": self.since_reshard.copy(),
@@ -175,12 +175,12 @@ class LayerPlans:
         }
 
     def restart(self, state: Mapping[str, NDArray[np.int64]] | None, cost: CostModel | None) -> None:
-        """Go on from another run.
+        """Continue from another run.
 
         Args:
-            state: of it, on any number of devices; None: no history.
-            cost: that it planned with, to plan exactly as it would have; None keeps the present cost model, and the
-                room for copies that is free now.
+            state: `state()` of that run, on any number of devices; None: no history.
+            cost: cost model of that run, to make exactly the plans that it would have made; its number of memory slots
+                is then used too if this run's is "auto". None keeps the present cost model and memory slots.
         """
         devices = self.experts.comms.topology.num_devices
         self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
@@ -204,7 +204,7 @@ class LayerPlans:
 
 
 def _spread(counts: NDArray[np.int64], devices: int) -> NDArray[np.int64]:
-    """Counts `[D, E]`; of another number of devices, each expert's load spread evenly over `devices`."""
+    """`counts` `[D, E]`; if D is not `devices`, each expert's load is spread evenly over `devices`."""
     if len(counts) == devices:
         return counts
     each, rest = np.divmod(counts.sum(axis=0), devices)
@@ -219,15 +219,15 @@ def make_plans(
     shared: SharedBuffers | None,
     memory: CopiesMemory,
 ) -> list[LayerPlans]:
-    """One per layer, in order. Collective.
+    """Make one `LayerPlans` per layer, in order. Collective.
 
     Args:
-        setup: of the model.
-        model: with pools, before its dense part is sharded.
-        pools: own the experts.
-        comms: of the devices that share them.
+        setup: the inspected model and config.
+        model: the model with pools, before its dense part is sharded.
+        pools: the pools that own the experts.
+        comms: process groups of the devices that share the experts.
         shared: the buffers of re-materialization, or None.
-        memory: counts the buffers of copies.
+        memory: counts the bytes of copies' buffers.
     """
     dense_flops = _dense_flops(setup, model)
     made = []
@@ -244,7 +244,10 @@ def make_plans(
 
 
 def _dense_flops(setup: Setup, model: nn.Module) -> int:
-    """Forward operations per token of the dense part before one MoE layer: 2 per weight; embeddings only look up."""
+    """Forward operations per token of the dense part before one MoE layer, on average: 2 per weight.
+
+    Embeddings are left out: they are only looked up.
+    """
     apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | setup.stacked()
     parameters = ((n, p) for n, p in model.named_parameters() if not n.startswith(POOL_PREFIX))
     return 2 * sum(p.numel() for _, p in parameters if id(p) not in apart) // len(setup.layers)

@@ -1,4 +1,4 @@
-"""Who owns which expert: re-sharding, decided for all layers at once (paper, Algorithm 2)."""
+"""Re-sharding: changes the owners of experts, decided for all layers of a pool at once (paper, Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Moved = Callable[[str, NDArray[np.int64], NDArray[np.int64]], None]
 
 
 class Resharder:
-    """Re-shards every `interval` steps, all pools and layers at once.
+    """Re-shards all pools every `interval` steps.
 
     Args:
-        layers: of the model, in order.
+        layers: plans of the model's MoE layers, in order.
         policy: decides the new owners.
-        watch: knows whether an optimizer is in the middle of a step.
-        state: of optimizers, which moves with the experts.
-        comms: carry the rows; among replicas, ownership must agree and loads are summed.
-        interval: optimizer steps; 0 never.
+        watch: tells whether an optimizer is in the middle of a step.
+        state: finds the optimizer state that moves with the experts.
+        comms: process groups and transport. Replicas must have equal owners, so loads are summed over them.
+        interval: optimizer steps between re-shardings; 0: never.
     """
 
     def __init__(
@@ -63,27 +63,27 @@ class Resharder:
         self._followers: list[Callable[[ExpertPool], list[Tensor]]] = []
 
     def on_move(self, listener: Moved) -> RemovableHandle:
-        """Call `listener` after owners moved; see `FSSDP.on_reshard`."""
+        """Call `listener` after owners have changed; see `FSSDP.on_reshard`."""
         handle = RemovableHandle(self._listeners)
         self._listeners[handle.id] = listener
         return handle
 
     def follow(self, tensors: Callable[[ExpertPool], list[Tensor]]) -> None:
-        """Move the rows of `tensors(pool)`, `[slots, ...]` each, with those of the pool, from now on."""
+        """From now on, move the rows of `tensors(pool)`, `[slots, ...]` each, together with those of the pool."""
         self._followers.append(tensors)
 
     def before_step(self, step: int) -> None:
-        """Move ownership if `step` optimizer steps are a whole number of intervals. Collective.
+        """Re-shard if `step` is a multiple of the interval. Collective.
 
         Raises:
-            ValueError: an optimizer has state that cannot move; after its first step, and on all ranks.
+            ValueError: an optimizer has state that cannot move; on all ranks. Checked after the first step already.
         """
         transport = self._comms.experts
         if transport is None or not self._interval or not step:
             return
         if step == 1:
             self._state.check()
-        if step % self._interval or self._watch.stepping:  # an optimizer in a step may hold rows by itself
+        if step % self._interval or self._watch.stepping:  # during its step, an optimizer may hold rows elsewhere
             return
         for number, pool in enumerate(self._pools):
             layers = [layer for layer in self._layers if layer.experts.pool is pool]
@@ -104,19 +104,19 @@ class Resharder:
         replicas = 1 if self._comms.replicas is None else self._comms.replicas.size()
         loads, settings = [], []
         for layer in layers:
-            # Loads and settings must be the same in all replica groups, or they would choose different owners.
+            # Loads and settings must be equal in all replicas; otherwise they would choose different owners.
             *load, tokens = self._summed(np.append(layer.since_reshard, layer.tokens_per_device)).tolist()
             loads.append(np.array(load, dtype=np.int64))
             settings.append(layer.setting(tokens // replicas))
         if not any(load.any() for load in loads):
-            return list(pool.owners)  # done for this step already, before an evaluation or a checkpoint
+            return list(pool.owners)  # already re-sharded at this step, e.g. before an evaluation
         owners = self._policy.reshard(tuple(settings), loads, pool.owners)
         chosen = Placement.from_owners(np.concatenate(owners), pool.num_devices)
         check_placements("re-sharding", (chosen,), dist.group.WORLD)  # type: ignore[arg-type]  # there is one here
         return owners
 
     def _summed(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Over replica groups."""
+        """`values` summed over replicas. Collective over them."""
         if self._comms.replicas is None:
             return values
         total = torch.from_numpy(values).to(self._layers[0].experts.pool.device)
@@ -124,7 +124,10 @@ class Resharder:
         return total.cpu().numpy()
 
     def _tensors(self, pool: ExpertPool) -> list[Tensor]:
-        """Tensors with a row per slot: parameters, pending gradients, what follows; in one order on all ranks."""
+        """All tensors with one row per slot, in the same order on all ranks.
+
+        Optimizer state, parameters, pending gradients, and the tensors given to `follow`.
+        """
         tensors = self._state.tensors(pool)
         for parameter in pool.parameters.values():
             tensors.append(local_tensor(parameter))

@@ -1,4 +1,4 @@
-"""What happened in the last step, per layer."""
+"""Statistics of the last step, per layer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LayerTotals:
     """Sums over the micro-batches of one step.
 
     Attributes:
-        counts: int64 `[D, E]`, (token, expert) pairs routed.
-        before, after: sums over micro-batches of the largest device load, without and with copies.
-        mean: sum of the mean device loads.
-        top_k: experts a token.
-        micro_batches: how many.
-        bytes_sent: by all devices together, for copies and their gradients.
+        counts: int64 `[D, E]`, tokens that each device routed to each expert.
+        before, after: sum over micro-batches of the largest device load, without and with copies.
+        mean: sum over micro-batches of the mean device load.
+        top_k: experts per token.
+        micro_batches: number of micro-batches.
+        bytes_sent: bytes sent by all devices together for copies and their gradients.
         last: the plan of the last micro-batch; None before the first.
     """
 
@@ -44,7 +44,7 @@ class LayerTotals:
     last: Plan | None = None
 
     def add(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch to the totals."""
         num_devices = counts.shape[0]
         owned_loads = np.bincount(plan.owners, weights=counts.sum(axis=0), minlength=num_devices)
         self.counts = self.counts + counts
@@ -57,11 +57,16 @@ class LayerTotals:
 
     @property
     def tokens_per_device(self) -> int:
-        """Mean tokens of a device in a micro-batch."""
+        """Mean tokens per device and micro-batch."""
         return int(self.counts.sum()) // max(1, self.counts.shape[0] * self.top_k * self.micro_batches)
 
     def report(self, name: str, setting: LayerSetting) -> dict[str, Any]:
-        """What was counted, for the layer called `name` planned under `setting`; an imbalance without tokens is 1."""
+        """The totals as a dictionary for `FSSDP.stats()`; without tokens, imbalances are 1.
+
+        Args:
+            name: name of the layer.
+            setting: the setting it was planned under.
+        """
         bound = 1.0 if self.last is None else _bound(self.last, setting)
         return {
             "name": name,
@@ -77,12 +82,12 @@ class LayerTotals:
 
 
 class SummedLoads:
-    """The loads of one step, summed over replicas behind whatever follows. Made by all ranks alike.
+    """The loads of one step, summed over replicas asynchronously. Making one is collective.
 
     Args:
-        loads: per layer, int64 `[E]`, of this replica.
+        loads: per layer, int64 `[E]`, loads of this replica.
         replicas: group of the devices that own the same experts, or None.
-        device: whose backend carries them.
+        device: device of the tensor that is reduced.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class SummedLoads:
 
 
 def _bound(plan: Plan, setting: LayerSetting) -> float:
-    """The smallest max/mean device load that is provable for the layer's memory slots and the plan's loads."""
+    """A lower bound of max/mean device load for the plan's loads and the layer's memory slots."""
     limits = CopyLimits.of(setting.topology, setting.memory_slots)
     return lower_bound(plan.counts.sum(axis=0), plan.owners, setting.topology, limits)
 

@@ -1,1 +1,1 @@
-"""A training step: its passes, its layers, and the record of what they did."""
+"""A training step: its forward and backward passes, its MoE layers, and the records of what the layers did."""

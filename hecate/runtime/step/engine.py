@@ -1,6 +1,6 @@
-"""The clock of steps: re-shard, plan all layers, train, and turn loads into history when the optimizer has stepped.
+"""Drives training steps: re-shard, plan all layers, train, and add loads to the history after the optimizer's step.
 
-Plans change between steps only, so that every pass of a step sees the same ones on all ranks.
+Plans change only between steps, so all passes of a step use the same plans on all ranks.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Engine:
     """Runs all MoE layers of one model on this device.
 
     Args:
-        layers: in the order of the forward pass.
-        passes: of the model.
+        layers: plans of each MoE layer, in the order of the forward pass.
+        passes: forward and backward passes of the model.
         comms: process groups, lanes and topology.
-        dense: the rest of the model.
+        dense: the dense part of the model.
         ahead: plans the copies of a step.
-        resharder: moves owners between steps.
-        watch: knows when an optimizer has stepped.
+        resharder: changes owners between steps.
+        watch: reports when an optimizer has stepped.
         shared: the buffers of re-materialization, or None.
-        device: of the experts.
-        unchanged: notices what users do to the model.
+        device: the device of the experts.
+        unchanged: checks that users have not changed the model.
     """
 
     def __init__(
@@ -83,19 +83,20 @@ class Engine:
     # The model's forward pass.
 
     def attach(self, model: nn.Module) -> None:
-        """Run with every forward pass of `model` and every step of its optimizer."""
+        """Register the hooks by which the engine runs with every forward pass of `model` and every optimizer step."""
         self._model = model
         self._watch.on_step(self.end_step)
-        # Instance attributes come first for `copy` and `pickle`; the hooks below lead to process groups.
+        # `copy` and `pickle` look these methods up on the instance first. They could not copy the hooks below, which
+        # refer to process groups.
         model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign, assignment]
-        # Before FSDP2's own hook: what a failed pass left must be cleared first.
+        # These hooks run before FSDP2's own: what a failed pass left must be cleared first.
         self._hooks = [
             model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True),
             model.register_forward_hook(lambda module, args, output: self.after_forward(output)),
         ]
 
     def close(self) -> None:
-        """Nothing of the engine runs any more with the model or its optimizer."""
+        """Remove all hooks, so that the engine no longer runs with the model or its optimizer."""
         self._drop_plans()
         self._watch.close()
         for hook in self._hooks:
@@ -106,7 +107,7 @@ class Engine:
 
     @torch.compiler.disable
     def before_forward(self) -> None:
-        """Begin a micro-batch; the first one of a step plans all layers."""
+        """Begin a micro-batch. The first one of a step also plans all layers."""
         if self.passes.recomputing:
             self._dense.enter()
             return
@@ -114,12 +115,13 @@ class Engine:
         self.passes.recover()
         if self._watch.stepped_in_backward():
             self.end_step()
-        # Inside one autocast region, a second pass would reuse casts of weights that FSDP2 has freed since: its
-        # gradients of them are lost.
+        # Inside one autocast region, a second pass would reuse cached casts of weights that FSDP2 has freed since, and
+        # their gradients would be lost.
         torch.clear_autocast_cache()
         if torch.is_grad_enabled():
             self.passes.watch_pools()
-        # Python frees the graph of a dropped pass at other moments on other ranks: start from one state on all.
+        # Ranks may free the graph of a dropped pass at different times. Leave first, so that the dense part starts
+        # from the same state on all ranks.
         self._dense.leave_evaluation()
         self._dense.enter()
         if self._placements is None:
@@ -128,7 +130,7 @@ class Engine:
 
     @torch.compiler.disable
     def after_forward(self, output: object) -> None:
-        """End a forward pass; its backward, if there will be one, begins at any tensor of `output`."""
+        """End a forward pass. A backward pass, if one follows, may begin at any tensor in `output`."""
         if not self.passes.recomputing:
             self.passes.end_forward([t for t in _tensors(output) if t.requires_grad])
 
@@ -146,7 +148,7 @@ class Engine:
     # The end of a step.
 
     def end_step(self) -> None:
-        """Called after the optimizer's step: loads become history, the next forward pass plans anew."""
+        """Called after the optimizer's step: add loads to the history; the next forward pass makes new plans."""
         if self._placements is None:
             return
         self._drop_plans()
@@ -157,7 +159,7 @@ class Engine:
         self.step += 1
 
     def skip_step(self) -> None:
-        """Forget the step under way, also if a pass of it raised: the next one begins as this one did."""
+        """Drop the step under way, also if one of its passes raised. The next step starts from the same state."""
         self.passes.abandon_backward()
         self._drop_plans()
         for layer in self.layers:
@@ -165,20 +167,21 @@ class Engine:
         self.comms.exposed.take()
 
     def restart(self, step: int) -> None:
-        """Go to `step` with other weights or owners: nothing of the present step is kept."""
+        """Continue at `step` with other weights or owners; drop the copies and plans of the present step."""
         self._drop_plans()
         self.step = step
 
     def resume(
         self, step: int, plans: Mapping[str, Mapping[str, NDArray[np.int64]]] | None, cost: CostModel | None
     ) -> None:
-        """Go to `step` of another run, before its weights come: owners and load history change, gradients are dropped.
+        """Continue at `step` of a saved run: set owners and load history, drop gradients. Call before loading weights.
 
         Args:
-            step: optimizer steps made.
-            plans: layer -> `LayerPlans.state()` and "owners"; None: no history.
-            cost: of that run, if its mesh was equal: owners are then its own if the pools have room, else the initial
-                ones, and plans are made as it would have made them.
+            step: optimizer steps that the saved run had made.
+            plans: layer name -> `LayerPlans.state()` plus "owners"; None: no history.
+            cost: cost model of the saved run if its mesh was equal to this one, else None. With it, the saved owners
+                are used if the pools have room for them, and plans are the same as the saved run would have made.
+                Otherwise owners are the initial ones.
         """
         self.restart(step)
         for pool in dict.fromkeys(layer.experts.pool for layer in self.layers):
@@ -192,14 +195,14 @@ class Engine:
             parameter.grad = None
 
     def _drop_plans(self) -> None:
-        """Nothing gathered or planned outlives its step: the weights change."""
+        """Drop copies and plans at the end of a step: the weights change."""
         self.passes.end_step()
         if self._shared is not None:
             self._shared.evict()
         self._placements = None
 
     def report(self) -> list[dict[str, Any]]:
-        """The last step, or the first one as far as it has come, an entry per layer, as `FSSDP.stats()` gives it."""
+        """Per layer, what `FSSDP.stats()` returns: for the last step, or before its end for the first step so far."""
         totals = self._totals or [layer.totals for layer in self.layers]
         exposed = self._exposed if self._totals else self.comms.exposed
         loads = self.loads() or [total.counts.sum(axis=0) for total in totals]
@@ -209,7 +212,10 @@ class Engine:
         ]
 
     def loads(self) -> list[NDArray[np.int64]]:
-        """Per layer, int64 `[E]`: tokens of the last step per expert, of all ranks and replicas; empty before it."""
+        """Per layer, int64 `[E]`: tokens per expert in the last step, over all ranks and replicas.
+
+        Empty before the first step has ended.
+        """
         return self._loads.result()
 
 

@@ -1,4 +1,4 @@
-"""One MoE layer under FSSDP: from the router's choice to the combined output, forward and backward.
+"""Forward and backward of one MoE layer under FSSDP: from the router's choice to the combined output.
 
 Shapes: T tokens of this device, k experts per token, N rows that this device computes, d model width.
 """
@@ -24,15 +24,15 @@ __all__ = ["FSSDPExperts"]
 
 
 class FSSDPExperts(ExpertsModule):
-    """An experts module under FSSDP: its stacked weights live in the engine's pool, all else it has stays in it."""
+    """An experts module under FSSDP. Its stacked weights are in the engine's pool; all else stays in the module."""
 
     @staticmethod
     def take_over(module: nn.Module, index: int, spec: ExpertsSpec) -> FSSDPExperts:
-        """Turn `module` into this in place, as FSDP2's `fully_shard` does: by a subclass of both classes.
+        """Change the class of `module` in place, as FSDP2's `fully_shard` does, to a subclass of both classes.
 
-        So it keeps its name, submodules and attributes, and frees the weights that the pool has copied.
+        The module keeps its name, submodules and attributes; the stacked weights, which the pool has copied, are freed.
         """
-        kinds = tuple(name for name, _ in module.named_parameters(recurse=False))  # in the order of its state dict
+        kinds = tuple(name for name, _ in module.named_parameters(recurse=False))  # in the order of the state dict
         for kind in kinds:
             delattr(module, kind)
         cls = type(module)
@@ -45,31 +45,33 @@ class FSSDPExperts(ExpertsModule):
         return module
 
     def connect(self, engine: Engine) -> None:
-        """Run with `engine` from now on."""
+        """Set the engine that `forward` uses, and the experts that state dicts are made from."""
         self.keep(engine.layers[self.hecate_index].experts)
-        self._hecate_engine = [engine]  # in a list: nn.Module looks at attributes, and the engine holds the model
+        # In a list, so that nn.Module does not look into it: the engine refers to the model.
+        self._hecate_engine = [engine]
 
     def disconnect(self) -> None:
-        """Run no more."""
+        """Let go of the engine; `forward` raises from now on."""
         self._hecate_engine = []
 
     _hecate_engine: list[Engine]
 
-    # Its collectives depend on counts that only the host knows: torch.compile breaks its graph here.
+    # The sizes of collectives depend on token counts that the host must read, so torch.compile breaks its graph here.
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted outputs of each token's experts.
 
         Args:
             hidden_states: `[T, d]`.
-            top_k_index: int64 `[T, k]`.
-            top_k_weights: `[T, k]`.
+            top_k_index: int64 `[T, k]`, the experts of each token.
+            top_k_weights: `[T, k]`, their weights.
 
         Returns:
-            `[T, d]` in the dtype of `hidden_states`; experts compute in `param_dtype`, under autocast too.
+            `[T, d]` in the dtype of `hidden_states`. Experts compute in `param_dtype`, even under autocast.
 
         Raises:
             ValueError: under autocast with float16.
+            RuntimeError: `FSSDP.close` was called.
         """
         if not self._hecate_engine:
             raise RuntimeError(f"{self.hecate_spec.name}: FSSDP.close() was called; the model cannot run any more")
@@ -114,10 +116,10 @@ def _run(
 
 
 class _GatherForBackward:
-    """The hook of a layer's rows: the backward of its experts reads their weights, so they must be here by then.
+    """Gradient hook on a layer's output rows: makes sure that the experts' weights are here before their backward.
 
-    An object, for a function that registers itself again would be in a cycle, and the graph would live until Python
-    looks for those.
+    This is an object because a function that registers itself again would be part of a reference cycle, and the graph
+    would live until the garbage collector runs.
     """
 
     def __init__(self, passes: Passes, copies: LayerCopies) -> None:
@@ -127,7 +129,7 @@ class _GatherForBackward:
 
     def __call__(self, gradient: Tensor) -> None:
         self._passes.before_expert_gradients(self._copies, self._token)
-        if gradient.requires_grad:  # create_graph=True: differentiated again, it leads to the same weights
+        if gradient.requires_grad:  # create_graph=True: the second backward pass reads the same weights
             gradient.register_hook(self)
 
 
@@ -143,10 +145,10 @@ def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: We
 
 
 class _ExpertWeights(torch.autograd.Function):
-    """Gives the weights of the experts held here to autograd, and sends their gradients home.
+    """Makes the weights of the experts held here part of the autograd graph, and reduces their gradients to the owners.
 
-    The pool's parameters are inputs, so that autograd knows which weights are trained: also under a frozen trunk, after
-    a change of `requires_grad`, and in `backward(inputs=...)`. They get no gradient through autograd.
+    The pool's parameters are inputs, so that autograd knows which weights are trained, even if the rest of the model is
+    frozen, `requires_grad` was changed, or `backward(inputs=...)` is used. They get no gradient through autograd.
     """
 
     @staticmethod

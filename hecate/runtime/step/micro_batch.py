@@ -13,12 +13,12 @@ __all__ = ["GraphToken", "MicroBatch", "PassState"]
 
 
 class PassState(Enum):
-    """Where a micro-batch is.
+    """State of a micro-batch.
 
-    FORWARD: the model runs; each layer is planned, and the next layer's copies are launched behind it.
-    WAITING: the forward pass is over; records and copies are kept as long as the autograd graph lives.
-    BACKWARD: gradients flow; a recomputation replays the records.
-    ENDED: nothing is kept. If the graph was retained, another backward pass may begin.
+    FORWARD: the model runs; after each layer, the gather of the next layer's copies is launched.
+    WAITING: the forward pass is over; records and copies are kept as long as the autograd graph is alive.
+    BACKWARD: the backward pass runs; a recomputation (activation checkpointing) replays the records.
+    ENDED: no records or copies are kept. If the graph was retained, another backward pass may begin.
     """
 
     FORWARD = "forward"
@@ -36,7 +36,7 @@ NEXT = {
 
 
 class GraphToken:
-    """Held by the autograd graph of a forward pass and by nothing else: it goes when the graph goes."""
+    """Held only by the autograd graph of a forward pass, so that it is freed together with the graph."""
 
     def __init__(self, micro_batch: MicroBatch) -> None:
         self.micro_batch = micro_batch
@@ -46,12 +46,12 @@ class MicroBatch:
     """What is kept of one forward pass.
 
     Attributes:
-        number: of the forward pass, ascending.
+        number: number of the forward pass, ascending.
         with_grad: whether a backward pass may follow.
         state: see `PassState`.
-        records: layer index -> what it did.
-        launched: layer index -> copies that no layer has taken yet.
-        booked: whether its loads were counted.
+        records: layer index -> what the layer did.
+        launched: layer index -> copies that were launched for a layer which has not run yet.
+        booked: whether the loads of this micro-batch were counted.
     """
 
     def __init__(self, number: int, with_grad: bool) -> None:
@@ -64,24 +64,24 @@ class MicroBatch:
         self._token: weakref.ref[GraphToken] | None = None
 
     def new_token(self) -> GraphToken:
-        """The token for the graph of this pass; whoever builds the graph must keep it until the pass is over."""
+        """Make the token for the graph of this pass. The caller must keep it alive until the forward pass is over."""
         token = GraphToken(self)
         self._token = weakref.ref(token)
         return token
 
     @property
     def token(self) -> GraphToken | None:
-        """The token if the graph is alive."""
+        """The token; None if the graph has been freed."""
         return None if self._token is None else self._token()
 
     def advance(self, state: PassState) -> None:
-        """Enter another state; RuntimeError if it cannot follow the present one."""
+        """Change to `state`; RuntimeError if it cannot follow the present state."""
         if state not in NEXT[self.state]:
             raise RuntimeError(f"micro-batch {self.number}: {state.value} cannot follow {self.state.value}")
         self.state = state
 
     def launch(self, experts: LayerExperts, placement: Placement) -> None:
-        """Start to gather the copies of one layer, unless that has begun. Collective."""
+        """Start to gather the copies of one layer, unless that was started before. Collective."""
         if experts.index not in self.launched:
             copies = self.launched[experts.index] = LayerCopies(experts, placement)
             copies.launch()
@@ -93,7 +93,7 @@ class MicroBatch:
         self.launched.clear()
 
     def end(self) -> None:
-        """Keep nothing."""
+        """Release all copies, drop all records, and go to state ENDED."""
         self.drop_launched()
         for record in self.records.values():
             record.copies.release()

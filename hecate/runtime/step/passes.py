@@ -1,8 +1,8 @@
-"""The clock of micro-batches: which one runs forward, which run backward, and what is kept between.
+"""Keeps track of micro-batches: which one runs forward, which run backward, and what is kept in between.
 
-Forward: copies of layer i + 1 are launched when layer i is done, so that they travel behind the dense work between
-them. Backward: gradients of layer i, and under re-materialization the copies of layer i - 1, travel behind the dense
-backward between them (paper, section 3.2).
+Forward: when layer i is done, the gather of layer i + 1's copies is launched, so that it overlaps with the dense work
+between the two layers. Backward: the reduction of layer i's gradients and, with re-materialization, the gather of layer
+i - 1's copies overlap with the dense backward work between the two layers (paper, section 3.2).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Passes:
     """Runs the MoE layers of one model through forward and backward passes.
 
     Args:
-        layers: in the order of the forward pass.
-        pools: own the experts.
+        layers: plans of each MoE layer, in the order of the forward pass.
+        pools: the pools that own the experts.
         comms: process groups, lanes and topology.
-        dense: the rest of the model.
+        dense: the dense part of the model.
         ahead: plans the next step while a backward pass runs.
-        rematerialize: copies are released after forward and gathered again for backward.
+        rematerialize: whether copies are released after forward and gathered again for backward.
     """
 
     def __init__(
@@ -67,30 +67,31 @@ class Passes:
         self._runs = False  # whether a forward pass is under way
         self._current: MicroBatch | None = None  # of the latest forward pass
         self._token: GraphToken | None = None  # of that pass while it runs
-        self._kept: dict[int, MicroBatch] = {}  # with records, by number
-        self._graphs_gone: deque[int] = deque()  # numbers; appended whenever Python frees a graph
-        self._in_backward: dict[int, MicroBatch] = {}  # in the running backward pass, by number
-        self._backward_of: MicroBatch | None = None  # whose backward runs now
+        self._kept: dict[int, MicroBatch] = {}  # by number: micro-batches whose records are kept
+        self._graphs_gone: deque[int] = deque()  # numbers of micro-batches whose graph Python has freed
+        self._in_backward: dict[int, MicroBatch] = {}  # by number: micro-batches of the running backward pass
+        self._backward_of: MicroBatch | None = None  # the micro-batch whose backward runs now
         self._reductions: list[Reduction] = []
         self._complete: set[int] = set()  # ids of pools whose gradients are complete in the running backward pass
-        self._nodes: dict[int, Node] = {}  # of the pools' parameters in autograd graphs, by id of the parameter
+        self._nodes: dict[int, Node] = {}  # id of a pool's parameter -> its AccumulateGrad node
 
     # The forward pass.
 
     @property
     def recomputing(self) -> bool:
-        """Whether a forward pass that begins now repeats one whose backward runs (activation checkpointing)."""
+        """Whether a forward pass that begins now is a recomputation during backward (activation checkpointing)."""
         if not in_backward():
             return False
         waits = self._current is not None and self._current.state is PassState.WAITING
-        # An outer reentrant checkpoint ran the original without gradients: what runs now is the real forward pass.
+        # Under an outer reentrant checkpoint the first forward pass ran without gradients. The one that begins now is
+        # then not a recomputation: it builds the graph.
         return bool(self._in_backward) or waits
 
     def watch_pools(self) -> None:
-        """Complete a pool's gradients before autograd runs the hooks that users registered for that moment.
+        """Complete pools' gradients before autograd runs post-accumulate hooks that users registered on them.
 
         Raises:
-            RuntimeError: a user's hook on a pool would never run.
+            RuntimeError: a pool's parameter has a hook from `register_hook`, which would never run.
         """
         for pool in self._pools:
             for kind, parameter in pool.trainable():
@@ -100,11 +101,11 @@ class Passes:
                     node.register_prehook(lambda grads, pool=pool, parameter=parameter: self._before(pool, parameter))
 
     def begin_forward(self, step: int, placements: Sequence[Placement], with_grad: bool) -> None:
-        """A micro-batch begins: launch the copies of the first layer. Collective.
+        """Begin a micro-batch and launch the gather of the first layer's copies. Collective.
 
         Args:
             step: optimizer steps so far.
-            placements: per layer, what to gather before it runs.
+            placements: per layer, the placement to gather before it runs.
             with_grad: whether a backward pass may follow.
         """
         self._release_freed()
@@ -120,7 +121,11 @@ class Passes:
         self._launch(0)
 
     def end_forward(self, outputs: Sequence[Tensor]) -> None:
-        """The pass is over; its backward, if there will be one, begins at any of `outputs`, which require gradients."""
+        """End the forward pass.
+
+        Args:
+            outputs: its output tensors that require gradients; backward may begin at any of them.
+        """
         micro_batch, token = self._current, self._token
         assert micro_batch is not None
         self._runs = False
@@ -131,11 +136,12 @@ class Passes:
             self._dense.leave_evaluation()
         elif outputs:
             self._dense.leave()
-        # Otherwise nothing tells when backward begins, and a recomputation needs what `enter` put in place.
+        # With gradients but without such outputs, no hook announces backward, and a recomputation needs the weights
+        # that `enter` put in place. So the dense part stays as it is.
         self._leave_forward()
 
     def _before(self, pool: ExpertPool, parameter: Tensor) -> None:
-        """All layers of the pool have run backward."""
+        """Runs when all layers of the pool have run backward: complete its gradients if user hooks will read them."""
         if post_accumulate_hooks(parameter):
             with self._comms.guard():
                 self._finish_reductions()
@@ -149,22 +155,24 @@ class Passes:
             pool.average_gradients(self._comms.replicas)
 
     def _leave_forward(self) -> None:
-        """Leave state FORWARD, also after a pass that raised."""
+        """Leave state FORWARD, including after a pass that raised."""
         self._token = None
         if self._current is not None and self._current.state is PassState.FORWARD:
             self._current.drop_launched()
             self._current.advance(PassState.WAITING if self._current.with_grad else PassState.ENDED)
 
     def _graph_gone(self, number: int) -> None:
-        """Python frees a graph, at any moment. If no backward pass can come any more, parameters go where they belong;
-        copies wait for the next pass, which releases them in the same order on all ranks.
+        """Finalizer of a graph's token; Python may run it at any moment, also inside other code.
+
+        If no backward pass can follow any more, bring the dense part back between passes. Copies are released only when
+        the next pass begins, because that must happen in the same order on all ranks.
         """
         self._graphs_gone.append(number)
         if number in self._kept and not self._runs and not in_backward() and self._kept.keys() <= {*self._graphs_gone}:
             self._dense.leave_evaluation()
 
     def _release_freed(self) -> None:
-        """End micro-batches whose graph is gone: no backward pass can reach them."""
+        """End micro-batches whose graph has been freed: no backward pass can reach them."""
         while self._graphs_gone:
             micro_batch = self._kept.pop(self._graphs_gone.popleft(), None)
             if micro_batch is not None:
@@ -183,9 +191,9 @@ class Passes:
         """Plan the layer for these tokens, or replay its plan in a recomputation. Collective if it plans.
 
         Args:
-            layer: its index.
+            layer: index of the layer.
             index: `[T, k]` experts of this device's tokens.
-            weights: `[T, k]`.
+            weights: `[T, k]` router weights.
         """
         micro_batch = self._running()
         name = self._layers[layer].name
@@ -204,11 +212,11 @@ class Passes:
         return record
 
     def _running(self) -> MicroBatch | None:
-        """The micro-batch that a layer runs for."""
+        """The micro-batch that a layer called now belongs to."""
         return self._backward_of if self._in_backward and in_backward() else self._current
 
     def token(self) -> GraphToken | None:
-        """What the graph of the running pass must hold."""
+        """The token that the autograd graph of the running pass must hold, so that the graph's end is noticed."""
         micro_batch = self._running()
         return None if micro_batch is None else micro_batch.token
 
@@ -232,13 +240,13 @@ class Passes:
         return LayerRecord(counts, index.shape[1], plan, dispatch, copies)
 
     def _check_plan(self, name: str, plan: Plan) -> None:
-        """Under HECATE_DEBUG=1: whether the plan is valid, and the same on all ranks. Collective."""
+        """For HECATE_DEBUG=1: raise if the plan is not valid, or not the same on all ranks. Collective."""
         plan.validate()
         if self._comms.tokens is not None:
             check_same(name, {"plan digest": plan.digest()}, self._comms.tokens, "make the same plan", RuntimeError)
 
     def after_layer(self, layer: int, record: LayerRecord) -> None:
-        """`layer` has run forward: prefetch the next layer's copies, free what nothing reads."""
+        """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""
         current = self._current
         if current is not None and not current.with_grad:
             record.copies.release()
@@ -248,10 +256,10 @@ class Passes:
     # Backward.
 
     def begin_backward(self, token: GraphToken) -> None:
-        """Gradients of a micro-batch are about to flow; nothing to do if they do already.
+        """Begin the backward pass of a micro-batch, unless it has begun already.
 
         Raises:
-            RuntimeError: under create_graph=True, if weights that a second differentiation reads will not be there.
+            RuntimeError: under create_graph=True, if weights that the second backward pass reads will be gone by then.
         """
         micro_batch = token.micro_batch
         if micro_batch.number not in self._in_backward and torch.is_grad_enabled():
@@ -265,14 +273,17 @@ class Passes:
             self._dense.await_gradients()
             self._ahead.start()
             at_end_of_backward(self._finish_backward)
-        if micro_batch.state is PassState.FORWARD:  # a hidden state is differentiated while the model runs
+        if micro_batch.state is PassState.FORWARD:  # backward() of a hidden state, called inside the forward pass
             micro_batch.advance(PassState.WAITING)
         micro_batch.advance(PassState.BACKWARD)
         self._in_backward[micro_batch.number] = micro_batch
         self._launch_again(len(self._layers) - 1)
 
     def _check_create_graph(self) -> None:
-        """The graph of a backward pass reads weights when nothing tells in time that they must be here."""
+        """Raise RuntimeError if a second backward pass would read weights that are gone.
+
+        No hook runs early enough in a second backward pass to bring weights back.
+        """
         reason = None
         if self._rematerialize:
             reason = "rematerialize=True writes other layers' experts over those"
@@ -285,7 +296,7 @@ class Passes:
             )
 
     def _book(self, micro_batch: MicroBatch) -> None:
-        """Count the loads of a pass that is trained on, once, however often its backward runs."""
+        """Count the loads of a micro-batch that is trained on: once, even if its backward runs several times."""
         if micro_batch.booked:
             return
         micro_batch.booked = True
@@ -293,7 +304,7 @@ class Passes:
             self._layers[layer].book(record.counts, record.plan, record.top_k)
 
     def before_expert_gradients(self, copies: LayerCopies, token: GraphToken | None) -> None:
-        """The experts of a layer are about to run backward: their weights must be here. Collective."""
+        """Called before a layer's experts run backward: wait for their weights. Collective."""
         # Usually the output hook began the backward pass; if it found no tensor in the output, it begins here.
         if token is not None:
             self.begin_backward(token)
@@ -301,7 +312,7 @@ class Passes:
             copies.ensure_held()
 
     def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
-        """The experts of a layer have run backward: send gradients home, prefetch the layer that comes next."""
+        """Called after a layer's experts ran backward: reduce their gradients, prefetch the layer that comes next."""
         with self._comms.guard(), label("reduce", copies.layer.name):
             self._finish_reductions()
             self._reductions.append(copies.reduce(grads))
@@ -310,7 +321,7 @@ class Passes:
         self._launch_again(copies.layer.index - 1)
 
     def _launch_again(self, layer: int) -> None:
-        """Under re-materialization, gather the copies of `layer` for its backward."""
+        """With re-materialization, start to gather the copies of `layer` for its backward."""
         if not self._rematerialize or self._backward_of is None:
             return
         record = self._backward_of.records.get(layer)
@@ -340,10 +351,10 @@ class Passes:
             reduction.finish()
         self._reductions.clear()
 
-    # Between steps, and after failures.
+    # The end of a step, and failures.
 
     def abandon_backward(self) -> None:
-        """Nothing of a backward pass that raised before its end may reach the next one's gradients."""
+        """Drop all that a backward pass which raised has left, so that none of it reaches the next pass's gradients."""
         for reduction in self._reductions:
             reduction.discard()
         self._reductions.clear()
@@ -358,7 +369,7 @@ class Passes:
             self.abandon_backward()
 
     def end_step(self) -> None:
-        """The weights have changed: nothing gathered or planned outlives that."""
+        """Drop all copies and plans: the weights have changed."""
         self._leave_forward()
         for micro_batch in self._kept.values():
             micro_batch.end()

@@ -16,12 +16,12 @@ __all__ = ["LayerRecord"]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """Recomputation and backward replay it (docs/design.md, decision 5).
+    """Kept so that recomputation and backward use the same plan as forward (docs/design.md, decision 5).
 
     Attributes:
         counts: int64 `[D, E]`, tokens each device routed to each expert.
         top_k: experts per token.
-        plan: who computes which tokens.
+        plan: which device computes which tokens.
         dispatch: where this device's rows go.
         copies: the experts held here.
     """

@@ -1,4 +1,7 @@
-"""Whether the model is still what was sharded; users add adapters, convert dtypes and resize embeddings afterwards."""
+"""Checks that the model is still the one that was sharded.
+
+Users may add adapters, convert dtypes or resize embeddings after `fully_shard`, which does not work.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ __all__ = ["Unchanged"]
 
 
 class Unchanged:
-    """Compares the model with itself after `fully_shard`: pools at every check, all else once a module was exchanged.
+    """Compares the model with what it was after `fully_shard`.
 
-    Wrappers that keep the parameters (torch.compile, activation checkpointing) are no change.
+    Dtype and device of the pools are compared at every check; names and shapes of all other parameters only after a
+    submodule was registered. Wrappers that keep the parameters (torch.compile, activation checkpointing) are allowed.
 
     Args:
-        model: sharded.
-        pools: of its experts.
+        model: the sharded model.
+        pools: the pools of its experts.
     """
 
     def __init__(self, model: nn.Module, pools: Sequence[ExpertPool]) -> None:
@@ -38,14 +42,14 @@ class Unchanged:
         _watch(self)
 
     def registered(self, module: nn.Module) -> None:
-        """A submodule was given to `module`, anyone's."""
+        """Called whenever a submodule is registered on `module`, which may be part of any model."""
         self._suspect = self._suspect or module in self._modules
 
     def check(self) -> None:
-        """Between passes.
+        """Raise if the model was changed. Call between passes.
 
         Raises:
-            RuntimeError: parameters were added, removed or converted; names them.
+            RuntimeError: parameters were added, removed or converted; the message names them.
         """
         for pool in self._pools:
             for kind, parameter in pool.parameters.items():
@@ -87,7 +91,7 @@ def _described(model: nn.Module) -> dict[str, torch.Size]:
 
 
 _alive: weakref.WeakSet[Unchanged] = weakref.WeakSet()
-"""torch's hook on registrations is global, so one serves all engines; it keeps no model alive."""
+"""torch's hook on module registration is global, so one hook serves all engines. It keeps no model alive."""
 
 
 def _watch(unchanged: Unchanged) -> None:

@@ -1,1 +1,1 @@
-"""The way of a token: counts, dispatch, exchange, combine."""
+"""Movement of tokens between devices: counting them, sending them to experts, and combining the results."""

@@ -1,12 +1,13 @@
-"""The token exchange that knows nodes: a token goes to each foreign node once, whatever experts it has there.
+"""Node-aware token exchange: a token is sent to each other node at most once, however many of its experts are there.
 
-Its relay there, the device with the sender's place in the node, hands it on to the experts' devices and sums their
-results before they return. Same results as the plain exchange within rounding; the order of every sum is fixed.
-With a wire dtype, both legs round the rows that leave a device; sums are taken in float32, or the compute dtype where
-that is wider, and rounded once for the wire.
+The token goes to a relay: the device that has the sender's index within its node. The relay forwards it to the experts'
+devices and sums their results before they return. Results equal those of the plain exchange up to rounding, and the
+order of every sum is fixed. With a wire dtype, rows are rounded whenever they leave a device; the relay sums in float32
+(or the compute dtype if that is wider) and rounds the sum once for the wire.
 
-Shapes: T tokens of this device, k experts a token, n nodes, U (token, node) pairs sent, R received as a relay, C copies
-that the relay hands on, M rows computed here, d model width, D devices, P (expert, device) pairs of the plan.
+Shapes: T tokens of this device, k experts per token, n nodes, U (token, node) pairs sent, R such pairs received as a
+relay, C copies that the relay forwards, M rows computed here, d model width, D devices, P (expert, device) pairs of the
+plan.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ __all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
 
 @dataclass(frozen=True)
 class Leg:
-    """One of the two exchanges: rows that are taken from others, and how many go where.
+    """One of the two exchanges: which source rows are sent, and how many go to each device.
 
     Attributes:
-        index: int64 `[rows sent]`, which row each is taken from.
-        slots: int64 `[rows taken from, most]`, where each row was sent to, padded with the number of rows sent.
-        sent, received: rows to and from each device.
+        index: int64 `[rows sent]`, the source row of each sent row.
+        slots: int64 `[source rows, most copies of one row]`, positions of each source row among the sent rows, padded
+            with `len(index)`.
+        sent, received: number of rows to and from each device.
     """
 
     index: Tensor
@@ -48,16 +50,16 @@ class Leg:
 
 @dataclass(frozen=True)
 class NodeDispatch(Dispatch):
-    """A row goes to each foreign node once, to the relay there, which hands it on.
+    """Sends a row at most once to each other node: to the relay there, which forwards it.
 
     Attributes:
-        across: tokens `[T]` to relays: U rows, by node and token.
-        here: bool `[U, k]`, which of the token's copies are in that node.
-        inside: R rows at the relay to the devices of its node: C rows, by device and expert.
+        across: exchange between nodes: from T tokens to the U rows sent to relays, sorted by (node, token).
+        here: bool `[U, k]`, which of the token's k copies are computed in that node.
+        inside: exchange within the node: from R rows at the relay to C rows, sorted by (device, expert).
         local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, relay).
-        sizes: received rows per expert held here, in the order of its rows.
+        sizes: received rows per expert held here, in the order of the experts' rows.
         wire: dtype of rows between devices; None keeps theirs.
-        comms: of the devices that share the experts.
+        comms: process groups of the devices that share the experts.
     """
 
     across: Leg
@@ -81,7 +83,7 @@ class NodeDispatch(Dispatch):
         shares = _Take.apply(weights, across.index, across.slots) * self.here
         shares = AllToAll.apply(shares, across.sent, across.received, self.comms, None)
         if self.wire is not None:
-            shares = shares.to(torch.promote_types(shares.dtype, torch.float32))  # what the sums below are taken in
+            shares = shares.to(torch.promote_types(shares.dtype, torch.float32))  # dtype of the sums below
         copies = permute(rows, self.local_inverse, self.local_order, 1)
         copies = AllToAll.apply(copies, inside.received, inside.sent, self.comms, self.wire)
         sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
@@ -95,9 +97,10 @@ class NodeDispatch(Dispatch):
 
 
 def node_exchange_pays(plan: Plan, cost: LayerCost, top_k: int) -> bool:
-    """Whether crossing once is predicted to be faster; integers, the same on every rank.
+    """Whether the node-aware exchange is predicted to be faster. Integers only, so the answer is the same on all ranks.
 
-    How many of a device's tokens have an expert in a node is estimated as if their experts were chosen independently.
+    The number of a device's tokens that have an expert in a node is estimated as if each token chose its experts
+    independently.
     """
     topology = plan.topology
     node = plan.holders[:, 1] // topology.devices_per_node
@@ -113,21 +116,21 @@ def node_exchange_pays(plan: Plan, cost: LayerCost, top_k: int) -> bool:
     model, size = cost.model, cost.token_bytes
     messages = topology.num_devices * model.message_ns
     plain_ns = 2 * (messages + plain * size * 1_000_000_000 // model.inter_node_bandwidth)
-    # Numbers of rows, plans of the copies and weights cross as well; every copy is handed on inside the node.
+    # Row counts, the copies' pairs and weights cross between nodes too; every copy is forwarded inside the node.
     extra = 8 * top_k
     across_ns = together * (2 * size + extra) * 1_000_000_000 // model.inter_node_bandwidth
     inside_ns = 2 * handed_on * size * 1_000_000_000 // model.intra_node_bandwidth
-    # A third must be saved: packing at the relays and the waits for their counts are not in the model.
+    # Require that a third of the time is saved: packing at relays and waiting for their counts are not in the model.
     return topology.num_nodes > 1 and 3 * (7 * messages + across_ns + inside_ns) < 2 * plain_ns
 
 
 def node_dispatch(
     plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
 ) -> NodeDispatch:
-    """The record that `plan` means for this device. Collective.
+    """Make this device's dispatch according to `plan`. Collective.
 
     Args:
-        plan: whose quota row of this device counts `index`.
+        plan: made from the counts of `index`, so that this device's quota row adds up to them.
         index: `[T, k]` expert of each token copy.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
@@ -157,7 +160,10 @@ def node_dispatch(
 
 
 def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
-    """The (expert, device) pair of each token copy, `[T, k]`: sorted by expert, copies are blocks, one a pair."""
+    """The (expert, device) pair of each token copy, `[T, k]`.
+
+    If copies are sorted by expert, those of one pair are a consecutive block, whose length is the pair's quota.
+    """
     by_expert = torch.argsort(index.flatten(), stable=True)
     quota = torch.from_numpy(plan.quota[rank].copy()).to(index.device)
     pairs = torch.repeat_interleave(torch.arange(quota.numel(), device=index.device), quota, output_size=index.numel())
@@ -165,24 +171,37 @@ def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
 
 
 def _exchange_counts(to_node: Tensor, comms: Comms) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows to and from each device, where the relay has this device's place in its node."""
+    """Exchange numbers of rows; returns those to and from each device.
+
+    Rows to a node go to its relay: the device with this device's index within the node.
+    """
     topology = comms.topology
     sent = to_node.new_zeros(topology.num_devices)
     sent[comms.rank % topology.devices_per_node :: topology.devices_per_node] = to_node
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=comms.tokens)
-    both = torch.stack([sent, received]).tolist()  # one wait for the device
+    both = torch.stack([sent, received]).tolist()  # waits for the device only once
     return tuple(both[0]), tuple(both[1])
 
 
 def _inside(plan: Plan, at_relay: Tensor, topology: Topology, rank: int) -> tuple[Leg, NDArray[np.int64]]:
-    """The relay's leg for rows whose copies are the pairs `at_relay [R, k]` (-1: none); rows by relay, `[D, P]`."""
+    """The exchange within the node, as seen by a relay.
+
+    Args:
+        plan: the plan.
+        at_relay: int64 `[R, k]`, the (expert, device) pairs that each received row goes to; -1: none.
+        topology: devices and nodes.
+        rank: this device.
+
+    Returns:
+        The leg, and int64 `[D, P]`: rows that each relay sends to each pair (zero for relays in other nodes).
+    """
     per_node, devices = topology.devices_per_node, topology.num_devices
     expert, holder = plan.holders.T
     rank_of_pair = np.empty(len(holder), dtype=np.int64)
     rank_of_pair[np.lexsort((expert, holder))] = np.arange(len(holder))
     near = holder // per_node == topology.node_of(rank)
-    # All tokens of the devices with this one's place in their node come through it.
+    # A relay receives all tokens from devices that have its index within their nodes.
     by_relay = np.zeros_like(plan.quota)
     for place in range(per_node):
         relay = topology.node_of(rank) * per_node + place
@@ -217,7 +236,7 @@ def _local_rows(
 
 
 def _gather_slots(rows: Tensor, slots: Tensor) -> Tensor:
-    """`[n, most, d]`: the row in each slot, zeros in empty ones."""
+    """The row in each slot, zeros in empty slots: `[n, most, d]` from rows `[N, d]` and slots `[n, most]`."""
     return (
         torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, slots.flatten()).unflatten(0, slots.shape)
     )
@@ -238,7 +257,7 @@ class _Take(torch.autograd.Function):
 
 
 class _SumOf(torch.autograd.Function):
-    """The mirror image of `_Take`: sums of the rows in each row's slots."""
+    """The reverse of `_Take`: for each source row, the sum of the rows in its slots."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -252,7 +271,7 @@ class _SumOf(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`[C, d]` and weights `[R, k]` to `[R, d]`: sums of the rows in each row's slots, weighted."""
+    """From rows `[C, d]` and weights `[R, k]` to `[R, d]`: for each source row, the weighted sum of its slots' rows."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weights: Tensor, index: Tensor, slots: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -269,7 +288,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _gather_weights(weights: Tensor, slots: Tensor, rows: int) -> Tensor:
-    """The weight of each of `rows` rows; every row is in one slot."""
+    """The weight of each of `rows` rows; every row is in exactly one slot."""
     found = weights.new_empty(rows + 1)
     found[slots.flatten()] = weights.flatten()
     return found[:rows]

@@ -1,6 +1,8 @@
-"""How many tokens each device routes to each expert: the one place of a layer where an accelerator is waited for.
+"""Exchange of token counts: how many tokens each device routes to each expert.
 
-Shapes: T tokens of this device, k experts a token, D devices, E experts.
+With the plain dispatch, this is the only place in a layer where the host waits for the accelerator.
+
+Shapes: T tokens of this device, k experts per token, D devices, E experts.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ from hecate.runtime.comms import Comms
 __all__ = ["Position", "count_tokens"]
 
 OUTSIDE, NOT_FINITE, STEP, LAYER, WITH_GRAD, TRAINED = range(6)
-"""Columns that follow the experts' counts in the exchanged row."""
+"""Columns after the experts' counts in the exchanged row."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank stands; all ranks of a group must stand in the same place.
+    """Where a rank is in training; it must be the same on all ranks of a group.
 
     Attributes:
         step: optimizer steps so far.
         layer: index of the MoE layer in the model.
         with_grad: whether a backward pass may follow.
-        trained: a bit per weight kind of the experts, whether it requires a gradient.
+        trained: bit i tells whether the experts' weight kind number i requires a gradient.
     """
 
     step: int
@@ -50,21 +52,21 @@ def count_tokens(
     """Exchange how many tokens each device routes to each expert. Collective.
 
     Args:
-        name: of the layer, for errors.
-        position: of this rank.
+        name: name of the layer, for errors.
+        position: position of this rank.
         index: `[T, k]` expert of each token copy.
-        weights: `[T, k]`.
+        weights: `[T, k]` router weights.
         num_experts: E.
-        comms: the ranks that share the experts.
+        comms: process groups of the ranks that share the experts.
 
     Returns:
         int64 `[D, E]`, on the host.
 
     Raises:
-        ValueError: on every rank, naming layer and rank, if an index is outside [0, E).
-        NonFiniteError: likewise, if a weight is not finite; not with several replicas, as the others would wait for
-            this one: there the loss and the gradients' norm become NaN, which all see.
-        RuntimeError: likewise, if ranks stand in different forward passes or layers.
+        ValueError: an index is outside [0, E); on every rank, naming layer and rank.
+        NonFiniteError: a weight is not finite; on every rank, naming layer and rank. With several replicas this is not
+            raised, because other replicas would hang; the loss and the gradient norm then become NaN on all ranks.
+        RuntimeError: ranks are in different forward passes or layers; on every rank.
     """
     row = _row(position, index, weights, num_experts)
     table = row.new_empty(comms.topology.num_devices, row.numel())
@@ -82,7 +84,7 @@ def count_tokens(
 
 
 def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E + 6]`: this rank's counts, then the columns that the others check."""
+    """int64 `[E + 6]`: this rank's counts, then the columns that all ranks check."""
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
     row = torch.zeros(num_experts + TRAINED + 1, dtype=torch.int64, device=index.device)

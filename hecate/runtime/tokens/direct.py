@@ -1,6 +1,6 @@
-"""The plain dispatch: one all-to-all there, one back, and the mirror in backward.
+"""The plain dispatch: one all-to-all of rows to the experts and one back; in backward the same for gradients.
 
-Shapes: T tokens of this device, k experts a token, N = T * k rows sent, M rows received, d model width, D devices,
+Shapes: T tokens of this device, k experts per token, N = T * k rows sent, M rows received, d model width, D devices,
 P (expert, device) pairs of the plan.
 """
 
@@ -23,16 +23,17 @@ __all__ = ["DirectDispatch", "direct_dispatch"]
 
 @dataclass(frozen=True)
 class DirectDispatch(Dispatch):
-    """Each row goes straight to the device that computes it.
+    """Sends each row directly to the device that computes it.
 
     Attributes:
-        order, inverse: int64 `[N]`, rows sorted by (destination, expert).
-        sent, received: rows to and from each device.
-        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, source).
-        sizes: received rows per expert held here, in the order of its rows.
-        top_k: experts a token.
+        order, inverse: int64 `[N]`, permutation that sorts rows by (destination, expert), and its inverse.
+        sent, received: number of rows to and from each device.
+        local_order, local_inverse: int64 `[M]`, permutation that sorts received rows by (row of the expert here,
+            source), and its inverse.
+        sizes: received rows per expert held here, in the order of the experts' rows.
+        top_k: experts per token.
         wire: dtype of rows between devices; None keeps theirs.
-        comms: of the devices that share the experts.
+        comms: process groups of the devices that share the experts.
     """
 
     order: Tensor
@@ -60,10 +61,10 @@ class DirectDispatch(Dispatch):
 def direct_dispatch(
     plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
 ) -> DirectDispatch:
-    """The record that `plan` means for this device.
+    """Make this device's dispatch according to `plan`.
 
     Args:
-        plan: whose quota row of this device counts `index`.
+        plan: made from the counts of `index`, so that this device's quota row adds up to them.
         index: `[T, k]` expert of each token copy.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
@@ -72,7 +73,7 @@ def direct_dispatch(
     device, rank = index.device, comms.rank
     num_devices = plan.quota.shape[0]
     expert, holder = plan.holders.T
-    # Sorted by expert, a device's rows are consecutive blocks, one per pair; destinations put them in another order.
+    # Sorted by expert, this device's rows are consecutive blocks, one per pair. Reorder the blocks by destination.
     by_expert = torch.argsort(index.flatten(), stable=True)
     to_pair = plan.quota[rank]
     order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]

@@ -1,4 +1,4 @@
-"""Which way the tokens of one layer take: straight, or crossing each node border once."""
+"""Chooses how the tokens of one layer travel: directly, or at most once to each other node."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def dispatch_of(
     cost: LayerCost,
     wire: torch.dtype | None = None,
 ) -> Dispatch:
-    """The record that `plan` means for this device. Collective.
+    """Make this device's dispatch according to `plan`. Collective.
 
     Args:
-        plan: whose quota row of this device counts `index`.
+        plan: made from the counts of `index`, so that this device's quota row adds up to them.
         index: `[T, k]` expert of each token copy.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
-        cost: of the layer; it decides which dispatch.
+        cost: cost of the layer, by which the kind of dispatch is chosen.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
     """
     if comms.tokens is not None and node_exchange_pays(plan, cost, index.shape[1]):

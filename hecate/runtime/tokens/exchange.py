@@ -1,6 +1,6 @@
-"""The exchange of token rows between devices, and what every kind of dispatch offers.
+"""The all-to-all of token rows between devices, and the interface of all kinds of dispatch.
 
-Shapes: T tokens of this device, k experts a token, M rows received, d model width.
+Shapes: T tokens of this device, k experts per token, M rows received, d model width.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ __all__ = ["AllToAll", "Dispatch"]
 
 
 class Dispatch(ABC):
-    """Where this device's rows go and how received rows lie: made once per layer and micro-batch, then only followed.
+    """Where this device's rows go, and the order of received rows. Made once per layer and micro-batch.
 
     Attributes:
-        sizes: received rows per expert held here, in the order of its rows.
+        sizes: received rows per expert held here, in the order of the experts' rows.
     """
 
     sizes: tuple[int, ...]
 
     @abstractmethod
     def dispatch(self, hidden: Tensor) -> Tensor:
-        """Tokens `[T, d]` to the rows `[M, d]` that this device computes, sorted by its experts' rows. Collective."""
+        """Send tokens `[T, d]`; returns the rows `[M, d]` that this device computes, grouped by expert. Collective."""
 
     @abstractmethod
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Results `[M, d]` and weights `[T, k]` to the weighted sums `[T, d]` of this device's tokens. Collective."""
+        """Send back results `[M, d]`; returns sums `[T, d]` per token, weighted by `weights` `[T, k]`. Collective."""
 
 
 class AllToAll(torch.autograd.Function):
-    """Rows to the devices they belong to; backward sends gradients the way back.
+    """Sends rows to other devices; backward sends the rows' gradients back.
 
-    Both come out in the dtype they went in with. Those that another device gets are rounded to `wire` on the way (None:
-    not at all), those that stay are not.
+    Rows and gradients keep their dtype. Those sent to another device are rounded to `wire` on the way (None: not
+    rounded); those that stay on their device are not.
     """
 
     @staticmethod
@@ -50,7 +50,7 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.comms.guard():  # by `apply`, so that it can be differentiated again
+        with ctx.comms.guard():  # `apply`, so that the backward pass can be differentiated too
             return AllToAll.apply(grad, ctx.received, ctx.sent, ctx.comms, ctx.wire), None, None, None, None
 
 
