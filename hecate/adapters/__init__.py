@@ -1,1 +1,1 @@
-"""Which modules of a model are experts."""
+"""Finding the experts modules of a model."""

@@ -1,17 +1,17 @@
-"""What an adapter must find in a model, and who adapts what.
+"""Find the experts modules of a model, and the weights and functions that FSSDP needs from them.
 
 FSSDP takes over the *experts module* of each MoE layer: the module that holds the stacked weights of all experts and
 is called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared
-experts and auxiliary loss stay the model's own.
+experts and auxiliary loss stay part of the model.
 
-Two kinds of experts modules fit:
+Two kinds of experts modules are supported:
 
-- one that says itself what FSSDP must know (`OwnExperts`), by two members:
-  `expert_weights: tuple[str, ...]`, names of the stacked parameters, first dimension the experts, and
-  `expert_mlp(rows [N, d], groups, {name: [experts, ...]}) -> [N, d]`, the experts, for rows sorted by expert;
-- one that follows the experts interface of transformers (`hecate.adapters.transformers`).
+- a module that defines two members (`OwnExperts`):
+  `expert_weights: tuple[str, ...]`, names of the stacked parameters, whose first dimension is the expert, and
+  `expert_mlp(rows [N, d], groups, {name: [experts, ...]}) -> [N, d]`, which runs the experts on rows sorted by expert;
+- a module that follows the experts interface of transformers (`hecate.adapters.transformers`).
 
-Whatever else the module holds (submodules, buffers) stays in it and is trained like any dense parameter.
+Everything else in the module (submodules, buffers) stays in it and is treated like any dense part of the model.
 """
 
 from __future__ import annotations
@@ -41,18 +41,22 @@ LOOKS_LIKE_EXPERTS = re.compile(r"(Experts|MoE|Moe|SparseMLP)$")
 
 @runtime_checkable
 class OwnExperts(Protocol):
-    """An experts module that says itself what FSSDP must know."""
+    """An experts module that names its weights and can run on any subset of its experts."""
 
     expert_weights: tuple[str, ...]
 
     def expert_mlp(self, x: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
-        """Outputs `[N, d]` of rows `x [N, d]` sorted by expert; `weights` name -> `[experts, ...]`, any of them."""
+        """Outputs `[N, d]` for rows `x [N, d]` sorted by expert.
+
+        `weights` maps a name to the weights `[experts, ...]` of any subset of the experts; `groups` has the number of
+        rows for each of them.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class FoundExperts:
-    """One MoE layer of a model: its experts module, the module that holds that, and what it is."""
+    """One MoE layer of a model: its experts module, the parent of that module, and its description."""
 
     parent: nn.Module
     module: nn.Module
@@ -63,7 +67,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     """All MoE layers of `model`, in module order.
 
     Raises:
-        ValueError: there is none, or one does not fit; says what is missing.
+        ValueError: the model has no MoE layer, or one is not supported; the message says what is missing.
     """
     refuse_tensor_parallel(model)
     found = []
@@ -88,7 +92,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
 
 
 def _refuse_tied(model: nn.Module, found: Iterable[FoundExperts]) -> None:
-    """A pool has a row of its own for every expert of every layer, so it cannot hold one for two."""
+    """ValueError if expert weights are tied: a pool has a separate row for each expert of each layer."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(original_name(name))
@@ -142,7 +146,7 @@ def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
 
 
 def _look_alikes(model: nn.Module) -> str:
-    """Modules that a reader would take for experts, the first of each class, for the error."""
+    """Modules whose class name suggests experts, the first one of each class, as a hint in the error."""
     kinds: dict[str, str] = {}
     for name, module in original_modules(model).items():
         if LOOKS_LIKE_EXPERTS.search(kind := type(module).__name__):

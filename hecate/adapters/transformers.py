@@ -1,9 +1,9 @@
-"""The experts interface of transformers >= 5: one seam for all architectures that use it.
+"""The experts interface of transformers >= 5: one adapter for all architectures that use it.
 
 `transformers.integrations.moe.use_experts_implementation` decorates an experts module. Its forward takes (hidden
 states `[T, d]`, top-k indices `[T, k]`, top-k weights `[T, k]`), and its attributes say how its stacked weights are to
-be read: `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`, and the method `_apply_gate` or `act_fn`
-between the two products. That is all that is read here, so transformers itself is not imported.
+be read: `has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`; `_apply_gate` or `act_fn` runs between the two
+matrix products. This adapter uses only those members, so it does not import transformers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ __all__ = [
 
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 LATER = {"has_gate": True, "has_post_expert_norm": False}
-"""What earlier versions of 5 do not set yet, and what it is there."""
+"""Attributes that early 5.x versions do not set -> the value that describes their modules."""
 
 CONSTANTS = {"MiniMaxLightningAttention": ("slope_rate", "query_decay", "key_decay", "diagonal_decay")}
-"""By class, buffers that it multiplies its hidden states with, which must have the dtype of those.
+"""Class -> buffers that are multiplied with hidden states and must therefore have their dtype.
 
-A model made in bfloat16 has them in bfloat16; beside one of float32 weights that compute in bfloat16, they would turn
-hidden states into float32. Other buffers stay float32: a router's bias or a rotary frequency loses too much.
+A model made in bfloat16 has them in bfloat16. A model with float32 weights that computes in bfloat16 has them in
+float32, which would turn hidden states into float32. Other buffers stay float32: a router's bias or a rotary frequency
+would lose too much precision.
 """
 
 
@@ -52,12 +53,12 @@ def interface_weights(name: str, module: Any) -> tuple[str, ...]:
     """Names of the stacked parameters of such a module.
 
     Args:
-        name: of the module, for the error.
-        module: as `follows_experts_interface` accepts.
+        name: name of the module, for error messages.
+        module: a module for which `follows_experts_interface` is true.
 
     Raises:
-        ValueError: a weight that the interface promises is not there, or transformers has cut the module for its own
-            expert parallelism.
+        ValueError: a weight that the interface promises is missing, or transformers has already split the module for
+            its own expert parallelism.
     """
     if getattr(module, "_is_expert_parallel", False):
         raise ValueError(
@@ -74,7 +75,7 @@ def interface_weights(name: str, module: Any) -> tuple[str, ...]:
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:
-    """ValueError where transformers has split the model itself, by a `tp_plan` or a `DistributedConfig`."""
+    """ValueError if transformers has split the model itself, because of a `tp_plan` or a `DistributedConfig`."""
     for module in model.modules():
         if isinstance(size := getattr(module, "tp_size", None), int) and size > 1:
             raise ValueError(
@@ -84,9 +85,9 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
 
 
 def kept_in_float32(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that a class of transformers keeps in float32 when its model is bfloat16: routers, mostly.
+    """Parameters that transformers keeps in float32 when the model is bfloat16, mostly those of routers.
 
-    Its forward pass may rely on it: it hands them float32.
+    The model's forward pass may rely on that and pass them float32 inputs.
     """
     kept = set()
     for module in model.modules():
@@ -98,7 +99,7 @@ def kept_in_float32(model: nn.Module) -> set[nn.Parameter]:
 
 
 class _Constants:
-    """Buffers of one module, in another dtype while it runs."""
+    """Casts buffers of one module to another dtype during its forward pass."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
         self._names, self._dtype = names, dtype
@@ -118,31 +119,32 @@ class _Constants:
 
 
 def cast_constants(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let modules run with their `CONSTANTS` in `dtype`, which their weights will have then. Call before sharding."""
+    """Make modules run with their `CONSTANTS` in `dtype`, the dtype they compute in. Call before sharding."""
     for module in model.modules():
         if names := CONSTANTS.get(type(module).__name__):
             _Constants(module, names, dtype)
 
 
 def generate_in_step(model: nn.Module) -> None:
-    """Let `generate()` run on every rank until the last one has ended, unless `synced_gpus` is given.
+    """Make `generate()` by default run on every rank until all ranks have finished (`synced_gpus`).
 
-    That is its default for models under FSDP, by an attribute that FSDP2 sets and `dense="replicate"` and "none" lack.
+    Forward passes are collective. transformers has that default for models under FSDP, which it recognizes by an
+    attribute that FSDP2 sets; it is set here for `dense="replicate"` and "none".
     """
     module: Any
     for module in model.modules():
         if callable(getattr(module, "generate", None)):
             module._is_fsdp_managed_module = True
-            module._fsdp_use_orig_params = True  # torch.compile asks for it beside the other
+            module._fsdp_use_orig_params = True  # torch.compile reads it if the other is set
 
 
 def interface_mlp(module: nn.Module) -> ExpertMLP:
-    """The experts of such a module as a function of their weights."""
+    """The module's expert computation as a function of rows, groups and weights."""
     return partial(_mlp, module)
 
 
 def _mlp(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
-    """`rows` `[N, d]` sorted by expert to `[N, d]`."""
+    """Outputs `[N, d]` of the experts for `rows` `[N, d]` sorted by expert."""
     hidden = _linear(module, rows, groups, weights, _first(module))
     hidden = module._apply_gate(hidden) if _later(module, "has_gate") else module.act_fn(hidden)
     hidden = _linear(module, hidden, groups, weights, "down_proj")
@@ -154,7 +156,7 @@ def _first(module: Any) -> str:
 
 
 def _later(module: Any, name: str) -> bool:
-    """A bool that only later versions give it."""
+    """A bool attribute that only later versions of transformers set; see `LATER`."""
     return bool(getattr(module, name, LATER[name]))
 
 

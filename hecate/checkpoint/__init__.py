@@ -1,1 +1,1 @@
-"""State by original parameter names."""
+"""Saving and loading the training state under the model's original parameter names."""

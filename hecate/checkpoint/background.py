@@ -1,7 +1,7 @@
-"""Checkpoints written while training goes on: from a copy, in a thread, over a process group of its own.
+"""Checkpoints written while training goes on: from a copy, in a thread, over a separate process group.
 
-The interpreter waits for the thread when it ends, and `destroy_process_group` does not disturb it. A checkpoint that
-could not be written and that nobody waited for ends the process with an error.
+The interpreter waits for the thread at exit, and `destroy_process_group` does not disturb it. If a checkpoint could
+not be written and `wait` was never called on its handle, the process exits with an error.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class SaveHandle:
     """A checkpoint that is being written.
 
     Attributes:
-        path: its folder.
-        waited: whether `wait` was called, which is to be on all ranks or on none.
+        path: folder of the checkpoint.
+        waited: whether `wait` was called; it must be called on all ranks or on none.
     """
 
     def __init__(self, path: Path, future: Future[None]) -> None:
@@ -43,36 +43,36 @@ class SaveHandle:
         future.add_done_callback(lambda future: None if future.exception() else _unseen.discard(self))
 
     def done(self) -> bool:
-        """Whether `wait` returns at once, on this rank."""
+        """Whether `wait` would return (or raise) immediately on this rank."""
         return self._future.done()
 
     def failed(self) -> bool:
-        """Whether `wait` raises at once, on this rank; it then does so soon on the others."""
+        """Whether `wait` would raise immediately on this rank; the other ranks follow shortly after."""
         return self._future.done() and self._future.exception() is not None
 
     def wait(self) -> None:
-        """Return when the checkpoint is in place. OSError where it could not be written, on all ranks."""
+        """Return when the checkpoint is in place. OSError on all ranks if it could not be written."""
         self.waited = True
         try:
             self._future.result()
         finally:
-            if self._future.done():  # else Ctrl-C came first
+            if self._future.done():  # otherwise Ctrl-C interrupted the wait
                 _unseen.discard(self)
 
     def problem(self) -> str:
-        """What went wrong, for those who did not wait."""
+        """Error message for a caller that did not call `wait`."""
         why = repr(self._future.exception()) if self._future.done() else "the process ended before it was written"
         return f"checkpoint {self.path} is not in place, the one before is kept: {why}"
 
 
 _unseen: set[SaveHandle] = set()
-"""Those that are not in place, as far as their caller knows."""
+"""Handles whose checkpoint is unfinished, or failed without `wait` having raised the error."""
 os.register_at_fork(after_in_child=_unseen.clear)
 
 
 @atexit.register
 def _report() -> None:
-    """Python has waited for the threads by now. Its exit status can be changed in no other way than by ending here."""
+    """Report unnoticed failures at exit. Python has joined all threads by now; only os._exit can change the status."""
     if not _unseen:
         return
     for handle in _unseen:
@@ -84,7 +84,7 @@ def _report() -> None:
 
 
 class Saves:
-    """The checkpoints of one model, one after another."""
+    """Writes the checkpoints of one model, at most one at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hecate-save")
@@ -114,20 +114,20 @@ class Saves:
         return self._pending
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written; raises what went wrong, unless its handle has done so."""
+        """Wait for the checkpoint being written, if any; raises its error unless `SaveHandle.wait` was called."""
         pending, self._pending = self._pending, None
         if pending is not None and not pending.waited:
             pending.wait()
 
     def close(self) -> None:
-        """End the thread and destroy the process group, after a checkpoint that is being written."""
+        """Wait for the checkpoint being written, if any, then end the thread and destroy the process group."""
         self._thread.shutdown(wait=True)
         if self._ranks is not None and self._ranks.group is not None:
             destroy(self._ranks.group)
         self._ranks = None
 
     def _next(self, path: Path, state: TrainingState) -> PrivateRanks:
-        """The ranks of this moment, for one more checkpoint."""
+        """The ranks that write the next checkpoint, numbered so that its messages are told apart from earlier ones."""
         if self._ranks is None:
             check_ranks(f"FSSDP.save({str(path)!r})", state, Ranks.current())
             self._ranks = PrivateRanks.make()

@@ -1,4 +1,4 @@
-"""Whether the chunks of a checkpoint make up every tensor exactly, and its files hold their bytes."""
+"""Checks that a checkpoint's chunks cover every tensor exactly once and that its files are long enough for them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Chunks = Sequence[ChunkStorageMetadata]
 
 
 def check_stored(where: str, metadata: Metadata, names: Iterable[str], sizes: Mapping[str, int]) -> None:
-    """Check, before anything is read or made room for, that tensors are whole.
+    """Check that tensors are complete, before anything is read or allocated.
 
     Args:
-        where: beginning of an error's message.
-        metadata: of the checkpoint.
-        names: of the tensors.
-        sizes: bytes of each file.
+        where: prefix of error messages.
+        metadata: the checkpoint's DCP metadata.
+        names: tensors to check.
+        sizes: size of each file in bytes.
 
     Raises:
-        ValueError: a tensor is stored as bytes, its chunks have a gap or overlap, or a chunk lies outside of its file;
-            names the tensor.
+        ValueError: a tensor is stored as bytes, its chunks have a gap or overlap, or a chunk lies outside its file;
+            the message names the tensor.
     """
     used = dict.fromkeys(sizes, 0)
     for name in names:
@@ -46,7 +46,10 @@ def _check_bytes(
     sizes: Mapping[str, int],
     used: dict[str, int],
 ) -> None:
-    """One chunk's; `used` counts those of each file, of which no two chunks may share any."""
+    """Check that one chunk lies inside its file.
+
+    `used` sums the chunk bytes per file; a sum above the file's size means that chunks share bytes.
+    """
     what = f"{where}: the chunk of {chunk.fqn} at {tuple(chunk.offset or ())}"
     if chunk not in metadata.storage_data:
         raise ValueError(f"{what} is in no file")
@@ -65,28 +68,28 @@ def _check_bytes(
 
 
 def check_tiles(what: str, size: Size, chunks: Chunks) -> None:
-    """ValueError if the boxes `chunks` do not fill a tensor of that size: with no gap, no overlap, none outside."""
+    """ValueError unless the boxes `chunks` fill a tensor of shape `size` with no gap, no overlap and none outside."""
     for chunk in chunks:
         same = len(chunk.offsets) == len(chunk.sizes) == len(size)
         if not same or any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, size, strict=True)):
             raise ValueError(f"{what} has shape {tuple(size)}, but {_text(chunk)}, which is outside")
     volume, needed = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(size)
     _check_apart(what, [chunk for chunk in chunks if math.prod(chunk.sizes)])
-    if volume != needed:  # less, as they do not overlap
+    if volume != needed:  # always less: overlaps were refused above
         raise ValueError(
             f"{what}: {needed - volume} of {needed} elements are in no chunk, the checkpoint is incomplete"
         )
 
 
 def _check_apart(what: str, chunks: Chunks) -> None:
-    """ValueError if two overlap. Sweeps along the dimension that tells most of them apart."""
+    """ValueError if two chunks overlap. Sweeps along the dimension with the most distinct offsets."""
     dims = range(len(chunks[0].offsets)) if chunks else ()
     along = max(dims, key=lambda dim: len({chunk.offsets[dim] for chunk in chunks}), default=None)
     if along is None:  # scalars
         if len(chunks) > 1:
             raise ValueError(f"{what}: {len(chunks)} chunks overlap")
         return
-    active: list[tuple[int, int]] = []  # end and number of those that the sweep is in
+    active: list[tuple[int, int]] = []  # (end, number) of the chunks at the sweep position
     for number in sorted(range(len(chunks)), key=lambda n: chunks[n].offsets[along]):
         chunk = chunks[number]
         del active[: bisect_right(active, (chunk.offsets[along], len(chunks)))]

@@ -1,7 +1,7 @@
-"""The folder of a checkpoint: written aside and renamed when complete, every file with a checksum.
+"""The folder of a checkpoint: written under a temporary name and renamed when complete; every file has a checksum.
 
-`<path>/` holds torch.distributed.checkpoint's files, `hecate.json` (what is no tensor) and, written last,
-`manifest.json`, see `hecate.checkpoint.manifest`.
+`<path>/` holds torch.distributed.checkpoint's files, `hecate.json` (everything that is not a tensor) and, written
+last, `manifest.json`, see `hecate.checkpoint.manifest`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ __all__ = [
 ]
 
 OWN = re.compile(r".*\.distcp|\.metadata|hecate\.json|manifest\.json")
-"""Names of a checkpoint's files."""
+"""Matches the names of a checkpoint's own files."""
 
 
 def resolved(path: Path) -> Path:
-    """Where `path` leads, by whatever links: what is renamed must lie beside that, on its file system."""
+    """`path` with symbolic links resolved: temporary folders must be on the target's file system to be renamed."""
     return Path(os.path.realpath(path))
 
 
 def aside(path: Path) -> Path:
-    """Where the checkpoint `path` is written until it is complete."""
+    """Temporary folder in which the checkpoint `path` is written until it is complete."""
     return path.with_name(path.name + ".tmp")
 
 
 def prepare(path: Path) -> None:
-    """Make an empty folder aside of `path`; what a crash left there is dropped.
+    """Make the empty temporary folder for `path`; leftovers of a crash are deleted.
 
     Raises:
-        OSError: that is not allowed, or `path` is nothing that a folder can be put in the place of.
+        OSError: the folder cannot be made, or `path` is a file or a mount point, which a folder cannot replace.
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
@@ -62,7 +62,7 @@ def prepare(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """A folder and all that is in it, or a file or link; OSError that names `path` where something stays."""
+    """Delete a folder with its contents, a file or a link; OSError that names `path` if something cannot be deleted."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -73,12 +73,13 @@ def delete(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path, record: Mapping[str, Any], files: Files, sha256: bool) -> None:
-    """Complete the checkpoint in `temporary`, of which `files` are written, and put it in the place of `path`.
+    """Complete the checkpoint in `temporary`, whose `files` are already written, and move it to `path`.
 
-    A crash at any point leaves the one before at `path` or at `path.old`, where `find` looks. Other files stay.
+    A crash at any point leaves the previous checkpoint at `path` or `path.old`, where `find` looks. Files in `path`
+    that are not part of a checkpoint are kept.
 
     Raises:
-        OSError: a file is not there as it was written, or cannot be.
+        OSError: a file is missing or does not have the size it was written with, or a file cannot be written.
     """
     for name, proof in files.items():
         written = temporary / name
@@ -94,15 +95,15 @@ def publish(temporary: Path, path: Path, record: Mapping[str, Any], files: Files
 
 
 def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool]) -> None:
-    """Put the complete folder `temporary` in the place of `path`, which may exist.
+    """Replace `path`, which may exist, by the complete folder `temporary`.
 
-    A crash at any point leaves the one before at `path` or at `path.old`, and the new one at `path` or `temporary`;
-    what is kept lies in `path.old` until it is moved, which the next call makes up for.
+    A crash at any point leaves the previous folder at `path` or `path.old`, and the new one at `path` or `temporary`.
+    Entries to keep stay in `path.old` until they are moved; if a crash prevents that, the next call moves them.
 
     Args:
-        temporary: of the same file system.
-        path: what lies there is deleted.
-        keep: which of it, by name, is moved to the new folder instead.
+        temporary: folder on the same file system as `path`.
+        path: folder to replace; its entries are deleted unless `keep` selects them.
+        keep: whether the entry of that name is moved to the new folder instead.
     """
     sync(temporary)
     old = _old(path)
@@ -115,7 +116,7 @@ def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool]) -> 
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `path` at once: a crash, of the machine too, leaves the old one or the new one."""
+    """Write `path` atomically: a crash, even of the machine, leaves either the old content or the new."""
     partial = path.with_name(path.name + ".part")
     _write(partial, text)
     os.replace(partial, path)
@@ -123,7 +124,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _drop(old: Path, path: Path, keep: Callable[[str], bool]) -> None:
-    """Delete the folder `old`, if there is one, after moving what is kept and not there yet to `path`."""
+    """Delete the folder `old`, if it exists, after moving entries to keep to `path` unless `path` has them already."""
     if not old.exists():
         return
     for entry in list(old.iterdir()):
@@ -133,7 +134,7 @@ def _drop(old: Path, path: Path, keep: Callable[[str], bool]) -> None:
 
 
 def find(path: Path) -> Path:
-    """Where the checkpoint `path` is: there, or aside where saving its successor was interrupted. ValueError if not."""
+    """Folder of the checkpoint `path`: `path`, or `path.old` if replacing it was interrupted. ValueError if neither."""
     for folder in (path, _old(resolved(path))):
         if (folder / MANIFEST).exists() or (folder / METADATA).exists():
             return folder
@@ -152,7 +153,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or renames and new files in a folder, survive a power failure."""
+    """Sync a file to disk (fsync), or a folder, so that renames and new files in it survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

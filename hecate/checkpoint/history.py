@@ -1,4 +1,4 @@
-"""Several checkpoints in a folder: which is the newest that is whole, and which can go."""
+"""Several checkpoints in a folder: find the newest intact one, delete old ones."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["checkpoints", "latest", "prune"]
 
 DELETED = ".deleted"
 UNREADABLE = sys.maxsize
-"""Step of a checkpoint whose record cannot be read: tried first, so that it is named."""
+"""Step of a checkpoint whose record cannot be read: `latest` tries it first, so that its warning names the file."""
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint anywhere below `folder` with the most steps whose files are all whole; None if there is none.
+    """The intact checkpoint with the most steps at or below `folder`; None if there is none. Collective.
 
-    Found by what is in it, not by its name; it may be a link. One that is damaged, or that the disk does not let be
-    read, is passed over with a warning that names the file. Collective. OSError if a folder cannot be listed.
+    Checkpoints are recognized by their content, not by their names, and may be links. One that is damaged or
+    unreadable is skipped with a warning that names the file. OSError if a folder cannot be listed.
     """
     rank, world = rank_and_world()
-    steps = gather(agree(lambda: checkpoints(folder) if rank == 0 else {}))[0]  # what the others see may be older
+    steps = gather(agree(lambda: checkpoints(folder) if rank == 0 else {}))[0]  # other ranks may see an older state
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
         try:
             agree(lambda path=path: verify(path, rank, world))  # type: ignore[misc]
@@ -39,10 +39,11 @@ def latest(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all checkpoints below `folder` but the `keep` >= 1 with the most steps and the newest. Collective.
+    """Delete all checkpoints below `folder` except the `keep` >= 1 with the most steps and the latest written.
 
-    The newest is kept because those of more steps may be damaged: a run that passed over them is behind them. One whose
-    step cannot be read is neither counted nor deleted. Of one that is a link, only the link goes.
+    Collective. The latest written is kept because those with more steps may be damaged: a run that skipped them when
+    it resumed writes lower steps. A checkpoint whose step cannot be read is neither counted nor deleted. If a
+    checkpoint is a link, only the link is deleted.
     """
     if keep < 1:
         raise ValueError(f"prune: keep={keep} must be >= 1")
@@ -58,14 +59,14 @@ def _prune(folder: Path, keep: int) -> None:
         if path.is_symlink():
             path.unlink()
         else:
-            path.rename(path.with_name(path.name + DELETED))  # at once: no part of it is taken for a checkpoint
+            path.rename(path.with_name(path.name + DELETED))  # atomic, unlike deletion: never half a checkpoint
     for path in _folders(folder):
         if path.name.endswith(DELETED):
             delete(path)
 
 
 def checkpoints(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Those below `folder`, complete or damaged, and their order: by step, at equal steps by when they were written."""
+    """Checkpoints at or below `folder`, intact or damaged -> sort key (step, time of writing in ns)."""
     found = {}
     for path in _folders(folder):
         files = [file for name in (MANIFEST, RECORD) if (file := path / name).exists()]
@@ -75,7 +76,7 @@ def checkpoints(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """`folder`, all below it, and of links there those that lead elsewhere."""
+    """`folder`, all folders below it, and links there to folders elsewhere."""
     found: dict[str, Path] = {}
     links: list[Path] = []
     for parent, names, _ in os.walk(folder, onerror=_raise_unless_gone):
@@ -92,7 +93,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _step(path: Path) -> int:
-    """The record's; `UNREADABLE` if that or the manifest is damaged, or the disk does not let them be read."""
+    """The step in the checkpoint's record; `UNREADABLE` if the record or the manifest is damaged or unreadable."""
     try:
         record = read_record(path)
         return UNREADABLE if record is None else int(record["step"])

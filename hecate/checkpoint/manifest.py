@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: format version, and of every other file its size and checksums.
+"""The manifest of a checkpoint: format version, and size and checksums of every other file.
 
 `manifest.json` is `{"format": 2, "files": {name: [bytes, CRC-32] or [bytes, CRC-32, SHA-256]}, "digest": ...}`; the
 digest is the SHA-256 of the rest in a canonical form. Format 1 had no digest.
@@ -40,12 +40,12 @@ BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class FileProof:
-    """What a file must be.
+    """Expected size and checksums of a file.
 
     Attributes:
-        num_bytes: its size.
-        crc32: against accident.
-        sha256: against doubt, in hexadecimal digits; None if it was not asked for.
+        num_bytes: size of the file.
+        crc32: CRC-32, which detects accidental damage.
+        sha256: SHA-256 in hexadecimal digits, which also detects deliberate changes; None if not requested.
     """
 
     num_bytes: int
@@ -57,38 +57,38 @@ class FileProof:
         return f"{self.num_bytes} bytes with CRC-32 {self.crc32:08x}{digest}"
 
     def as_list(self) -> list[Any]:
-        """As the manifest has it."""
+        """The list that represents it in the manifest."""
         return [value for value in astuple(self) if value is not None]
 
 
 Files = Mapping[str, FileProof]
-"""By name."""
+"""File name -> its expected size and checksums."""
 
 
 def manifest_text(files: Files) -> str:
-    """What to write to `manifest.json`."""
+    """Content of `manifest.json`."""
     content = {"format": FORMAT, "files": {name: proof.as_list() for name, proof in files.items()}}
     return json.dumps({**content, "digest": digest_of(content)}, indent=1)
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """Of a manifest, whatever it says its digest is: the same for every text that means the same."""
+    """SHA-256 of a manifest's content except its "digest", in canonical form: formatting does not change it."""
     rest = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def proof_of_text(text: str, sha256: bool) -> FileProof:
-    """Of a file with that content."""
+    """Size and checksums of a file whose content is `text`."""
     data = text.encode()
     return FileProof(len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest() if sha256 else None)
 
 
 def read_files(folder: Path) -> Files | None:
-    """What the manifest says of the files; None in a checkpoint of another program, which has no manifest.
+    """The files listed in the manifest; None for a checkpoint of another program, which has no manifest.
 
     Raises:
-        ValueError: the manifest is missing beside `hecate.json`, damaged or of a newer format.
-        OSError: it cannot be read.
+        ValueError: the manifest is damaged, of a newer format, or missing although `hecate.json` exists.
+        OSError: the manifest cannot be read.
     """
     if not (folder / MANIFEST).exists():
         if (folder / RECORD).exists():
@@ -109,7 +109,7 @@ def read_files(folder: Path) -> Files | None:
 
 
 def _parsed(where: str, files: Any) -> Files:
-    """The part "files" of a manifest."""
+    """The "files" entry of a manifest, checked and converted."""
     found = {}
     for name, values in files.items() if isinstance(files, dict) else ():
         kinds = [type(value) for value in values] if isinstance(values, list) else []
@@ -122,11 +122,11 @@ def _parsed(where: str, files: Any) -> Files:
 
 
 def verify(folder: Path, rank: int, world: int) -> None:
-    """Check the files of a checkpoint, each of `world` ranks its part.
+    """Check this rank's share of the checkpoint's files; the files are divided among `world` ranks.
 
     Raises:
-        ValueError: it is of a newer format, or a file is missing or damaged; names the file.
-        OSError: a file cannot be read; names it.
+        ValueError: the checkpoint has a newer format, or a file is missing or damaged; the message names the file.
+        OSError: a file cannot be read; the message names it.
     """
     files = read_files(folder) or {}
     for name in sorted(files)[rank::world]:
@@ -134,10 +134,10 @@ def verify(folder: Path, rank: int, world: int) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `hecate.json` holds, compared with the manifest; None in a checkpoint of another program.
+    """Content of `hecate.json`, verified against the manifest; None for a checkpoint of another program.
 
     Raises:
-        ValueError: it or the manifest is damaged.
+        ValueError: `hecate.json` or the manifest is damaged.
         OSError: one of them cannot be read.
     """
     files = read_files(folder)
@@ -169,7 +169,7 @@ def _proof_of(path: Path, sha256: bool) -> FileProof:
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """The path of a checkpoint's file, which must be there, and be a file that lies in the folder."""
+    """Path of a checkpoint's file; checks that it exists, is a regular file and lies in the folder."""
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"checkpoint {folder}: file {name} leads out of the folder, which is refused")
@@ -179,7 +179,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The mapping that the file holds; ValueError if it holds none."""
+    """The JSON object that the file holds; ValueError if it holds anything else."""
     path = file_of(folder, name)
     try:
         with _reading(folder, name):
@@ -193,7 +193,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _reading(folder: Path, name: str) -> Iterator[None]:
-    """OSError with the file's name, which that of a disk's error lacks."""
+    """Add the file's name to an OSError; a read error from the disk does not have it."""
     try:
         yield
     except OSError as error:

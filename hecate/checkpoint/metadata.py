@@ -1,9 +1,9 @@
-"""The `.metadata` of a torch.distributed.checkpoint, read without running what is in it.
+"""Read the `.metadata` file of torch.distributed.checkpoint (DCP) without running code from it.
 
-DCP writes it as a pickle and reads it with `pickle.load`, which runs any code that a folder from somebody else holds.
-Here every class that DCP writes has a stand-in made for one reading, any other name is refused, and what the stand-ins
-hold is turned into DCP's own objects with the type of every value checked. Real classes are not admitted, as a pickle
-may also set attributes of the classes that it names.
+DCP writes it as a pickle and reads it with `pickle.load`, which runs any code in a folder from an untrusted source.
+Here the unpickler gets a stand-in class, made anew for each read, for every class that DCP writes, and refuses any
+other name. The values of the stand-ins are then type-checked and converted to DCP's own classes. The unpickler never
+gets DCP's classes themselves, because a pickle can also set attributes of the classes that it names.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """Reads tensors as DCP does, by metadata that was read and checked before."""
+    """DCP's reader, using metadata that was read and checked beforehand."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Not from the folder."""
+        """The checked metadata; the folder's file is not read again."""
         return self._metadata
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of the checkpoint in `folder`, of DCP's own classes.
+    """The metadata of the checkpoint in `folder`, as DCP's own classes.
 
     Raises:
-        ValueError: it holds anything else, or is damaged.
-        OSError: it cannot be read.
+        ValueError: the file is damaged or holds anything other than DCP metadata.
+        OSError: the file cannot be read.
     """
     data = file_of(folder, METADATA).read_bytes()
     try:
         return _metadata(_Unpickler(data).load())
-    except Exception as error:  # what a damaged pickle raises is any of a dozen kinds
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise ValueError(f"checkpoint {folder}: file {METADATA} is damaged or refused: {error}") from error
 
 
 class _Plain:
-    """Attributes from a pickle."""
+    """Base of the stand-in classes: holds the attributes that the pickle sets."""
 
 
 def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
-    """By module and name, what is called for the classes that DCP writes; new ones, which a pickle may well spoil."""
+    """(module, name) of each class that DCP writes -> its stand-in. New each time: a pickle may modify them."""
     plain = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")
     found: dict[tuple[str, str], Callable[..., Any]] = {
         (METADATA_MODULE, name): type(name, (_Plain,), {}) for name in (*plain, "StorageMeta")
@@ -77,7 +77,7 @@ def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
         self.dtype = state[0]  # the other properties are deprecated
 
     found[METADATA_MODULE, "TensorProperties"] = type("TensorProperties", (_Plain,), {"__setstate__": set_state})
-    # A memory format by number, a layout by name, the folder that it was saved to: nothing is done with them.
+    # The pickle also calls these (memory format, layout, path of the saved folder); their results are not used.
     unused = (
         (METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
         ("torch.serialization", "_get_layout"),
@@ -88,7 +88,7 @@ def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of the names of `_stand_ins`, and dtypes."""
+    """Unpickler that accepts only the names in `_stand_ins` and torch dtypes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -158,7 +158,7 @@ _NONE_GIVEN = object()
 
 
 def _get(found: Any, name: str, default: Any = _NONE_GIVEN) -> Any:
-    """Its attribute, of those that the pickle gave."""
+    """Attribute `name` that the pickle gave the stand-in `found`; ValueError if none and there is no default."""
     _require(isinstance(found, _Plain), name, found)
     value = vars(found).get(name, default)
     _require(value is not _NONE_GIVEN, name, "nothing")

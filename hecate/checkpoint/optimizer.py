@@ -1,4 +1,4 @@
-"""An optimizer's state by original parameter names: cut by layer and expert to save, put together again to load."""
+"""Optimizer state by original parameter names: split by layer and expert for saving, reassembled for loading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable", 
 
 
 def optimizer_entries(state: TrainingState, optimizer: Optimizer) -> dict[str, Entry]:
-    """The optimizer's tensors; a pool's are cut into its layers'."""
+    """The optimizer's state tensors by entry name; the state of a pool is split by layer."""
     entries: dict[str, Entry] = {}
     for parameter, (names, pool) in _homes(state, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -38,7 +38,7 @@ def optimizer_entries(state: TrainingState, optimizer: Optimizer) -> dict[str, E
 
 
 def _cut(names: list[str], pool: ExpertPool | None, key: str, value: Tensor) -> dict[str, Entry]:
-    """Original key -> what this device has of the state `value` of a parameter."""
+    """Entry name -> this rank's part of the state tensor `value` of one parameter, which stands for `names`."""
     if pool is None or value.ndim == 0:
         return {f"{OPTIMIZER}{name}.{key}": value for name in names}
     slots = local_tensor(value)
@@ -52,7 +52,7 @@ def _cut(names: list[str], pool: ExpertPool | None, key: str, value: Tensor) -> 
 
 
 def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, Any]:
-    """What is no tensor: parameter groups by original names, and other values by original name and key."""
+    """Everything but tensors, for JSON: parameter groups by original names, other state by original name and key."""
     homes = _homes(state, optimizer)
     groups = []
     for group in optimizer.param_groups:
@@ -67,12 +67,12 @@ def optimizer_record(state: TrainingState, optimizer: Optimizer) -> dict[str, An
 
 
 def _settings(optimizer: Optimizer) -> set[str]:
-    """Names of what its kind has in every group."""
+    """Names of the settings that every group of this kind of optimizer has."""
     return set(optimizer.defaults) - set(IMPLEMENTATION)
 
 
 def _plain(what: str, value: Any) -> Any:
-    """As JSON keeps it."""
+    """`value` as JSON can hold it; ValueError if it cannot."""
     if isinstance(value, Tensor):
         return value.item()
     if isinstance(value, list | tuple):
@@ -83,7 +83,7 @@ def _plain(what: str, value: Any) -> Any:
 
 
 def _homes(state: TrainingState, optimizer: Optimizer) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
-    """`original_names` of the optimizer's parameters; ValueError where one is not the model's."""
+    """`original_names` of the optimizer's parameters; ValueError if one is not a parameter of the model."""
     homes, own = state.original_names(), {}
     for number, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -97,16 +97,17 @@ def _homes(state: TrainingState, optimizer: Optimizer) -> dict[Tensor, tuple[lis
 
 
 class OptimizerTarget:
-    """An optimizer as the place to load a checkpoint into; nothing changes before `commit`.
+    """An optimizer that a checkpoint is loaded into; its state is not replaced before `commit`.
 
     Args:
-        state: of the model.
-        optimizer: of its parameters, with state or fresh.
-        record: `optimizer_record` of the one that was saved.
+        state: training state of the model.
+        optimizer: optimizer of the model's parameters, with or without state.
+        record: `optimizer_record` of the saved optimizer.
         saved: the checkpoint's tensors whose names begin with `OPTIMIZER`.
 
     Raises:
-        ValueError: it is of another kind than the saved one, trains other parameters, or groups them otherwise.
+        ValueError: the optimizer is of another kind than the saved one, trains other parameters, or groups them
+            differently.
     """
 
     def __init__(
@@ -130,24 +131,24 @@ class OptimizerTarget:
 
     @property
     def names(self) -> set[str]:
-        """Original names that it trains."""
+        """Original names of the parameters that the optimizer trains."""
         return {name for names, _ in self._homes.values() for name in names}
 
     def scalars(self) -> dict[str, Tensor]:
-        """Places for the zero-dimensional tensors, on CPU."""
+        """Empty CPU tensors to read the zero-dimensional state into, by entry name."""
         return {
             key: torch.zeros((), dtype=saved.properties.dtype) for key, saved in self._saved.items() if not saved.size
         }
 
     def check_scalars(self, scalars: Mapping[str, Tensor]) -> None:
-        """ValueError where layers that now share a parameter were at different steps."""
+        """ValueError if layers that now share a parameter (a pool) were saved with different values, e.g. of `step`."""
         for parameter, (names, _) in self._homes.items():
             for key in self._keys[parameter]:
                 if f"{OPTIMIZER}{names[0]}.{key}" in scalars:
                     _common(key, names, {name: scalars[f"{OPTIMIZER}{name}.{key}"].item() for name in names})
 
     def prepare(self, scalars: Mapping[str, Tensor]) -> None:
-        """Make the tensors to load into, with the scalars in place; after the pools have their owners."""
+        """Make the tensors to load into and set the scalars. Call it after the pools have their owners."""
         for group in self._optimizer.param_groups:
             device_scalars = group.get("capturable") or group.get("fused")
             for parameter in group["params"]:
@@ -170,7 +171,7 @@ class OptimizerTarget:
         return entries
 
     def commit(self) -> None:
-        """Give the optimizer what was loaded."""
+        """Replace the optimizer's state and settings by the loaded ones."""
         for parameter, (names, pool) in self._homes.items():
             own: dict[str, Any] = dict(self._state[parameter])
             if pool is not None:
@@ -188,7 +189,10 @@ class OptimizerTarget:
                 group[BY_EXPERT] = False
 
     def _check_kind(self) -> None:
-        """By the settings: state of another kind would be missed in the first step. One side alone may have more."""
+        """ValueError if the saved optimizer was of another kind, so that the first step would miss its state.
+
+        Kinds are told apart by their settings. Versions may add settings: it is enough if one set contains the other.
+        """
         own = _settings(self._optimizer)
         saved = set(self._record.get("settings", own))
         if own - saved and saved - own:
@@ -198,7 +202,7 @@ class OptimizerTarget:
             )
 
     def _check_sizes(self) -> None:
-        """ValueError unless a pool's state is of all experts of its layers, in equal shapes and dtypes."""
+        """ValueError unless the saved state has all experts of each layer of a pool, with equal shapes and dtypes."""
         for parameter, (names, pool) in self._homes.items():
             if pool is None:
                 continue
@@ -214,7 +218,7 @@ class OptimizerTarget:
                         )
 
     def _match_groups(self) -> list[dict[str, Any]]:
-        """Saved values of each of the optimizer's groups."""
+        """For each group of the optimizer, the saved settings."""
         saved_group = {name: i for i, g in enumerate(self._record["groups"]) for name in g["names"]}
         compare_names("optimizer", saved_group.keys(), self.names, "trained parameters")
         matched = []
@@ -230,7 +234,7 @@ class OptimizerTarget:
         return matched
 
     def _tensor(self, parameter: Tensor, key: str, saved: TensorStorageMetadata) -> Tensor:
-        """The optimizer's own tensor if it fits, else zeros laid out as the parameter is."""
+        """The optimizer's present tensor if shape and dtype fit, else zeros with the parameter's layout."""
         pool, dtype, size = self._homes[parameter][1], saved.properties.dtype, saved.size
         if pool is not None:
             size = torch.Size((parameter.shape[0], *size[1:]))
@@ -248,20 +252,23 @@ class OptimizerTarget:
 
 
 def _with_size(placement: Placement, shape: torch.Size, size: torch.Size) -> Placement:
-    """That of a state tensor: sharded where it has the parameter's rows, e.g. a mean over its columns; else whole."""
+    """Placement of a state tensor of shape `size`, given the placement of its parameter of shape `shape`.
+
+    Sharded like the parameter if the sharded dimension has the same size (e.g. a mean over columns); else replicated.
+    """
     rows = isinstance(placement, Shard) and len(size) == len(shape) and size[placement.dim] == shape[placement.dim]
     return placement if rows else Replicate()
 
 
 def _like(present: Any, value: Any) -> Any:
-    """A value from JSON in the type that the optimizer has it in."""
+    """`value` from JSON, converted to the type of `present`, the optimizer's current value."""
     if isinstance(present, Tensor):
         return torch.full_like(present, value)
     return tuple(value) if isinstance(present, tuple) else value
 
 
 def _common(what: str, names: list[str], values: Mapping[str, Any]) -> Any:
-    """The value of all of `names`, which one parameter of a pool stands for."""
+    """The value that all of `names`, which one parameter stands for, have in common; ValueError if they differ."""
     for name in names:
         if values[name] != values[names[0]]:
             raise ValueError(

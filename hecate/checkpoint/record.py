@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its tensors, checked for sense: the record, and the state of the planners."""
+"""Validity checks of a checkpoint's record and of the planners' saved state."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hecate.cost import CostModel
 __all__ = ["check_planners", "check_record", "planner_entries"]
 
 Shape = tuple[int | None, ...]
-"""None stands for any size."""
+"""Shape of a tensor; None stands for any size."""
 MOST = 2**40
-"""Tokens of a step or copies that no planner ever sees; sums of such numbers do not overflow."""
+"""Upper bound on counts of tokens or copies: more than any real run has, and sums of such counts do not overflow."""
 
 
 def check_record(where: str, record: Mapping[str, Any]) -> None:
@@ -63,14 +63,14 @@ def planner_entries(
     experts: Mapping[str, int],
     devices: int,
 ) -> list[str]:
-    """Names of the entries that hold the planners' state, all present and of the right shape, int64.
+    """Names of the entries that hold the planners' state; checks that all exist with the right shape and as int64.
 
     Args:
-        where: beginning of an error's message.
+        where: prefix of error messages.
         saved: tensors of the checkpoint.
         keys: layer -> key of its `LayerPlans.state()` -> entry, see `TrainingState.plan_keys`.
-        experts: layer -> their number.
-        devices: that shared experts when it was saved.
+        experts: layer -> its number of experts.
+        devices: number of devices that shared the experts when the checkpoint was saved.
     """
     names = []
     for layer, entries in keys.items():
@@ -88,7 +88,7 @@ def planner_entries(
 
 
 def _shape(key: str, experts: int, devices: int) -> Shape:
-    """Of one key of `LayerPlanner.state()`, or of "owners"."""
+    """Expected shape of one key of `LayerPlanner.state()`, or of "owners"."""
     shapes: dict[str, Shape] = {
         "owners": (experts,),
         "history": (None, devices, experts),
@@ -105,7 +105,7 @@ def check_planners(
     values: Mapping[str, Tensor],
     devices: int,
 ) -> None:
-    """ValueError if the planners' state, read from the entries of `keys`, is none that a planner can be in."""
+    """ValueError if the planners' state, read from the entries of `keys`, is not valid."""
     for entries in keys.values():
         for key, name in entries.items():
             value = values[name]

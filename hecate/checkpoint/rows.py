@@ -1,7 +1,7 @@
 """Stacked expert weights in a checkpoint: one entry, one chunk per expert (docs/design.md, decision 13).
 
-The planners are torch.distributed.checkpoint's default ones for everything else. What they write, the stock `dcp.load`
-reads as one stacked tensor anywhere.
+For everything else the planners behave like the defaults of torch.distributed.checkpoint (DCP). The stock `dcp.load`
+can read what they write as one stacked tensor, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = ["ExpertRows", "ExpertsLoadPlanner", "ExpertsSavePlanner"]
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What this device has of a stacked tensor `[num_experts, *shape]`.
+    """The part of a stacked tensor `[num_experts, *shape]` that this rank owns.
 
     Attributes:
-        rows: `[owned, *shape]`.
-        experts: int64 `[owned]`, their ids, ascending.
-        num_experts: of the stacked tensor.
+        rows: `[owned, *shape]`, one row per owned expert.
+        experts: int64 `[owned]`, expert ids of the rows, ascending.
+        num_experts: number of experts in the stacked tensor.
     """
 
     rows: Tensor
@@ -53,7 +53,7 @@ class ExpertRows:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the stacked tensor."""
+        """Shape of the whole stacked tensor."""
         return torch.Size((self.num_experts, *self.rows.shape[1:]))
 
     @property
@@ -61,11 +61,11 @@ class ExpertRows:
         return self.rows.dtype
 
     def from_expert(self, expert: int) -> Tensor:
-        """The rows from that owned expert on."""
+        """The rows starting at `expert`, which must be owned here."""
         return self.rows[int(np.searchsorted(self.experts, expert)) :]
 
     def write_items(self, name: str) -> Iterator[WriteItem]:
-        """One chunk per expert."""
+        """One DCP write item (chunk) per owned expert."""
         properties = TensorProperties(dtype=self.dtype)
         for expert in self.experts.tolist():
             chunk = self._chunk(expert, 1)
@@ -73,7 +73,7 @@ class ExpertRows:
             yield WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def read_items(self, name: str, saved: TensorStorageMetadata) -> list[ReadItem]:
-        """However it was cut when it was saved; experts with consecutive ids are read together."""
+        """DCP read items for the owned experts, however the saved tensor is chunked; consecutive ids share items."""
         if saved.size != self.shape:
             raise ValueError(f"{name} has shape {tuple(saved.size)} in the checkpoint, {tuple(self.shape)} here")
         starts = np.flatnonzero(np.diff(self.experts, prepend=-2) != 1)
@@ -87,13 +87,13 @@ class ExpertRows:
 
 
 class ExpertsSavePlanner(DefaultSavePlanner):
-    """Writes `ExpertRows` by expert. Where several replicas own an expert, DCP lets one of them write it."""
+    """Writes `ExpertRows` one chunk per expert. If several replicas own an expert, DCP has one of them write it."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """All of the default plan, and the experts owned here."""
+        """The default plan plus the experts owned by this rank."""
         experts, rest = _split(self.state_dict)
         default = create_default_local_save_plan(rest, self.is_coordinator)
         own = [item for name, rows in experts.items() for item in rows.write_items(name)]
@@ -101,30 +101,30 @@ class ExpertsSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor to write."""
+        """The tensor that the entry at `index` is written from."""
         entry = self.state_dict[index.fqn]
         if isinstance(entry, ExpertRows) and index.offset is not None:
             return entry.from_expert(index.offset[0])[:1]
         return super().lookup_object(index)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """What to write, in storage of its own: DCP's writer copies tensors that are views of a larger one."""
+        """The data to write. A view gets a storage of exactly its size, without a copy; DCP's writer would copy it."""
         data = super().resolve_data(write_item)
         return _trimmed(data) if isinstance(data, Tensor) else data
 
 
 def _trimmed(tensor: Tensor) -> Tensor:
-    """The same memory, as a storage that ends where the tensor does; other tensors than on the CPU as they are."""
+    """The same memory wrapped in a storage of exactly the tensor's size; tensors not on the CPU stay as they are."""
     tensor = tensor.detach()
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         return tensor
-    # By way of bytes, as numpy does not have all dtypes.
+    # Viewed as bytes, because numpy lacks some dtypes (bfloat16).
     content = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
     return content.view(tensor.dtype).view(tensor.shape)
 
 
 class ExpertsLoadPlanner(DefaultLoadPlanner):
-    """Reads into `ExpertRows` the experts they have, and nothing else of the stacked tensor."""
+    """Reads into `ExpertRows` only the experts they hold, not the rest of the stacked tensor."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -132,13 +132,13 @@ class ExpertsLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: STATE_DICT_TYPE, metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """As the default, which however drops entries that are no tensors."""
+        """Keep all entries; the default planner would drop `ExpertRows`, which are not tensors."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """All of the default plan, and the experts owned here."""
+        """The default plan plus the experts owned by this rank."""
         assert self.metadata is not None
         experts, rest = _split(self.state_dict)
         items = list(create_default_local_load_plan(rest, self.metadata).items)
@@ -150,11 +150,11 @@ class ExpertsLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """ValueError: the default unpickles them, and with them runs whatever code they hold."""
+        """Always ValueError: the default would unpickle the bytes, which can run arbitrary code."""
         raise ValueError(f"{read_item.dest_index.fqn} is stored as pickled bytes, which are not read")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where to read to."""
+        """The tensor that the chunk at `index` is read into."""
         entry = self.state_dict[index.fqn]
         if isinstance(entry, ExpertRows) and index.offset is not None:
             return entry.from_expert(index.offset[0])

@@ -1,4 +1,4 @@
-"""What a checkpoint of FSSDP holds, by original names: weights, buffers and what plans come from."""
+"""The content of an FSSDP checkpoint by original names: weights, buffers and the inputs of planning."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ Entry = ExpertRows | Tensor
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What save and load see of `FSSDP`.
+    """The parts of `FSSDP` that saving and loading need.
 
     Attributes:
-        model: between passes.
+        model: the model; must not be inside a forward or backward pass.
         names: original names in the order of the model's `state_dict()`.
-        pools, engine: its experts, and what runs them.
-        replica, replicas: of this device in a (replicate, shard) mesh, and their number; 0 and 1 without one.
+        pools, engine: the pools that hold the experts, and the engine that runs them.
+        replica, replicas: index of this device's replica in a (replicate, shard) mesh, and number of replicas; 0 and 1
+            without such a mesh.
     """
 
     model: nn.Module
@@ -47,7 +48,7 @@ class TrainingState:
 
     @property
     def mesh(self) -> list[Any]:
-        """Device type, replicas and devices that share experts: where this is equal, a run resumes bit by bit."""
+        """Device type, number of replicas, devices per replica; if these are equal, a resumed run is bit-equal."""
         return [self.pools[0].device.type, self.replicas, self.pools[0].num_devices]
 
     # Weights and buffers.
@@ -56,7 +57,7 @@ class TrainingState:
         """Parameters and buffers, sharing memory with the model.
 
         Raises:
-            ValueError: a module has extra state, which is no tensor.
+            ValueError: a module has extra state, which is not a tensor.
         """
         entries = [entry for pool in self.pools for entry in pool.entries()]
         experts = {entry.name: expert_rows(entry, local_tensor(entry.parameter)) for entry in entries}
@@ -64,7 +65,7 @@ class TrainingState:
         return {name: experts[name] if name in experts else dense[name] for name in self.names}
 
     def original_names(self) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
-        """Parameter -> the original names it stands for, and its pool if it is one of a pool."""
+        """Parameter -> the original names it stands for, and its pool if it belongs to one."""
         homes: dict[Tensor, tuple[list[str], ExpertPool | None]] = {
             parameter: ([original_name(name)], None) for name, parameter in self.model.named_parameters()
         }
@@ -72,10 +73,10 @@ class TrainingState:
             homes |= {p: ([e.name for e in pool.entries(kind)], pool) for kind, p in pool.parameters.items()}
         return homes
 
-    # What plans come from.
+    # Inputs of planning.
 
     def plans(self) -> dict[str, Tensor]:
-        """Of each layer the owners, and this replica's load history."""
+        """For each layer: the owner of each expert, and this replica's load history."""
         entries = {}
         for layer in self.engine.layers:
             entries[f"{PLANS}{layer.name}.owners"] = torch.from_numpy(layer.owners.copy())
@@ -84,7 +85,11 @@ class TrainingState:
         return entries
 
     def plan_keys(self, saved_replicas: int) -> dict[str, dict[str, str]]:
-        """Layer -> key of `LayerPlans.state()` or "owners" -> entry of the saved replica that this one continues."""
+        """Layer -> key of `LayerPlans.state()` or "owners" -> entry name.
+
+        If the number of replicas changed, this replica takes over the state of saved replica
+        `replica % saved_replicas`.
+        """
         replica = self.replica % saved_replicas
         return {
             layer.name: {key: f"{PLANS}{layer.name}.replica{replica}.{key}" for key in layer.state()}
@@ -94,23 +99,23 @@ class TrainingState:
 
     @property
     def cost(self) -> CostModel:
-        """That plans are made with."""
+        """The cost model that plans are made with."""
         return self.engine.layers[0].cost.model
 
 
 def dense_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Parameters and buffers by original name, as the optimizer has them.
+    """Parameters and buffers by original name, sharded as the optimizer sees them.
 
     Args:
-        model: between passes. Its `state_dict()` is not asked, which brings experts together.
-        names: of what is wanted, in the order of the result.
+        model: the model, not inside a pass. Its `state_dict()` is not used, because that gathers the experts.
+        names: names wanted, in the order of the result.
 
     Raises:
-        ValueError: one of them is extra state of a module, and no tensor.
+        ValueError: a name is extra state of a module, not a tensor.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass may have left it whole
+            module.reshard()  # a forward pass may have left it unsharded
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     tensors = {original_name(key): tensor.detach() for key, tensor in named}
     if extra := [name for name in names if name not in tensors]:
@@ -122,12 +127,12 @@ def dense_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def expert_rows(entry: OwnedExperts, slots: Tensor) -> ExpertRows:
-    """The experts that this device owns of a stacked weight, from `slots` `[slots, *shape]` of its pool."""
+    """The owned experts of a stacked weight, taken from the pool's local tensor `slots` `[slots, *shape]`."""
     return ExpertRows(entry.of(slots), entry.experts, entry.num_experts)
 
 
 def compare_names(where: str, saved: Iterable[str], present: Iterable[str], what: str) -> None:
-    """ValueError where the two sets differ."""
+    """ValueError if the two sets of names differ."""
     saved, present = set(saved), set(present)
     parts = []
     if missing := present - saved:

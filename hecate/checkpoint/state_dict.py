@@ -1,7 +1,7 @@
-"""`model.state_dict()` and `load_state_dict()` by experts, whoever owns them: no pool is in them.
+"""`model.state_dict()` and `load_state_dict()` with entries per experts module instead of pools.
 
-Each experts module has the entries of its own weights (`hecate.runtime.experts.module`), so that the state dict of a
-part of the model, or of a module around it, has them too. Here is what concerns the whole model.
+Each experts module adds the entries of its own weights (`hecate.runtime.experts.module`), so that the state dict of a
+part of the model, or of a module around it, has them too. This module handles what concerns the whole model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["hide_pools"]
 
 
 def hide_pools(model: nn.Module, before: Callable[[], None], loaded: Callable[[set[str]], None]) -> None:
-    """Take the pools' parameters out of the state dicts of `model`; experts stand there by themselves.
+    """Leave the pools' parameters out of the state dicts of `model`; the experts modules have their own entries.
 
     Args:
-        model: with the pools' parameters.
+        model: module on which the pools' parameters are registered.
         before: called before a state dict is made or loaded.
-        loaded: called with the original names that a state dict to be loaded has.
+        loaded: called with the original names in the state dict that is about to be loaded.
     """
 
     def before_loading(
@@ -41,7 +41,8 @@ def hide_pools(model: nn.Module, before: Callable[[], None], loaded: Callable[[s
         _name_as_here(module, state_dict, prefix)
         loaded({original_name(key.removeprefix(prefix)) for key in state_dict if key.startswith(prefix)})
         for name, parameter in _pools(module):
-            # Loading a parameter from itself does nothing; torch.distributed.checkpoint adds some as they are here.
+            # torch.distributed.checkpoint adds entries of the pool parameters themselves; loading these changes
+            # nothing. Any other value for a pool is unexpected.
             if state_dict.get(prefix + name, parameter) is not parameter:
                 unexpected_keys.append(prefix + name)
             state_dict[prefix + name] = parameter
@@ -61,14 +62,15 @@ def _without_pools(model: nn.Module, state_dict: dict[str, Any], prefix: str, lo
 
 
 def _name_as_here(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Entries of compiled experts may lack torch.compile's part of the name: that is how DCP has all keys.
+    """Rename entries of compiled experts to their names in this model, which have torch.compile's prefix.
 
-    It puts it back for the parameters that it finds in modules, where experts have none.
+    DCP removes that prefix from all keys, and restores it only for parameters that it finds in modules; an experts
+    module has no parameters.
     """
     for key, module in model.named_modules():
         if not isinstance(module, ExpertsModule):
             continue
-        here = key.replace("_checkpoint_wrapped_module.", "")  # which is in no key: those wrappers take it away
+        here = key.replace("_checkpoint_wrapped_module.", "")  # those wrappers remove it from the keys
         for kind in module.hecate_kinds:
             original = f"{prefix}{original_name(key)}.{kind}"
             if f"{prefix}{here}.{kind}" not in state_dict and original in state_dict:

@@ -1,4 +1,4 @@
-"""Save and load a model under FSSDP with torch.distributed.checkpoint, at any number of devices."""
+"""Save and load a model under FSSDP with torch.distributed.checkpoint (DCP), on any number of devices."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from hecate.ranks.agree import PrivateRanks, Ranks
 __all__ = ["Contents", "check_ranks", "collect", "load", "write"]
 
 Keys = Mapping[str, Mapping[str, str]]
-"""Layer -> key of its `LayerPlans.state()` -> entry."""
+"""Layer -> key of its `LayerPlans.state()` -> entry name."""
 MOST_AUTOMATIC_SLOTS = 2
-"""That `memory_slots="auto"` takes."""
+"""The largest number of copies per device and layer that `memory_slots="auto"` chooses."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Of a checkpoint: tensors by original names, and what is no tensor."""
+    """Content of a checkpoint: tensors by original names, and the record of everything that is not a tensor."""
 
     entries: dict[str, Entry]
     record: dict[str, Any]
@@ -50,7 +50,10 @@ class Contents:
 def collect(
     path: Path, state: TrainingState, optimizer: Optimizer | None, extra: Mapping[str, Any], copy: bool
 ) -> Contents:
-    """What is to be written to `path`: sharing memory with the model, or a copy on the CPU. See `FSSDP.save`."""
+    """The content to write to `path`; shares memory with the model unless `copy`, which copies it to the CPU.
+
+    See `FSSDP.save`.
+    """
     where = f"FSSDP.save({str(path)!r})"
     entries = state.weights()
     _check_free(where, entries)
@@ -67,14 +70,14 @@ def collect(
 
 
 def write(path: Path, contents: Contents, ranks: PrivateRanks, in_thread: bool, sha256: bool) -> None:
-    """Put a checkpoint in the place of `path`: all of it, with every rank's proof, or nothing. Collective.
+    """Write a checkpoint and put it at `path`, either completely (verified on every rank) or not at all. Collective.
 
     Args:
-        path: the folder; no link, see `resolved`.
-        contents: of it.
-        ranks: that hold the model; whatever becomes of the process group meanwhile.
-        in_thread: whether other threads of the process go on meanwhile.
-        sha256: whether to record that of every file too.
+        path: the folder, without symbolic links, see `resolved`.
+        contents: content of the checkpoint.
+        ranks: ranks that hold the model; does not depend on the default process group.
+        in_thread: whether other threads of the process keep running meanwhile.
+        sha256: whether to also record the SHA-256 of every file.
     """
     where, temporary = f"FSSDP.save({str(path)!r})", aside(path)
     ranks.agree(lambda: ranks.on_rank_0(lambda: prepare(path)))
@@ -94,7 +97,7 @@ def _copy(value: Entry) -> Entry:
 
 
 def _as_json(where: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, which the caller cannot change while it is written."""
+    """A copy of `extra`, so that the caller may change the original; ValueError if it cannot be written as JSON."""
     try:
         return json.loads(json.dumps(dict(extra)))
     except (TypeError, ValueError) as error:
@@ -102,7 +105,7 @@ def _as_json(where: str, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_ranks(where: str, state: TrainingState, ranks: Ranks) -> None:
-    """RuntimeError unless `ranks` are those that the model is on: without its process group, each would act alone."""
+    """RuntimeError unless `ranks` has as many ranks as the model; without a process group each rank would act alone."""
     held = state.replicas * state.pools[0].num_devices
     if ranks.size != held:
         raise RuntimeError(
@@ -112,7 +115,7 @@ def check_ranks(where: str, state: TrainingState, ranks: Ranks) -> None:
 
 
 def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> dict[str, Any]:
-    """See `FSSDP.load`. All checks come first, then small entries are read, then what overwrites the model."""
+    """See `FSSDP.load`. First everything is checked, then small entries are read, then the model is overwritten."""
     where, ranks = f"FSSDP.load({str(path)!r})", Ranks.current()
     check_ranks(where, state, ranks)
     folder = ranks.agree(lambda: _verified(path, ranks))
@@ -138,30 +141,30 @@ def load(path: Path, state: TrainingState, optimizer: Optimizer | None) -> dict[
 
 
 def _restart(state: TrainingState, record: dict[str, Any] | None, keys: Keys, small: Mapping[str, Tensor]) -> None:
-    """Owners and cost model as saved where the mesh is the same, so that the run goes on bit by bit."""
+    """Restore step and load history; on an equal mesh also owners and cost model: the run resumes bit by bit."""
     if record is None:
         state.engine.resume(0, None, None)
         return
     plans: dict[str, dict[str, NDArray[np.int64]]] = {
         layer: {key: small[entry].numpy() for key, entry in entries.items()} for layer, entries in keys.items()
     }
-    for layer in state.engine.layers:  # room for more copies than there are experts is none to allocate
+    for layer in state.engine.layers:  # no device holds more copies than there are experts
         slots = plans[layer.name]["slots"]
         np.minimum(slots, max(MOST_AUTOMATIC_SLOTS, layer.num_experts), out=slots)
     state.engine.resume(record["step"], plans, CostModel(**record["cost"]) if record["mesh"] == state.mesh else None)
 
 
-# Checks before anything is overwritten.
+# Checks that run before anything is overwritten.
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to load, whose files are whole.
+    """A checkpoint to load, whose files have been verified.
 
     Attributes:
-        folder: that it is in.
-        metadata: of its tensors.
-        record: what is no tensor; None in a checkpoint of another program.
+        folder: folder of the checkpoint.
+        metadata: DCP metadata of its tensors.
+        record: everything that is not a tensor; None for a checkpoint of another program.
     """
 
     folder: Path
@@ -170,7 +173,7 @@ class Found:
 
     @property
     def tensors(self) -> Mapping[str, TensorStorageMetadata]:
-        """By name."""
+        """Metadata of each tensor by name."""
         entries = self.metadata.state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
@@ -184,7 +187,7 @@ def _verified(path: Path, ranks: Ranks) -> Path:
 def _checked(
     where: str, found: Found, state: TrainingState, optimizer: Optimizer | None
 ) -> tuple[OptimizerTarget | None, Keys]:
-    """Where the optimizer's state goes, and the entries of the planners' state; all that is to be read is there."""
+    """Check that everything to be read exists and fits; return the optimizer to load into and the planners' entries."""
     weights, saved = state.weights(), found.tensors
     if found.record is not None:
         check_record(f"checkpoint {found.folder}: file {RECORD} is damaged", found.record)
@@ -203,7 +206,7 @@ def _checked(
 
 
 def _check_no_bytes(where: str, found: Found, weights: Mapping[str, Entry]) -> None:
-    """DCP unpickles what is stored as bytes, whatever is in there."""
+    """ValueError if an entry to be read is stored as bytes: DCP would unpickle it, which can run any code."""
     for name, entry in found.metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata) and (name in weights or name.startswith((OPTIMIZER, PLANS))):
             raise ValueError(f"{where}: {name} is stored as pickled bytes, which are not read; it must be a tensor")
@@ -212,7 +215,7 @@ def _check_no_bytes(where: str, found: Found, weights: Mapping[str, Entry]) -> N
 def _check_weights(where: str, saved: Mapping[str, TensorStorageMetadata], weights: Mapping[str, Entry]) -> None:
     own = [name for name in saved if not name.startswith((OPTIMIZER, PLANS))]
     compare_names(where, own, weights, "parameters and buffers")
-    # Experts first: another number of them shows in the router's shape too, which says less.
+    # Experts first: a different number of experts also changes the router's shape, but that error would say less.
     for name, value in sorted(weights.items(), key=lambda item: not isinstance(item[1], ExpertRows)):
         _check_same(where, name, saved[name], value)
 
@@ -225,7 +228,7 @@ def _target(where: str, found: Found, state: TrainingState, optimizer: Optimizer
 
 
 def _file_sizes(where: str, found: Found, names: Collection[str]) -> dict[str, int]:
-    """Bytes of the files that hold those tensors; ValueError if one is not the checkpoint's own."""
+    """Size in bytes of each file that holds one of those tensors; ValueError if the manifest does not list the file."""
     files = read_files(found.folder)
     used = {info.relative_path for index, info in found.metadata.storage_data.items() if index.fqn in names}
     if files is not None and (unknown := used - files.keys()):
@@ -236,7 +239,7 @@ def _file_sizes(where: str, found: Found, names: Collection[str]) -> dict[str, i
 def _check_small(
     where: str, found: Found, target: OptimizerTarget | None, keys: Keys, small: Mapping[str, Tensor]
 ) -> None:
-    """What was read first, apart from the model, makes sense."""
+    """Check the values of the small entries, which were read before the model is overwritten."""
     if target is not None:
         target.check_scalars({key: value for key, value in small.items() if key.startswith(OPTIMIZER)})
     if found.record is not None:
@@ -257,21 +260,19 @@ def _check_same(where: str, name: str, saved: TensorStorageMetadata, value: Entr
 
 
 def _check_free(where: str, names: Mapping[str, Entry]) -> None:
-    """Names of the model must not be mistaken for others'."""
+    """ValueError if a name of the model begins with a prefix reserved for other entries."""
     for name in names:
         if name.startswith((OPTIMIZER, PLANS)):
             raise ValueError(f"{where}: {name} begins with {OPTIMIZER!r} or {PLANS!r}; rename the submodule")
 
 
-# torch.distributed.checkpoint.
-
-
+# Calls of torch.distributed.checkpoint.
 def _empty(saved: TensorStorageMetadata) -> Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 
 def _read(where: str, found: Found, entries: dict[str, Entry], ranks: Ranks) -> None:
-    """Read into `entries`, in place."""
+    """Read the tensors of `entries` from the checkpoint, in place."""
     with _dcp(where):
         dcp.load(
             entries,
@@ -284,7 +285,7 @@ def _read(where: str, found: Found, entries: dict[str, Entry], ranks: Ranks) -> 
 
 @contextmanager
 def _one_checksum() -> Iterator[None]:
-    """Without the checksums of torch.save, beside those of whole files; for all threads, which is how torch has it."""
+    """Turn off torch.save's CRC-32, since whole files have one already. The setting applies to all threads."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -295,7 +296,7 @@ def _one_checksum() -> Iterator[None]:
 
 @contextmanager
 def _dcp(where: str) -> Iterator[None]:
-    """Its failures as OSError (they are no Exception), and no warning where there is no process group on purpose."""
+    """Re-raise DCP's failures as OSError (CheckpointException is not an Exception); silence its no-group warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

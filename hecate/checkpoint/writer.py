@@ -1,4 +1,4 @@
-"""All ranks write the tensors of one checkpoint, and rank 0 sees the proof that nothing is missing."""
+"""All ranks write the tensors of one checkpoint; rank 0 checks from their reports that nothing is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["ProvingWriter", "write_entries"]
 
 
 class _Stream(io.BufferedWriter):
-    """A file being written, and the proof of what was."""
+    """A file being written, which counts its bytes and computes its checksums."""
 
     def __init__(self, path: Path, sha256: bool) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -50,7 +50,7 @@ class _Stream(io.BufferedWriter):
 
 
 class _ProvenFiles(FileSystem):
-    """The file system of DCP's writer, keeping the proofs of what it writes."""
+    """File system for DCP's writer that records size and checksums of each file written."""
 
     def __init__(self, sha256: bool) -> None:
         self.files: dict[str, FileProof] = {}
@@ -69,11 +69,11 @@ class _ProvenFiles(FileSystem):
 
 
 class ProvingWriter(FileSystemWriter):
-    """DCP's writer of files, synced to the disk.
+    """DCP's file writer with fsync, which records size and checksums of each file.
 
     Args:
-        folder: where to.
-        sha256: whether to prove the files by that too.
+        folder: folder to write to.
+        sha256: whether to also compute the SHA-256 of each file.
     """
 
     def __init__(self, folder: Path, sha256: bool) -> None:
@@ -83,27 +83,30 @@ class ProvingWriter(FileSystemWriter):
 
     @property
     def files(self) -> Files:
-        """That this rank has written."""
+        """The files that this rank has written."""
         return cast(_ProvenFiles, self.fs).files
 
 
 @dataclass(frozen=True)
 class _Proof:
-    """What one rank has written: its files, and which chunk of which tensor is where in them."""
+    """One rank's report: the files it wrote, and the place of each tensor chunk in them."""
 
     files: Files
     chunks: Sequence[WriteResult]
 
 
 def write_entries(where: str, entries: Mapping[str, Entry], writer: ProvingWriter, ranks: PrivateRanks) -> Files:
-    """Write the tensors of all ranks; on rank 0 the files of all ranks, elsewhere this rank's. Collective.
+    """Write the tensors of all ranks. Collective.
 
-    Does what `dcp.save` does with the same planner and writer. That looks the process group up at every step, so that
-    it cannot go on without one; here only `ranks` says who takes part.
+    Does what `dcp.save` does with the same planner and writer. But `dcp.save` looks up the default process group at
+    every stage, so it fails once the group is destroyed; this function uses only `ranks`.
+
+    Returns:
+        The files written: on rank 0 those of all ranks, elsewhere this rank's.
 
     Raises:
-        OSError: a rank could not write; on all ranks.
-        ValueError: what the ranks wrote is not every tensor exactly; on all ranks.
+        OSError: a rank could not write; raised on all ranks.
+        ValueError: the chunks written do not cover every tensor exactly once; raised on all ranks.
     """
     planner, first = ExpertsSavePlanner(), ranks.rank == 0
     local = ranks.to_rank_0(ranks.agree(lambda: _local_plan(dict(entries), planner, writer, ranks)))
@@ -116,7 +119,7 @@ def write_entries(where: str, entries: Mapping[str, Entry], writer: ProvingWrite
 def _local_plan(
     entries: dict[str, Entry], planner: ExpertsSavePlanner, writer: ProvingWriter, ranks: PrivateRanks
 ) -> SavePlan:
-    """What this rank could write."""
+    """What this rank could write, before duplicates across ranks are removed."""
     writer.reset()
     planner.set_up_planner(entries, writer.storage_meta(), ranks.rank == 0)
     writer.set_up_storage_writer(ranks.rank == 0, rank=ranks.rank, use_collectives=True)
@@ -126,7 +129,7 @@ def _local_plan(
 def _global_plans(
     local: list[SavePlan], planner: ExpertsSavePlanner, writer: ProvingWriter
 ) -> tuple[list[SavePlan], Metadata | None]:
-    """What each rank is to write, so that one alone writes what several have."""
+    """What each rank must write, such that data held by several ranks is written by one of them; and the metadata."""
     plans, metadata = planner.create_global_plan(local)
     return writer.prepare_global_plan(plans), metadata
 
@@ -134,13 +137,13 @@ def _global_plans(
 def _write(where: str, plan: SavePlan, planner: ExpertsSavePlanner, writer: ProvingWriter) -> _Proof:
     try:
         chunks = writer.write_data(planner.finish_plan(plan), planner).wait()
-    except Exception as error:  # torch.save has other errors for those of its file
+    except Exception as error:  # torch.save raises other types for file errors
         raise OSError(f"{where}: {error!r}") from error
     return _Proof(writer.files, chunks)
 
 
 def _finish(where: str, writer: ProvingWriter, metadata: Metadata, proofs: Sequence[_Proof]) -> Files:
-    """Write the metadata; ValueError unless the ranks together wrote every tensor exactly."""
+    """Write the metadata; ValueError unless the ranks' chunks cover every tensor exactly once."""
     files = {name: proof for rank in proofs for name, proof in rank.files.items()}
     writer.finish(metadata, [list(rank.chunks) for rank in proofs])
     if len(metadata.storage_data) != sum(len(rank.chunks) for rank in proofs):

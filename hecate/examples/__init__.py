@@ -1,7 +1,7 @@
-"""Programs to start from. Each runs by itself, or on several processes with torchrun.
+"""Example programs. Each runs as a single process, or as several with torchrun.
 
-- `own_moe`: an MoE layer of one's own, trained under FSSDP.
-- `finetune`: a transformers MoE from a folder and back into one, in a loop of one's own.
+- `own_moe`: a custom MoE layer, trained under FSSDP.
+- `finetune`: loads a transformers MoE from a folder, trains it in a custom loop and saves it.
 - `finetune_trainer`: the same with transformers' Trainer.
-- `muon`: Muon for the experts, AdamW for the rest.
+- `muon`: Muon for the experts, AdamW for all other parameters.
 """

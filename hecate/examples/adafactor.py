@@ -1,8 +1,9 @@
 """Adafactor on sharded parameters: `torchrun --nproc-per-node 2 -m hecate.examples.adafactor`.
 
-torch's and transformers' take norms of whole tensors: of the part on this rank where a tensor is sharded, if they do
-not fail. Here each matrix of a stack is one, so that an expert learns the same wherever it is and whatever shares its
-pool; sums over a sharded dimension are DTensor's. Adafactor: Shazeer and Stern, arXiv 1804.04235.
+The Adafactor of torch and of transformers use norms of whole tensors; if a tensor is sharded they fail, or use only the
+part on this rank. Here norms are per matrix of a stack, so that an expert's update does not depend on the rank it is on
+or on the other experts in its pool. Sums over a sharded dimension are left to DTensor. Adafactor: Shazeer and Stern,
+arXiv 1804.04235.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ __all__ = ["ShardedAdafactor"]
 
 
 class ShardedAdafactor(EachParameter):
-    """`torch.optim.Adafactor`, with a scale and a clipping of its own for each matrix of a stack.
+    """`torch.optim.Adafactor`, with scale and clipping computed separately for each matrix of a stack.
 
     Args:
         params: plain tensors or DTensors, `[..., outputs, inputs]` or vectors.
         lr: learning rate, relative to the root mean square of the weights.
-        beta2_decay: of the running mean's share, as a power of the step.
-        eps: least gradient, and least root mean square of weights.
-        clip: largest root mean square of an update.
-        weight_decay: decoupled.
+        beta2_decay: the newest squared gradient enters the running mean with weight step ** beta2_decay.
+        eps: lower bounds of the gradient's magnitude (None: the dtype's epsilon) and of the weights' root mean square.
+        clip: upper bound of an update's root mean square.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ShardedAdafactor(EachParameter):
         super().__init__(params, defaults)
 
     def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """One step of one parameter."""
+        """Update one parameter in place."""
         state = self.state[parameter]
         state["step"] = state.get("step", 0) + 1
         least, least_scale = group["eps"]
@@ -59,7 +60,7 @@ class ShardedAdafactor(EachParameter):
 
 
 def _variance(state: dict[str, Any], gradient: Tensor, share: float, least: float) -> Tensor:
-    """The running mean of the squared gradient; of matrices from that of rows and of columns."""
+    """The running mean of the squared gradient; for matrices, factored into row and column means."""
     if gradient.ndim == 1:
         return _running(state, "variance", gradient.square(), share)
     rows = _running(state, "row_var", _mean(gradient.square(), (-1,)), share)
@@ -75,7 +76,7 @@ def _running(state: dict[str, Any], key: str, value: Tensor, share: float) -> Te
 
 
 def _mean(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Over `dims`, which stay with size 1; the same on every rank that had a part of them."""
+    """Mean over `dims`, which keep size 1; all-reduced over the ranks if a reduced dimension is sharded."""
     mean = tensor.mean(dims, keepdim=True)
     if isinstance(mean, DTensor):
         return mean.redistribute(placements=[Replicate() if p.is_partial() else p for p in mean.placements])

@@ -1,10 +1,11 @@
-"""Fine-tune a transformers MoE in a loop of one's own.
+"""Fine-tune a transformers MoE in a custom training loop.
 
     python -m hecate.examples.finetune --out tuned
     torchrun --nproc-per-node 2 -m hecate.examples.finetune --model FOLDER --out tuned
 
-FOLDER is as `save_pretrained` or the hub has it, of a model with at least 256 tokens; without it, a tiny
-random model is made. No process holds more of the model than its share and one expert.
+FOLDER has the format of `save_pretrained` or the hub; the model needs a vocabulary of at least 256 tokens. Without
+--model, a tiny random model is made. Each process holds only its share of the model, plus one expert while loading or
+saving.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main() -> None:
     if arguments.model is None:
         tiny_model(folder)
 
-    with torch.device("meta"):  # no memory yet
+    with torch.device("meta"):  # allocates no memory
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     engine = hecate.fully_shard(model)
     engine.load_pretrained(folder)
@@ -46,12 +47,12 @@ def main() -> None:
         if step % 10 == 0 or step == arguments.steps - 1:
             say(f"step {step}: loss {loss.item():.4f}, gradient norm {norm.item():.3f}")
 
-    engine.save_pretrained(arguments.out)  # AutoModelForCausalLM.from_pretrained loads it
+    engine.save_pretrained(arguments.out)  # AutoModelForCausalLM.from_pretrained can load it
     say(f"saved to {arguments.out}")
 
 
 def _batches(arguments: argparse.Namespace) -> DataLoader[dict[str, torch.Tensor]]:
-    """Each rank its own; as many on every rank."""
+    """Batches of this rank's share of the text; the same number on every rank."""
     rank, world = rank_and_world()
     text = Text(arguments.length, arguments.steps * arguments.batch * world)
     sampler: DistributedSampler[dict[str, torch.Tensor]] = DistributedSampler(text, world, rank, seed=0)

@@ -3,9 +3,9 @@
     python -m hecate.examples.finetune_trainer --out tuned
     torchrun --nproc-per-node 2 -m hecate.examples.finetune_trainer --out tuned
 
-The Trainer would wrap the model in DistributedDataParallel; `FSSDPTrainer` keeps it from that by methods that are
-public in transformers and accelerate. The Trainer's own `resume_from_checkpoint` does not work, since it keeps the
-optimizer state of rank 0 only: set `save_only_model=True` and use `engine.save` and `engine.load`, as `SaveState` does.
+The Trainer would wrap the model in DistributedDataParallel; `FSSDPTrainer` prevents that with public methods of
+transformers and accelerate. The Trainer's own `resume_from_checkpoint` does not work, because it saves only rank 0's
+optimizer state: set `save_only_model=True` and use `engine.save` and `engine.load`, as `SaveState` does.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class FSSDPTrainer(Trainer):
     """The Trainer for a model under FSSDP.
 
     Args:
-        engine: from `hecate.fully_shard`, with values.
-        kwargs: the Trainer's, without `model`.
+        engine: result of `hecate.fully_shard`, with initialized parameters.
+        kwargs: arguments of `Trainer`, without `model`.
     """
 
     def __init__(self, engine: hecate.FSSDP, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class FSSDPTrainer(Trainer):
         self.add_callback(SaveState(engine))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Also: leave model and gradients to the engine."""
+        """Make the accelerator as usual, but keep it from wrapping the model, and clip gradients with the engine."""
         super().create_accelerator_and_postprocess()
         prepare = self.accelerator.prepare_model
 
@@ -53,12 +53,12 @@ class FSSDPTrainer(Trainer):
         self.accelerator.clip_grad_norm_ = clip_grad_norm_
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `from_pretrained` loads it."""
+        """Save in the format that `from_pretrained` loads."""
         self.engine.save_pretrained(str(output_dir or self.args.output_dir))
 
 
 class SaveState(TrainerCallback):
-    """Weights, optimizer state and load history beside every checkpoint of the Trainer, for `engine.load`."""
+    """Saves weights, optimizer state and load history in each checkpoint of the Trainer, for `engine.load`."""
 
     def __init__(self, engine: hecate.FSSDP) -> None:
         self._engine = engine

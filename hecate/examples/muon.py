@@ -1,8 +1,8 @@
-"""Muon for experts, AdamW for the rest: `torchrun --nproc-per-node 2 -m hecate.examples.muon`.
+"""Muon for experts, AdamW for all other parameters: `torchrun --nproc-per-node 2 -m hecate.examples.muon`.
 
-torch's Muon takes single matrices. A pool holds a stack `[slots, outputs, inputs]` of whole ones, each on the device
-that owns the expert, so that all are made orthogonal at once, without communication. Momentum has a row a slot and
-moves with the experts. Muon: https://kellerjordan.github.io/posts/muon
+torch's Muon takes single matrices. A pool holds a stack `[slots, outputs, inputs]` of whole matrices, each on the
+device that owns its expert, so one batched computation without communication makes them all orthogonal. The momentum
+has one row per slot and moves with the experts. Muon: https://kellerjordan.github.io/posts/muon
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hecate.values.local import local_tensor
 __all__ = ["BatchedMuon", "orthogonal", "split_parameters"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration, from the page above."""
+"""Coefficients of the quintic Newton-Schulz iteration, from the page above."""
 
 
 class BatchedMuon(EachParameter):
@@ -27,9 +27,9 @@ class BatchedMuon(EachParameter):
 
     Args:
         params: `[stack, outputs, inputs]`; DTensors must be sharded in the first dimension only.
-        lr: learning rate, times sqrt(max(1, outputs / inputs)).
-        momentum: share of the old momentum.
-        weight_decay: decoupled.
+        lr: learning rate; multiplied by sqrt(max(1, outputs / inputs)).
+        momentum: weight of the old momentum in the new one.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BatchedMuon(EachParameter):
                 raise ValueError(f"BatchedMuon: parameters of shapes {flat}; must be stacks [stack, outputs, inputs]")
 
     def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """One step of one stack."""
+        """Update one stack in place."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -54,7 +54,7 @@ class BatchedMuon(EachParameter):
 
 
 def orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
-    """Each matrix of `[stack, outputs, inputs]` with its singular values brought near 1, in bf16; zeros stay zeros."""
+    """Bring the singular values of each matrix of `[stack, outputs, inputs]` near 1, in bf16; zeros stay zeros."""
     a, b, c = COEFFICIENTS
     x = stack.bfloat16()
     if tall := x.shape[1] > x.shape[2]:
@@ -67,7 +67,7 @@ def orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(stacks of expert matrices, all other parameters) of a model under FSSDP; expert biases are among the others."""
+    """Split parameters of a model under FSSDP: (stacks of expert matrices, all others including expert biases)."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if name.startswith("hecate_pool_") and p.ndim == 3]
     taken = {id(p) for p in matrices}

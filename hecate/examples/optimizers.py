@@ -1,4 +1,4 @@
-"""What the examples' optimizers share: a step over all parameters, and a tiny model to train with them."""
+"""Common code of the example optimizers: a step over all parameters, and training of a tiny model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["EachParameter", "train_tiny"]
 
 
 class EachParameter(Optimizer):
-    """Updates one parameter after the other."""
+    """Base class of optimizers that update one parameter after the other."""
 
     @abstractmethod
     def update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        """One step of `parameter`, in place; `group` has the settings."""
+        """Update `parameter` in place; `group` has the settings."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` does."""
+        """Update all parameters that have a gradient; returns the result of `closure`."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -41,7 +41,7 @@ class EachParameter(Optimizer):
 
 
 def train_tiny(make: Callable[[nn.Module], Sequence[Optimizer]]) -> None:
-    """Train a random model of `tiny_config` on text for 30 steps with the optimizers that `make` gives it."""
+    """Train a random model of `tiny_config` on text for 30 steps with the optimizers that `make` returns."""
     device = join()
     torch.manual_seed(0)  # the same model on every rank
     model = AutoModelForCausalLM.from_config(tiny_config()).to(device)

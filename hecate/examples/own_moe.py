@@ -1,4 +1,4 @@
-"""An MoE layer of one's own under FSSDP: `torchrun --nproc-per-node 2 -m hecate.examples.own_moe`."""
+"""A custom MoE layer under FSSDP: `torchrun --nproc-per-node 2 -m hecate.examples.own_moe`."""
 
 import torch
 from torch import distributed, nn
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(16, 32), MoE(), MoE(), nn.Linear(32, 16))
     engine = hecate.fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    torch.manual_seed(distributed.get_rank())  # other data on every rank
+    torch.manual_seed(distributed.get_rank())  # different data on every rank
     for _ in range(50):
         x = torch.randn(256, 16)
         (loss := (model(x) - x.roll(1, 1)).square().mean()).backward()

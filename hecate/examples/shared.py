@@ -1,4 +1,4 @@
-"""What the examples share: processes, a tiny model, text."""
+"""Common code of the examples: joining the process group, a tiny model, text data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Text", "join", "say", "tiny_config", "tiny_model"]
 
 
 def join() -> torch.device:
-    """The device of this process; under torchrun also its process group."""
+    """Return the device of this process; under torchrun also join the process group."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -50,7 +50,7 @@ def tiny_config() -> Qwen3MoeConfig:
 
 
 def tiny_model(folder: Path) -> None:
-    """Write a random model of `tiny_config` as `save_pretrained` does. On rank 0; the others wait."""
+    """Write a random model of `tiny_config` in the format of `save_pretrained`, on rank 0; other ranks wait for it."""
     if rank_and_world()[0] == 0:
         torch.manual_seed(0)
         Qwen3MoeForCausalLM(tiny_config()).save_pretrained(folder)
@@ -59,7 +59,7 @@ def tiny_model(folder: Path) -> None:
 
 
 class Text(Dataset[dict[str, Tensor]]):
-    """Sequences of `length` bytes of Python's standard library, as transformers models take them."""
+    """Sequences of `length` bytes of Python's standard library, in the form that transformers models take."""
 
     def __init__(self, length: int, size: int) -> None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -71,7 +71,7 @@ class Text(Dataset[dict[str, Tensor]]):
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Entry `index`: `input_ids` and `labels`, int64 `[length]`, the same."""
+        """Sequence `index` as `input_ids` and `labels`, both int64 `[length]` and equal."""
         if not 0 <= index < self._size:
             raise IndexError(index)
         start = index * 7919 * self._length % (self._bytes.numel() - self._length)

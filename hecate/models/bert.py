@@ -11,7 +11,7 @@ __all__ = ["BertMoE", "mask_tokens"]
 
 
 class BertMoE(TransformerMoE):
-    """Each position sees the whole sequence; `mask_tokens` makes inputs and targets."""
+    """Each position attends to the whole sequence; `mask_tokens` makes inputs and targets."""
 
     causal = False
 
@@ -21,16 +21,16 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets of masked language modelling (arXiv 1810.04805, section 3.1).
 
-    Of the chosen positions 80 % become the mask token, 10 % a random token, 10 % stay as they are.
+    80 % of the chosen positions get the mask token, 10 % a random token, and 10 % keep their token.
 
     Args:
         tokens: int64 `[B, S]`, each in [0, vocab_size - 1): the last id is the mask token.
-        vocab_size: with the mask token.
-        generator: on the device of `tokens`.
-        share: of the positions to predict.
+        vocab_size: number of ids including the mask token.
+        generator: random generator on the device of `tokens`.
+        share: share of positions to predict.
 
     Returns:
-        int64 `[B, S]` inputs, and targets that are -100 where nothing is to be predicted.
+        Inputs and targets, int64 `[B, S]` each; targets are -100 at positions not to predict.
     """
     mask_token = vocab_size - 1
     chosen = torch.rand(tokens.shape, generator=generator, device=tokens.device) < share

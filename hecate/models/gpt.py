@@ -8,6 +8,6 @@ __all__ = ["GPTMoE"]
 
 
 class GPTMoE(TransformerMoE):
-    """Each position sees itself and what stands before it; `targets` are the tokens shifted by one."""
+    """Each position attends to itself and earlier positions; `targets` are the tokens shifted by one."""
 
     causal = True

@@ -1,8 +1,8 @@
-"""The MoE layer as plain PyTorch: gate, stacked experts, weighted combine; dense on one device.
+"""The MoE layer as plain PyTorch on one device: gate, stacked experts, weighted combine.
 
-This is what FSSDP is exact against. `hecate.fully_shard` replaces `MoE.experts` alone; the gate stays the model's own.
+FSSDP is tested to give the same results as this layer. `hecate.fully_shard` replaces only `MoE.experts`, not the gate.
 
-Shapes: T tokens, d model width, f expert hidden width, E experts, k experts a token, N = T * k (token, expert) rows.
+Shapes: T tokens, d model width, f expert hidden width, E experts, k experts per token, N = T * k (token, expert) rows.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ AuxScope = Literal["rank", "global"]
 
 
 class Routing(NamedTuple):
-    """What a gate decides.
+    """Output of a gate.
 
     Attributes:
         expert_index: int64 `[T, k]`, the experts of each token, best first, all different.
-        weights: `[T, k]`, at least float32, what their outputs are weighted with.
-        aux_loss: scalar, at least float32: the load-balance loss of these tokens, or of those of all ranks; 0 without
-            tokens.
+        weights: `[T, k]`, at least float32, weights of the experts' outputs.
+        aux_loss: scalar, at least float32: the load-balance loss of these tokens, or of the tokens of all ranks; 0 if
+            there are no tokens.
     """
 
     expert_index: Tensor
@@ -38,18 +38,18 @@ class Routing(NamedTuple):
 
 
 class TopKGate(nn.Module):
-    """GShard's gate (arXiv 2006.16668, algorithm 1), dropless: no capacity, so no token loses an expert.
+    """GShard's gate (arXiv 2006.16668, algorithm 1) without a capacity limit, so no token is dropped.
 
     Args:
         d_model: width of a token.
-        num_experts: experts to choose from.
-        top_k: experts a token.
-        jitter: the gate's input is scaled by uniform noise in [1 - jitter, 1 + jitter] while training; 0 is off.
-        random_second_expert: while training, draw the experts after the first in proportion to their probability
-            (without replacement, by Gumbel noise) instead of taking the best.
-        aux_scope: whose tokens the load-balance loss is of: "rank", this process's own, as in DDP, or "global", those
-            of all ranks of the default process group, as in one process with the joined batch. That costs one
-            all-reduce of `2 * num_experts + 1` numbers in every forward pass, which all ranks must run.
+        num_experts: number of experts to choose from.
+        top_k: experts per token.
+        jitter: in training, the gate's input is scaled by uniform noise in [1 - jitter, 1 + jitter]; 0 turns it off.
+        random_second_expert: in training, draw the experts after the first in proportion to their probability
+            (without replacement, by Gumbel noise) instead of taking the most probable.
+        aux_scope: tokens that the load-balance loss covers: "rank", those of this process, as in DDP, or "global",
+            those of all ranks of the default process group, as one process would with the joined batch. "global" costs
+            one all-reduce of `2 * num_experts + 1` numbers in every forward pass, which all ranks must run.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TopKGate(nn.Module):
         probabilities = F.linear(hidden, self.weight.to(dtype)).softmax(dim=-1)
         index = self._choose(probabilities)
         weights = probabilities.gather(1, index)
-        if self.top_k > 1:  # a single expert keeps its probability: normalized to 1 it would teach the gate nothing
+        if self.top_k > 1:  # for top_k = 1 the weight would always be 1: no gradient for the gate
             weights = weights / weights.sum(dim=1, keepdim=True)
         return Routing(index, weights, self._aux_loss(probabilities, index[:, 0]))
 
@@ -95,7 +95,7 @@ class TopKGate(nn.Module):
         return torch.cat([first, others], dim=1)
 
     def _aux_loss(self, probabilities: Tensor, first: Tensor) -> Tensor:
-        """E * sum over experts of (share of tokens that chose it first) * (mean probability); 1 if even."""
+        """E * sum over experts of (share of tokens that chose it first) * (mean probability); 1 for an even load."""
         chosen = torch.zeros_like(probabilities).scatter(1, first.unsqueeze(1), 1.0).sum(dim=0)
         likely = probabilities.sum(dim=0)
         tokens: int | Tensor = max(first.numel(), 1)
@@ -105,10 +105,11 @@ class TopKGate(nn.Module):
 
 
 def _of_all_ranks(chosen: Tensor, likely: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the ranks, in one all-reduce: of `chosen` `[E]`, of `likely` `[E]`, and of `tokens`, at least 1.
+    """Sums over the ranks, in one all-reduce, of `chosen` `[E]`, `likely` `[E]` and `tokens` (result at least 1).
 
-    Only a rank's own probabilities are part of its graph. Gradients are averaged over the ranks afterwards, so the own
-    ones count once for every rank: the average is then the gradient of the loss of all tokens.
+    The autograd graph covers only this rank's own probabilities. Gradients are averaged over the ranks afterwards, so
+    this rank's gradient is multiplied by the number of ranks: the average is then the gradient of the loss over all
+    tokens.
     """
     sums = torch.cat([chosen, likely.detach(), likely.new_full((1,), tokens)])
     dist.all_reduce(sums)
@@ -117,10 +118,10 @@ def _of_all_ranks(chosen: Tensor, likely: Tensor, tokens: int) -> tuple[Tensor, 
 
 
 class Experts(nn.Module):
-    """All experts of a layer: two-matrix GELU MLPs without bias, stacked. The seam that FSSDP replaces.
+    """All experts of a layer: two-matrix GELU MLPs without bias, stacked. FSSDP replaces this module.
 
     Attributes:
-        expert_weights: names of the stacked parameters, first dimension E.
+        expert_weights: names of the stacked parameters, whose first dimension is E.
         up: `[E, f, d]`.
         down: `[E, d, f]`.
     """
@@ -138,8 +139,8 @@ class Experts(nn.Module):
         """The experts' outputs `[N, d]` for rows `x` `[N, d]` sorted by expert.
 
         Args:
-            x: rows; `groups` says how many belong to each expert.
-            groups: rows per expert, in the order of the first dimension of `weights`.
+            x: the rows.
+            groups: number of rows per expert, in the order of the first dimension of `weights`.
             weights: name in `expert_weights` -> `[experts, ...]`, any subset of the experts in any order.
         """
         hidden = F.gelu(grouped_linear(x, weights["up"], groups))
@@ -163,7 +164,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Gate and experts in the place of a feed-forward network."""
+    """Gate and experts, used in place of a feed-forward network."""
 
     def __init__(self, gate: TopKGate, experts: Experts) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`hidden` `[..., d]` to (output of the same shape, the gate's auxiliary loss).
 
-        The loss is an output and no attribute: recomputation, gradient accumulation and FSDP2 then treat it like
+        The loss is an output, not an attribute, so that recomputation, gradient accumulation and FSDP2 treat it like
         any other activation.
         """
         tokens = hidden.flatten(0, -2)

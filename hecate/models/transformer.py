@@ -1,6 +1,6 @@
-"""What GPT-MoE and BERT-MoE share: a pre-norm transformer whose every feed-forward network is an MoE layer.
+"""The common part of GPT-MoE and BERT-MoE: a pre-norm transformer with an MoE layer as every feed-forward network.
 
-Shapes: B sequences, S tokens a sequence, d model width, V vocabulary.
+Shapes: B sequences, S tokens per sequence, d model width, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ModelConfig:
         d_model: width of a token.
         num_layers: blocks, each with one MoE layer.
         num_heads: attention heads; `d_model` is an even multiple of it.
-        num_experts: experts a layer.
-        top_k: experts a token.
-        max_length: longest sequence.
+        num_experts: experts per layer.
+        top_k: experts per token.
+        max_length: largest sequence length.
         expert_ratio: hidden width of an expert over `d_model`; 2 in the paper.
-        aux_weight: factor of the load-balance loss, which is a mean over layers.
-        aux_scope: see `TopKGate`; "global" makes the loss that of one process with the tokens of all ranks.
+        aux_weight: factor of the load-balance loss, which is averaged over layers.
+        aux_scope: see `TopKGate`; with "global" the loss equals that of one process with the tokens of all ranks.
         jitter: see `TopKGate`.
         random_second_expert: see `TopKGate`.
         checkpoint: recompute each block in backward (torch.utils.checkpoint).
@@ -79,8 +79,8 @@ class Output(NamedTuple):
     Attributes:
         logits: `[B, S, V]`.
         loss: `lm_loss + aux_weight * aux_loss`, the scalar to differentiate; None without targets.
-        lm_loss: mean cross entropy in nats over the targets that are not ignored, 0 if there is none; None
-            without targets.
+        lm_loss: mean cross entropy in nats over the targets that are not ignored, 0 if all are ignored; None without
+            targets.
         aux_loss: mean over layers of the gates' load-balance losses.
     """
 
@@ -91,7 +91,7 @@ class Output(NamedTuple):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): `[B, heads, S, h]` of even h, each pair (i, i + h/2) turned by its angle."""
+    """Rotary positions (arXiv 2104.09864) for `[B, heads, S, h]`, h even: rotates each pair (i, i + h/2)."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = torch.arange(x.shape[-2], device=x.device).unsqueeze(1) * frequency  # [S, h/2], float32
@@ -101,7 +101,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by `scaled_dot_product_attention`, rotary positions, without bias and dropout."""
+    """Multi-head self-attention with rotary positions (`scaled_dot_product_attention`), without bias or dropout."""
 
     def __init__(self, d_model: int, num_heads: int, causal: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MoE, each behind a norm and added to the residual stream; one FSDP2 unit."""
+    """Attention and MoE layer, each applied to a normalized input and added to the residual stream; one FSDP2 unit."""
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
@@ -158,11 +158,11 @@ class TransformerMoE(nn.Module):
             self.init_weights(seed=0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
-        """Logits of every token and, with targets, the losses.
+        """Logits of every token and, if targets are given, the losses.
 
         Args:
             tokens: int64 `[B, S]`, S <= max_length; B may be 0.
-            targets: int64 `[B, S]`, what each position should predict; -100 is ignored.
+            targets: int64 `[B, S]`, the id that each position should predict; -100 is ignored.
         """
         length = tokens.shape[1]
         if length > self.config.max_length:
@@ -187,7 +187,7 @@ class TransformerMoE(nn.Module):
         return block(x)
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter in place, before sharding, with what `FSSDP.init_weights(seed)` gives it after."""
+        """Initialize all parameters in place before sharding, to the values of `FSSDP.init_weights(seed)` after it."""
         stacks = [
             Stack(
                 name,
@@ -200,9 +200,9 @@ class TransformerMoE(nn.Module):
         initialize(self, stacks, seed)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's rule for the parameters that `module` itself has, and for the attention's output matrix.
+        """Initialize the direct parameters of `module`, and the attention's output matrix, by GPT-2's rule.
 
-        Normal with standard deviation 0.02, divided by sqrt(2 * num_layers) for the two matrices of a layer that write
+        Normal with standard deviation 0.02, divided by sqrt(2 * num_layers) for the two matrices per layer that write
         to the residual stream; norms start as the identity.
         """
         residual = INIT_STD / (2 * self.config.num_layers) ** 0.5
@@ -219,7 +219,7 @@ class TransformerMoE(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats, at least float32; 0, with a graph, where every target is ignored."""
+    """Mean cross entropy in nats, at least float32; if every target is ignored, 0 with an autograd graph."""
     scores = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (targets != IGNORE).sum().clamp(min=1)

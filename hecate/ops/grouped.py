@@ -1,4 +1,4 @@
-"""Grouped matrix products: one weight per group of consecutive rows.
+"""Grouped matrix products: consecutive rows form groups, each multiplied with its own weight.
 
 Shapes: N rows, G groups (experts), i inputs, o outputs.
 """
@@ -16,10 +16,10 @@ __all__ = ["Groups", "grouped_bias", "grouped_linear"]
 
 @dataclass(frozen=True)
 class Groups:
-    """How rows sorted by expert split into groups.
+    """The groups of rows sorted by expert.
 
     Attributes:
-        sizes: rows of each group, on the host; zero is a normal size.
+        sizes: rows per group, on the host; groups may be empty.
         ends: int32 `[G]`, exclusive end of each group, on the device of the rows.
     """
 
@@ -28,7 +28,7 @@ class Groups:
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> Groups:
-        """Groups of `sizes` rows each; the copy to an accelerator does not wait for it."""
+        """Groups with `sizes` rows each; copies to an accelerator without synchronizing with it."""
         ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).to(torch.int32)
         if device.type != "cpu":
             ends = ends.pin_memory().to(device, non_blocking=True)
@@ -73,7 +73,7 @@ def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
 
 
 def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
-    # One kernel for all groups exists for bf16 on CUDA, for rows of a multiple of 16 bytes; elsewhere a product per
+    # torch's grouped kernel is used for bf16 on CUDA, if rows are a multiple of 16 bytes. Otherwise one product per
     # expert is faster (measured on CPU: 60 against 41 GFLOP/s) or the only way.
     aligned = x.shape[1] % 8 == 0 and other_width % 8 == 0
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and aligned
@@ -142,7 +142,7 @@ def _(x: Tensor, bias: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _bias_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    # Not the backward of repeat_interleave, which adds with atomics on CUDA.
+    # The backward of repeat_interleave would add with atomics on CUDA, in no fixed order.
     grad_bias = None
     if ctx.needs_input_grad[1]:
         grad_bias = grad.new_empty(len(ctx.sizes), grad.shape[1])

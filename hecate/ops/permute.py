@@ -1,8 +1,8 @@
-"""Sorting token copies by destination and back.
+"""Sort token copies by destination, and restore their order.
 
-Shapes: T tokens, k experts a token, N = T * k token copies, d model width. Copy `t * k + j` is token t for its j-th
+Shapes: T tokens, k experts per token, N = T * k token copies, d model width. Copy `t * k + j` is token t for its j-th
 expert. `order [N]` lists copies in their new order, `inverse [N]` is its inverse permutation; both int64. Forward and
-backward are gathers and a sum over k in ascending order, so the same bits come out every time.
+backward use only gathers and sums over k in ascending order, so results are deterministic bit by bit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def invert(order: Tensor) -> Tensor:
 
 
 def block_order(sizes: ArrayLike, blocks: ArrayLike, device: torch.device) -> Tensor:
-    """The permutation that lines up consecutive blocks of rows in another order.
+    """The permutation of rows that reorders consecutive blocks of rows.
 
     Args:
-        sizes: rows of each block, in the order they lie in.
-        blocks: the wanted order of block numbers, a permutation.
-        device: where the result goes; building it there does not wait for the device.
+        sizes: rows per block, in the present order of the blocks.
+        blocks: block numbers in the wanted order, a permutation.
+        device: device of the result; building it does not synchronize with the device.
 
     Returns:
-        int64 `[sum(sizes)]`: row numbers in the wanted order.
+        int64 `[sum(sizes)]`, the present row numbers in the wanted order.
     """
     size = torch.from_numpy(np.array(sizes, dtype=np.int64))
     wanted = torch.from_numpy(np.array(blocks, dtype=np.int64))
@@ -49,7 +49,7 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
 
 
 def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Weighted sum of each token's rows, in the order of its experts: `[N, d]` and `[T, k]` to `[T, d]`."""
+    """Weighted sum of each token's rows: rows `[N, d]` and weights `[T, k]` to `[T, d]`; adds in order of k."""
     per_token = torch.ops.hecate.unpermute(rows, order, inverse)
     tokens, top_k = weights.shape
     per_token = per_token.view(tokens, top_k, rows.shape[1])

@@ -1,1 +1,1 @@
-"""Folders of safetensors files as transformers reads and writes them, streamed to and from a model under FSSDP."""
+"""Loading and saving models under FSSDP in transformers' folder format (safetensors), one expert at a time."""

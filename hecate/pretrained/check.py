@@ -1,4 +1,4 @@
-"""Whether a folder fits a model: asked of the files' headers, before anything is overwritten."""
+"""Check from the files' headers that a folder fits a model, before anything is overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["checked", "refuse_quantized"]
 
 
 def refuse_quantized(where: str, folder: Path) -> None:
-    """ValueError where `config.json` says so."""
+    """ValueError if `config.json` says that the weights are quantized."""
     config = folder / "config.json"
     quantized = json.loads(config.read_text()).get("quantization_config") if config.exists() else None
     if quantized is not None:
@@ -31,16 +31,16 @@ def refuse_quantized(where: str, folder: Path) -> None:
 
 
 def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str], needed: Set[str]) -> Reading:
-    """`reading`, without what it has twice under tied names.
+    """`reading` without the steps that make a tied tensor a second time.
 
     Args:
-        reading: all of the folder.
-        unexpected: keys of which nothing is made.
-        first: see `first_names`.
-        needed: names that must not lack.
+        reading: all steps of the folder.
+        unexpected: keys in the files that no step uses.
+        first: original name -> first name of the same tensor, see `first_names`.
+        needed: names that must be in the folder.
 
     Raises:
-        ValueError: names, shapes or dtypes do not fit, or tied tensors are there twice with other values.
+        ValueError: names, shapes or dtypes do not fit, or the folder has a tied tensor twice with different values.
     """
     made: dict[str, Step] = {}
     again: list[tuple[Step, Step]] = []
@@ -55,12 +55,12 @@ def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str
 
 
 def _results(reading: Reading, step: Step) -> Iterable[str]:
-    """Names of what `step` makes."""
+    """Names of the tensors that `step` makes; checks that they fit the model."""
     if reading.is_expert(step.target):
         _check_experts(reading, step)
     try:
         results = reading.metas(step)
-    except Exception as error:  # transformers' operations raise what they like
+    except Exception as error:  # transformers' operations can raise anything
         raise ValueError(f"{reading.where}: cannot make {step.target} of {listed(step.names)}: {error!r}") from error
     for name, value in results.items():
         _check_fits(reading, step, name, value)
@@ -68,7 +68,7 @@ def _results(reading: Reading, step: Step) -> Iterable[str]:
 
 
 def _check_experts(reading: Reading, step: Step) -> None:
-    """Every expert's tensors are there, and can be converted by themselves."""
+    """ValueError unless the tensors of every expert exist and can be converted one expert at a time."""
     if operation := not_per_expert(step):
         raise ValueError(
             f"{reading.where}: {step.target} cannot be made one expert at a time: transformers' conversion of "
@@ -89,7 +89,7 @@ def _check_experts(reading: Reading, step: Step) -> None:
 
 
 def _check_fits(reading: Reading, step: Step, name: str, value: Tensor) -> None:
-    """A result's shape and kind of dtype are the model's."""
+    """ValueError unless a result has the model's shape and kind of dtype (floating point or not)."""
     if name not in reading.entries or reading.is_expert(name) != reading.is_expert(step.target):
         raise ValueError(f"{reading.where}: {listed(step.names)} make {name} too, which the model does not have there")
     if value.shape != reading.shapes[name]:
@@ -125,7 +125,7 @@ def _check_names(
 
 
 def _check_equal(reading: Reading, one: Step, other: Step) -> None:
-    """Of tied parameters that the files have twice."""
+    """ValueError unless two steps that make the same tied parameter make equal values."""
     pairs = zip(reading.values(one), reading.values(other), strict=True)
     if not all(torch.equal(first, second) for (_, first), (_, second) in pairs):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Names and shapes in files against those in the model: transformers' key conversion, one expert at a time.
+"""Convert names and shapes between files and model with transformers' key conversion, one expert at a time.
 
-Files on the hub mostly hold every expert by itself (`experts.3.w1.weight`), models since transformers 5 hold them
-stacked (`experts.gate_up_proj [E, 2f, d]`). `transformers.conversion_mapping` says how one becomes the other, and its
-own operations do it here, on the tensors of one expert where the tensor belongs to experts. Only this module calls
-transformers' loading code, by `hecate.pretrained.versions` and for its models: `get_model_conversion_mapping`, which
-peft uses too, and what matches names and converts tensors.
+Files on the hub mostly hold each expert as separate tensors (`experts.3.w1.weight`); models since transformers 5 hold
+experts stacked (`experts.gate_up_proj [E, 2f, d]`). `transformers.conversion_mapping` defines how one becomes the
+other. This module runs transformers' own conversion operations, for expert weights on the tensors of one expert at a
+time. Only this module calls transformers' loading code, through `hecate.pretrained.versions` and only for transformers
+models: `get_model_conversion_mapping` (which peft uses too) and the functions that match names and convert tensors.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ __all__ = ["Format", "Results", "Step", "format_of", "not_per_expert", "steps_to
 
 @dataclass(frozen=True)
 class Format:
-    """What a model's class says about its files; nothing but equal names for a model that is not of transformers.
+    """File format that a model's class defines; for a model that is not of transformers, names are the same in files.
 
     Attributes:
-        reads: transforms from the names in files, in order; copied for use, since matching changes them.
-        writes: those to be reversed for writing: of the files the model came from, else the usual ones.
-        prefix: of the base model, which keys may have or lack.
-        config: the model's, which operations look at; None if it is not of transformers.
+        reads: transforms from names in files to names in the model, in order; copy before use, matching changes them.
+        writes: transforms to reverse for writing: those of the files the model was loaded from, else the class's usual
+            ones.
+        prefix: prefix of the base model, which keys may have or not.
+        config: the model's config, which some operations read; None if the model is not of transformers.
         architecture: class name for `config.json`.
-        ignored_missing, ignored_unexpected: regular expressions of keys in files that may lack, or be extra.
+        ignored_missing, ignored_unexpected: regular expressions of keys that may be missing in files, or extra there.
         unsaved: names that are not written.
-        tied: names of parameters that follow another one.
+        tied: names of parameters tied to another one.
     """
 
     reads: tuple[Any, ...] = ()
@@ -56,9 +57,10 @@ class Step:
 
     Attributes:
         target: name of the first result.
-        sources: pattern of the converter, or the source's own name -> names, in their natural order.
-        converter: of transformers; None where the source is only renamed.
-        renamed: what a result's name becomes after the converter.
+        sources: source pattern of the converter (without a converter, the source's name) -> names of the sources, in
+            natural order.
+        converter: transformers' converter; None if the source is only renamed.
+        renamed: maps a name that the converter gives to the final name.
     """
 
     target: str
@@ -68,26 +70,29 @@ class Step:
 
     @property
     def names(self) -> list[str]:
-        """Of all sources."""
+        """Names of all sources."""
         return [name for names in self.sources.values() for name in names]
 
     @property
     def by_expert(self) -> set[str]:
-        """Patterns of sources that hold one expert each; the others are stacked."""
+        """Patterns whose sources hold one expert each; sources of other patterns are stacked."""
         return {pattern for pattern in self.sources if "*" in pattern}
 
     @property
     def splits(self) -> bool:
-        """Whether the results are one tensor an expert."""
+        """Whether the results are one tensor per expert."""
         return self.converter is not None and any("*" in pattern for pattern in self.converter.target_patterns)
 
     def run(self, tensors: Mapping[str, Sequence[Tensor]], shapes: Mapping[str, torch.Size], config: Any) -> Results:
-        """Results by name, of sources by pattern. On the meta device too.
+        """Convert source tensors to results by name. Works on the meta device too.
 
         Args:
-            tensors: pattern -> sources.
-            shapes: of the model's tensors, which some operations ask for.
+            tensors: pattern -> source tensors.
+            shapes: shapes of the model's tensors, which some operations need.
             config: see `Format`.
+
+        Raises:
+            ValueError: two results get the same name.
         """
         if self.converter is None:
             ((tensor,),) = tensors.values()
@@ -102,7 +107,7 @@ class Step:
         return named
 
     def of_expert(self, expert: int) -> Step:
-        """Where the results are one tensor an expert: this step for the only expert `expert` `[1, ...]`."""
+        """The step for expert `expert` alone, whose sources are `[1, ...]`; only if `splits`."""
         targets = [pattern.replace("*", str(expert)) for pattern in self.converter.target_patterns]
         return replace(self, target=self.target.replace("*", str(expert)), converter=copied(self.converter, targets))
 
@@ -112,7 +117,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Stands for the model where an operation asks for the shape of a parameter."""
+    """Stand-in for the model in operations that look up the shape of a parameter."""
 
     shapes: Mapping[str, torch.Size]
 
@@ -121,7 +126,7 @@ class _Shapes:
 
 
 def format_of(model: nn.Module) -> Format:
-    """Call it before FSDP2 gives the modules other classes, by which transformers would not know them."""
+    """The file format of `model`. Call it before FSDP2 changes the modules' classes, which transformers looks at."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return Format()
@@ -131,7 +136,7 @@ def format_of(model: nn.Module) -> Format:
     ignored |= {r"rotary_emb\.inv_freq"} if any(b.endswith("rotary_emb.inv_freq") for b in buffers) else set()
     ignored |= {r"(^|\.)position_ids$"} if any(b.endswith("position_ids") for b in buffers) else set()
     writes = getattr(model, "_weight_conversions", None)
-    if writes is None:  # never loaded: as `PreTrainedModel.save_pretrained` does then
+    if writes is None:  # never loaded; `PreTrainedModel.save_pretrained` does the same
         usual = load.mapping(model, add_legacy=False)
         writes = [transform for transform in usual if not isinstance(transform, load.prefix_change)]
     return Format(
@@ -148,10 +153,10 @@ def format_of(model: nn.Module) -> Format:
 
 
 def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> tuple[list[Step], list[str], Format]:
-    """How the tensors of the model `names` are made from those in files.
+    """The steps that make the model's tensors `names` from the tensors `keys` in files.
 
     Returns:
-        Steps; keys that make nothing and are not to be ignored; the format that writes files with such keys.
+        Steps; unexpected keys (not used and not ignored); the format that writes files with the same keys.
     """
     if form.config is None:
         keys = sorted(keys)
@@ -176,7 +181,7 @@ def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> 
 
 
 def steps_to_write(form: Format, names: Iterable[str]) -> list[Step]:
-    """How the tensors in files are made from those of the model: transforms reversed, the last one first."""
+    """The steps that make the tensors in files from the model's: `form.writes` reversed, the last one first."""
     if form.config is None:
         return [Step(name, {name: [name]}) for name in names]
     load = loading()
@@ -203,7 +208,7 @@ def _add(steps: dict[str, Step], target: str, source: str, pattern: str | None, 
     if target not in steps:
         *_, converter = (
             c for c in converters if pattern in c.source_patterns
-        )  # of equal ones transformers takes the last
+        )  # if several match, transformers takes the last
         steps[target] = Step(target, {}, deepcopy(converter))
     sources = steps[target].sources
     steps[target] = replace(steps[target], sources={**sources, pattern: [*sources.get(pattern, ()), source]})
@@ -214,7 +219,7 @@ def _any_matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def not_per_expert(step: Step) -> str | None:
-    """The operation of `step` that does not act on each expert by itself, in words; None if all do."""
+    """Description of an operation of `step` that mixes experts; None if all act on each expert separately."""
     for operation in () if step.converter is None else step.converter.operations:
         kind = type(operation).__name__
         dims = [getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)]

@@ -1,4 +1,4 @@
-"""A model's tensors under FSSDP as files see them."""
+"""Shapes, local parts and tied names of a model's tensors under FSSDP, for reading and writing files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["first_names", "local_part", "shapes_of"]
 
 
 def shapes_of(entries: Mapping[str, Entry]) -> dict[str, torch.Size]:
-    """Whole shapes; of stacked experts those of a stack of one, as they are converted."""
+    """Unsharded shapes by name; for stacked experts `[1, ...]`, because they are converted one at a time."""
     return {
         name: torch.Size((1, *entry.shape[1:])) if isinstance(entry, ExpertRows) else entry.shape
         for name, entry in entries.items()
@@ -26,7 +26,7 @@ def shapes_of(entries: Mapping[str, Entry]) -> dict[str, torch.Size]:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this device has of a DTensor, and where in the whole; all of a plain tensor."""
+    """The local part of a DTensor and its index in the whole tensor; for a plain tensor, all of it."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, n) for n in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()
@@ -35,7 +35,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Original name of a parameter or buffer -> the first one of the same tensor: tied ones have several."""
+    """Original name of each parameter or buffer -> first name of the same tensor (tied tensors have several names)."""
     first: dict[int, str] = {}
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     named = ((original_name(key), tensor) for key, tensor in tensors)

@@ -1,8 +1,8 @@
-"""Safetensors files, a tensor or a part of one at a time.
+"""Read and write safetensors files one tensor, or part of a tensor, at a time.
 
-The format (github.com/huggingface/safetensors): 8 bytes length of the header, the header as JSON (name -> dtype, shape,
-place), then the tensors, without gaps. The library reads parts of tensors, but writes whole files from memory; hence
-`ShardFile`.
+The format (github.com/huggingface/safetensors): 8 bytes for the length of the header, the header as JSON (name ->
+dtype, shape, offsets), then the tensors without gaps. The library can read parts of tensors but writes only whole
+files from memory; `ShardFile` writes them piece by piece.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """What a file's header says of a tensor; `dtype` as the format names it, `F32` for float32."""
+    """Dtype and shape of a tensor in a file's header; `dtype` is the format's name, e.g. `F32` for float32."""
 
     dtype: str
     shape: torch.Size
@@ -64,10 +64,10 @@ class WeightFiles:
     """The tensors in `model.safetensors`, or in the files that `model.safetensors.index.json` lists.
 
     Attributes:
-        tensors: key -> dtype and shape, of all files.
+        tensors: key -> dtype and shape, over all files.
 
     Raises:
-        ValueError: there are none, or a file is missing or damaged; names the file.
+        ValueError: the folder has no such files, or a file is missing or damaged; the message names the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +79,7 @@ class WeightFiles:
         self.tensors = {key: self._meta(key) for key in self._file_of}
 
     def read(self, key: str, index: Sequence[slice] = ()) -> Tensor:
-        """That part of a tensor, on CPU; all of it without `index`. Nothing else is read."""
+        """The part `index` of a tensor, on the CPU; without `index` all of it. Nothing else is read from disk."""
         handle = self._handles[self._file_of[key]]
         whole = all(i.start == 0 and i.stop == n for i, n in zip(index, self.tensors[key].shape, strict=False))
         try:
@@ -116,15 +116,15 @@ class WeightFiles:
 
 
 def num_bytes(meta: TensorMeta) -> int:
-    """Of the tensor's values."""
+    """Size of the tensor's values in bytes."""
     return math.prod(meta.shape) * meta.itemsize
 
 
 class ShardFile:
-    """A safetensors file of known tensors, written piece by piece in any order.
+    """A safetensors file whose tensors are known in advance, written piece by piece in any order.
 
-    The first error is kept and what follows is dropped, so that a rank whose disk is full still takes its part in
-    the collectives; `check` raises it.
+    After an OSError further writes are dropped and `check` raises the error: a rank whose disk is full must still take
+    part in the collectives.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorMeta]) -> None:
@@ -133,7 +133,7 @@ class ShardFile:
         self._places: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, meta in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # so that all are aligned
+        for name, meta in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # largest first: aligned
             header[name] = {
                 "dtype": meta.dtype,
                 "shape": list(meta.shape),
@@ -148,7 +148,7 @@ class ShardFile:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Put `tensor` where `name` starts, or as many times its own size behind that as `row` says."""
+        """Write `tensor` into the tensor `name`, at an offset of `row` times the size of `tensor`."""
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
         with self._keeping_error():
             if self._error is None:
@@ -156,14 +156,14 @@ class ShardFile:
                 self._file.write(data.data)
 
     def close(self) -> None:
-        """Write through to the disk."""
+        """Flush to disk (fsync) and close."""
         with self._keeping_error(), self._file as file:
             if self._error is None:
                 file.flush()
                 os.fsync(file.fileno())
 
     def check(self) -> None:
-        """OSError if anything failed."""
+        """Raise the first OSError, if any write failed."""
         if self._error is not None:
             raise self._error
 

@@ -1,4 +1,4 @@
-"""Read a folder as transformers writes it into a model under FSSDP, every rank what it owns."""
+"""Load a folder in transformers' format into a model under FSSDP; each rank reads only the data it needs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Se
     """See `FSSDP.load_pretrained`.
 
     Args:
-        folder: to be read.
-        state: of the model.
-        form: its format.
-        needed: names that have no values yet and must not lack, whatever the model class ignores.
+        folder: folder to read.
+        state: training state of the model.
+        form: file format of the model.
+        needed: names without values yet, which the folder must have even if the model class lets them be missing.
 
     Returns:
-        The format that writes such a folder.
+        The format that writes a folder with the same keys.
     """
     reading = agree(lambda: _planned(folder, state, form, needed))
     agree(lambda: _read(reading))

@@ -1,4 +1,4 @@
-"""A sharded model's own `save_pretrained`, which knows nothing of pools and shards, made to go through the engine's."""
+"""Redirect the model's own `save_pretrained`, which cannot handle pools and shards, to `FSSDP.save_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hecate.ranks.agree import agree, on_rank_0
 __all__ = ["save_through"]
 
 UNDERSTOOD = {"save_directory", "max_shard_size", "is_main_process", "state_dict", "token", "safe_serialization"}
-"""Arguments that the engine follows, or that change nothing of what it writes."""
+"""Arguments of `save_pretrained` that are either respected or do not change what is written."""
 
 Save = Callable[[str | PathLike[str], int | str], None]
 
@@ -24,15 +24,15 @@ Save = Callable[[str | PathLike[str], int | str], None]
 def save_through(
     model: nn.Module, form: Format, sharded: bool, save: Save, full_state: Callable[[], dict[str, Tensor]]
 ) -> None:
-    """Replace `model.save_pretrained`, if it has one, by a function of the same signature. It is collective then.
+    """Replace `model.save_pretrained`, if the model has one, by a collective function with the same signature.
 
-    With `state_dict=` it stays the model's own, for one rank. Without, a transformers model is written by `save`, and
-    of one with adapters (peft) rank 0 writes these, from `full_state`.
+    A call with `state_dict=` still runs the model's own method and may be made on one rank. Without it, a transformers
+    model is written by `save`; for a model with adapters (peft), rank 0 writes only the adapters, from `full_state`.
 
     Args:
-        model: under FSSDP.
-        form: of it.
-        sharded: whether a rank has a part of its tensors only.
+        model: model under FSSDP.
+        form: file format of the model.
+        sharded: whether each rank holds only a part of the model's tensors.
         save: `FSSDP.save_pretrained`.
         full_state: `FSSDP.full_state_dict`.
     """
@@ -63,7 +63,7 @@ def save_through(
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call, defaults too; TypeError as the call itself would raise."""
+    """All arguments of a call by name, including defaults; TypeError if the call itself would raise it."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     further = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
@@ -74,7 +74,7 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
 
 
 def _refuse(signature: inspect.Signature, arguments: Mapping[str, Any]) -> None:
-    """ValueError for what would be another folder than the engine writes."""
+    """ValueError for arguments that ask for anything other than what the engine writes."""
     for name, value in arguments.items():
         default = signature.parameters[name].default if name in signature.parameters else None
         if name not in UNDERSTOOD and value != default:

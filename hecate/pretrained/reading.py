@@ -1,4 +1,4 @@
-"""What is read of a folder into a model, one expert or one dense tensor at a time."""
+"""Read a folder's tensors into a model, one expert or one dense tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Reading"]
 
 @dataclass(frozen=True)
 class Reading:
-    """The tensors of a folder and what becomes of them.
+    """The tensors of a folder and the steps that convert them to the model's.
 
     Attributes:
-        where: the call, for errors.
-        files: of the folder.
-        entries: of the model.
+        where: name of the call, for error messages.
+        files: files of the folder.
+        entries: the model's tensors by name.
         shapes: see `shapes_of`.
-        steps: in the order of the files' keys.
-        writes: the format that writes such files.
+        steps: conversion steps, in the order of the files' keys.
+        writes: the format that writes files with the same keys.
     """
 
     where: str
@@ -38,7 +38,7 @@ class Reading:
     writes: Format
 
     def values(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
-        """(part of the model on this device, its value on CPU) of all that `step` makes, an expert at a time."""
+        """Pairs (local tensor of the model, its new value on the CPU) made by `step`, one expert at a time."""
         target = self.entries[step.target]
         if isinstance(target, ExpertRows):
             for expert in target.experts.tolist():
@@ -56,7 +56,7 @@ class Reading:
                 yield local, value[index]
 
     def metas(self, step: Step) -> Results:
-        """All that `step` makes on the meta device; of experts, that of one."""
+        """The results of `step` on the meta device; for experts, the results of one expert."""
         stacks = self.is_expert(step.target)
         metas = {}
         for pattern, keys in step.sources.items():
@@ -67,7 +67,7 @@ class Reading:
         return self.convert(step, metas)
 
     def convert(self, step: Step, sources: Mapping[str, Sequence[Tensor]]) -> Results:
-        """What `step` makes of sources by pattern, of experts as stacks of one."""
+        """The results of `step` for source tensors by pattern; for experts, stacks of one expert."""
         return step.run(sources, self.shapes, self.writes.config)
 
     def is_expert(self, name: str) -> bool:
@@ -75,13 +75,13 @@ class Reading:
         return isinstance(self.entries.get(name), ExpertRows)
 
     def rows(self, name: str) -> ExpertRows:
-        """Of a stacked tensor, what this device owns."""
+        """The rows of a stacked tensor that this rank owns."""
         rows = self.entries[name]
         assert isinstance(rows, ExpertRows), name
         return rows
 
     def _of_expert(self, step: Step, expert: int) -> dict[str, list[Tensor]]:
-        """The sources of that expert only, by pattern; a stack of one of those that are stacked."""
+        """The source tensors of one expert by pattern; from stacked sources, its row as `[1, ...]`."""
         sources = {}
         for pattern, keys in step.sources.items():
             if pattern in step.by_expert:

@@ -1,4 +1,4 @@
-"""Write a model under FSSDP as a folder that transformers reads, every rank files of what it owns."""
+"""Save a model under FSSDP as a folder that transformers can load; each rank writes its own files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REPLACED = re.compile(
 )
 
 Tensors = dict[str, TensorMeta]
-"""Of one file."""
+"""The tensors of one file by name."""
 
 
 def save_pretrained(
@@ -40,11 +40,11 @@ def save_pretrained(
     """See `FSSDP.save_pretrained`.
 
     Args:
-        folder: to be replaced.
-        state: of the model.
-        form: its format.
-        group: of the devices that share experts; None for a single one.
-        max_shard_size: of one file.
+        folder: folder to write; an existing model in it is replaced.
+        state: training state of the model.
+        form: file format of the model.
+        group: process group of the devices that share experts; None for a single device.
+        max_shard_size: largest size of one file, in bytes or as text like "5GB".
     """
     folder = resolved(folder)
     where = f"FSSDP.save_pretrained({str(folder)!r})"
@@ -69,7 +69,7 @@ def _planned(where: str, state: TrainingState, form: Format, group: dist.Process
     first = first_names(state.model)
     for name in entries:
         tied.setdefault(first.get(name, name), []).append(name)
-    # Of tied names the one that transformers ties the others to.
+    # A tied tensor is written once, under the name that transformers ties the others to.
     names = [next((n for n in same if n not in form.tied), same[0]) for same in tied.values()]
     steps = steps_to_write(form, [name for name in names if name not in form.unsaved])
     owners = {
@@ -85,7 +85,7 @@ def _planned(where: str, state: TrainingState, form: Format, group: dist.Process
 
 
 def _limit(where: str, size: int | str) -> int:
-    """Bytes."""
+    """`size` in bytes; ValueError if it cannot be parsed."""
     match = re.fullmatch(r"(\d+)\s*([KMG]I?B)?", str(size).upper())
     if match is None or int(match[1]) < 1:
         raise ValueError(f"{where}: max_shard_size={size!r}; must be a number of bytes or like '5GB' or '500MiB'")
@@ -93,7 +93,7 @@ def _limit(where: str, size: int | str) -> int:
 
 
 def _split(tensors: Tensors, limit: int) -> list[Tensors]:
-    """Into files, in order, of at most `limit` bytes, or of one tensor."""
+    """Split tensors, in order, into files of at most `limit` bytes each; a larger tensor gets a file of its own."""
     files: list[Tensors] = []
     room = 0
     for name, meta in tensors.items():
@@ -106,7 +106,7 @@ def _split(tensors: Tensors, limit: int) -> list[Tensors]:
 
 
 def _distinct(where: str, tensors: Iterable[tuple[str, TensorMeta]]) -> Tensors:
-    """By name; ValueError where one occurs twice."""
+    """Tensors by name; ValueError if a name occurs twice."""
     pairs = list(tensors)
     _refuse_twice(where, (name for name, _ in pairs))
     return dict(pairs)
@@ -118,7 +118,7 @@ def _refuse_twice(where: str, names: Iterable[str]) -> None:
 
 
 def _named(where: str, files: list[Tensors]) -> dict[str, Tensors]:
-    """By file name, as transformers has them."""
+    """Files by name, following transformers' naming; ValueError if two have the same tensor."""
     _refuse_twice(where, chain.from_iterable(files))
     if len(files) == 1:
         return {SINGLE: files[0]}
@@ -126,7 +126,7 @@ def _named(where: str, files: list[Tensors]) -> dict[str, Tensors]:
 
 
 def _write(writing: Writing, files: Mapping[Path, Tensors]) -> None:
-    """The files of this rank. Collective; OSError on all ranks where it failed on one."""
+    """Write this rank's files. Collective; OSError on all ranks if one of them failed."""
     opened = agree(lambda: {path: ShardFile(path, tensors) for path, tensors in files.items()})
     try:
         writing.run({name: opened[path] for path, tensors in files.items() for name in tensors})
@@ -142,7 +142,7 @@ def _check(files: Iterable[ShardFile]) -> None:
 
 
 def _finish(temporary: Path, folder: Path, state: TrainingState, form: Format, files: Mapping[str, Tensors]) -> None:
-    """Add what is written once, then put the folder in place."""
+    """On rank 0: write the index and the configs, then put the folder in place."""
     if len(files) > 1:
         sizes = [num_bytes(meta) for tensors in files.values() for meta in tensors.values()]
         weight_map = {name: file for file, tensors in files.items() for name in tensors}

@@ -1,4 +1,4 @@
-"""What Hecate calls of transformers' loading code, the same whichever version from 5.0 on is installed."""
+"""Wrappers of transformers' loading code that hide the differences between versions from 5.0 on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Loading", "converted", "copied", "loading", "renamed", "run", "used"
 
 @dataclass(frozen=True)
 class Loading:
-    """Names of transformers' loading code.
+    """Classes and functions of transformers' loading code.
 
     Attributes:
         converter, renaming, prefix_change: classes of transforms; the last one is an empty tuple in 5.0.
@@ -31,10 +31,10 @@ class Loading:
 
 @cache
 def loading() -> Loading:
-    """Of the installed version. `fully_shard` asks, so that a version without it fails before training.
+    """The loading code of the installed version. `fully_shard` calls this, to fail early if the version lacks it.
 
     Raises:
-        ImportError: it lacks one of the names.
+        ImportError: the installed version lacks one of the names.
     """
     import transformers
 
@@ -53,14 +53,14 @@ def loading() -> Loading:
 
 
 def renamed(name: str, renamings: Iterable[Any]) -> str:
-    """`name` after all renamings in turn."""
+    """`name` after applying all renamings in order."""
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
 
 
 def converted(name: str, converters: Iterable[Any]) -> tuple[str, str | None]:
-    """`name` after the first converter that matches it, and the pattern by which it did."""
+    """`name` as renamed by the first converter that matches it, and the matching pattern; None if none matches."""
     for converter in converters:
         target, pattern = converter.rename_source_key(name)
         if pattern is not None:

@@ -1,8 +1,9 @@
-"""What a model under FSSDP writes into a folder: who writes what, and how it gets there.
+"""Write a model under FSSDP to files: which rank writes which tensor, and how the data reaches that rank.
 
-A rank holds, beyond what it owns, one expert or the dense tensors of one step. Experts that are files of their own are
-written by their owners. Where experts are stacked in the files, one rank writes the stack and gets the others' experts
-one by one; dense tensors are gathered one step after the other. These writers take turns.
+Beyond the tensors it owns, a rank holds at most one expert or the dense tensors of one step. If the files have
+separate tensors per expert, each expert is written by its owner. If the files have stacked experts, one rank per stack
+writes it and receives the experts one at a time. Dense tensors are gathered step by step, and one rank writes them.
+Stacks and dense steps are assigned to the ranks round-robin.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ __all__ = ["Writing"]
 
 @dataclass(frozen=True)
 class Writing:
-    """The tensors of a model and what files get of them.
+    """The tensors of a model and the steps that convert them for files.
 
     Attributes:
-        where: the call, for errors.
-        entries: of the model.
-        owners: of stacked experts, name -> int64 `[num_experts]`.
+        where: name of the call, for error messages.
+        entries: the model's tensors by name.
+        owners: name of a stacked tensor -> int64 `[num_experts]`, the owner of each expert.
         shapes: see `shapes_of`.
-        steps: what is written, the same on all ranks.
-        form: of the model.
-        group: of the devices that share experts; None for a single one.
-        replica, replicas: of this device among those that own the same experts, and their number.
+        steps: conversion steps, the same on all ranks.
+        form: file format of the model.
+        group: process group of the devices that share experts; None for a single device.
+        replica, replicas: index of this device's replica, and number of replicas.
     """
 
     where: str
@@ -53,7 +54,7 @@ class Writing:
     replicas: int
 
     def check(self) -> None:
-        """ValueError where something cannot be written."""
+        """ValueError if a step mixes experts and dense tensors, or cannot be run one expert at a time."""
         for step in self.steps:
             if len({self._is_expert(name) for name in step.names}) > 1:
                 raise ValueError(f"{self.where}: {listed(step.names)} are written together, but not all are experts'")
@@ -64,7 +65,7 @@ class Writing:
                 )
 
     def tensors(self) -> Iterator[tuple[str, TensorMeta]]:
-        """All that this rank writes."""
+        """Name, dtype and shape of all tensors that this rank writes."""
         for number, step in enumerate(self.steps):
             if not self._is_expert(step.names[0]):
                 if self._writes_dense(number):
@@ -78,10 +79,10 @@ class Writing:
                     yield name, TensorMeta.of(value.expand(num_experts, *value.shape[1:]))
 
     def run(self, files: Mapping[str, ShardFile]) -> None:
-        """Write them. Collective.
+        """Write the tensors of all ranks. Collective.
 
         Args:
-            files: name of what this rank writes -> its file.
+            files: name of each tensor that this rank writes -> its file.
         """
         for number, step in enumerate(self.steps):
             if not self._is_expert(step.names[0]):
@@ -94,7 +95,7 @@ class Writing:
             elif self._stack_writer(number)[0] == self.replica:
                 self._write_stack(number, step, files)
 
-    # Who writes.
+    # Which rank writes.
 
     @property
     def _rank(self) -> int:
@@ -105,17 +106,17 @@ class Writing:
         return number % world == rank
 
     def _experts(self, number: int, step: Step) -> list[int]:
-        """Those of a step that this rank writes by themselves."""
+        """The experts of a step that this rank writes as separate tensors."""
         rows = self.entries[step.names[0]]
         assert isinstance(rows, ExpertRows)
         return rows.experts.tolist() if number % self.replicas == self.replica else []
 
     def _stack_writer(self, number: int) -> tuple[int, int]:
-        """Replica and rank in the group."""
+        """Replica and rank in the group of the rank that writes step `number`'s stack."""
         size = 1 if self.group is None else self.group.size()
         return number % self.replicas, number // self.replicas % size
 
-    # How it gets there.
+    # Moving data to the writing rank.
 
     def _write_dense(self, number: int, step: Step, files: Mapping[str, ShardFile]) -> None:
         whole = {pattern: [self._whole(name) for name in names] for pattern, names in step.sources.items()}
@@ -132,7 +133,7 @@ class Writing:
                     files[name].write(name, value, expert)
 
     def _bring(self, name: str, expert: int, writer: int) -> Tensor:
-        """An expert `[1, ...]`, from its owner to the writer; unspecified elsewhere."""
+        """Send an expert `[1, ...]` from its owner to `writer` and return it; undefined values on other ranks."""
         owner = int(self.owners[name][expert])
         entry = self.entries[name]
         assert isinstance(entry, ExpertRows)

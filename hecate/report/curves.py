@@ -1,4 +1,4 @@
-"""The steps of a run drawn together to what a picture can show, so that memory does not grow with the run."""
+"""The steps of a run, aggregated to the resolution of a picture, so that memory does not grow with the run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["MAX_COLUMNS", "MAX_LAYERS", "MAX_POINTS", "Curve", "Curves", "read_c
 Floats = NDArray[np.float64]
 
 MAX_POINTS = 4000
-"""Of a curve: several for each pixel. A run of no more steps is drawn step by step."""
+"""Points per curve, several per pixel. A run with at most this many steps is drawn without aggregation."""
 MAX_COLUMNS = 400
-"""Of a heat map."""
+"""Columns per heat map."""
 MAX_LAYERS = 12
-"""Heat maps."""
+"""Number of heat maps."""
 NAMES = ("loss", "imbalance_before", "imbalance_after")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A number over time; `[points]` each.
+    """A metric over time. A point covers one or more consecutive steps; each array has shape `[points]`.
 
     Attributes:
-        low, high: the least and the most among the steps of a point.
-        mean: theirs.
+        low, high: minimum and maximum over the steps of each point.
+        mean: mean over the steps of each point.
     """
 
     low: Floats
@@ -38,14 +38,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """What `plot_run` draws.
+    """The data that `plot_run` draws.
 
     Attributes:
-        first, last: step numbers.
-        steps: `[points]`, the mean step number of each.
+        first, last: numbers of the first and the last step.
+        steps: `[points]`, mean step number of each point.
         values: a curve for each of `NAMES`.
-        validation: (step, loss), at most one a point.
-        layers: numbers of the layers that are shown.
+        validation: (step, loss), at most one per point.
+        layers: indices of the layers that are shown.
         loads: `[layers shown, experts, columns]`, expert load / mean expert load.
     """
 
@@ -59,7 +59,7 @@ class Curves:
 
 
 def read_curves(metrics: Iterable[Mapping[str, Any]]) -> Curves:
-    """Go through `metrics` twice; one mapping a step, see `plot_run`. ValueError if there is none."""
+    """Aggregate `metrics`, one mapping per step, see `plot_run`; iterates twice. ValueError if there are no steps."""
     count = sum(1 for _ in metrics)
     points, columns = _Parts(count, MAX_POINTS), _Parts(count, MAX_COLUMNS)
     sums, low, high = (np.full((len(NAMES) + 1, points.parts), start) for start in (0.0, np.inf, -np.inf))
@@ -88,12 +88,12 @@ def read_curves(metrics: Iterable[Mapping[str, Any]]) -> Curves:
 
 
 def _shown(layers: int) -> list[int]:
-    """Evenly spaced ones of so many."""
+    """Indices of at most `MAX_LAYERS` evenly spaced layers."""
     return np.unique(np.linspace(0, layers - 1, min(layers, MAX_LAYERS)).round().astype(int)).tolist()
 
 
 class _Parts:
-    """`count` steps in `parts` <= `most` consecutive parts, as `numpy.array_split` cuts them; `sizes` `[parts]`."""
+    """Split of `count` steps into `parts` <= `most` consecutive parts, like `numpy.array_split`; `sizes` `[parts]`."""
 
     def __init__(self, count: int, most: int) -> None:
         self.parts = max(min(count, most), 1)
@@ -102,7 +102,7 @@ class _Parts:
         self.sizes[: self._larger] += 1
 
     def of(self, index: int) -> int:
-        """The part of a step; the first `_larger` parts have one step more."""
+        """The part that step `index` is in; the first `_larger` parts have one step more than the rest."""
         boundary = self._larger * (self._size + 1)
         if index < boundary:
             return index // (self._size + 1)

@@ -23,10 +23,10 @@ def plot_run(metrics: Iterable[Mapping[str, Any]], path: str | Path, title: str)
     """Draw the steps of a `metrics.jsonl` into the PNG `path`.
 
     Args:
-        metrics: one mapping a step, with `step`, `loss`, `imbalance_before`, `imbalance_after` and `loads` (per layer,
-            tokens routed to each expert); gone through twice, and never held whole.
-        path: of the PNG.
-        title: above everything.
+        metrics: one mapping per step, with `step`, `loss`, `imbalance_before`, `imbalance_after` and `loads` (per
+            layer, tokens routed to each expert); iterated twice, never held in memory as a whole.
+        path: path of the PNG.
+        title: title of the picture.
     """
     curves = read_curves(metrics)
     heat_rows = -(-len(curves.layers) // 2)
@@ -67,7 +67,7 @@ def _plot_imbalance(axes: Axes, curves: Curves) -> None:
 
 
 def _plot_curve(axes: Axes, curves: Curves, name: str, color: str, label: str) -> None:
-    """Faintly from the least to the most of each point, which are the same for a single step; and smoothed."""
+    """Draw the range from minimum to maximum of each point faintly, and the smoothed mean on top."""
     curve = curves.values[name]
     if np.array_equal(curve.low, curve.high):
         axes.plot(curves.steps, curve.mean, color=color, alpha=0.25, linewidth=0.8)
@@ -78,7 +78,7 @@ def _plot_curve(axes: Axes, curves: Curves, name: str, color: str, label: str) -
 
 
 def _plot_loads(axes: Axes, curves: Curves, place: int, title: str) -> Any:
-    """Heat map of one of the layers that are shown; 1 is an even load."""
+    """Draw the heat map of one of the shown layers; 1 is an even load."""
     loads = curves.loads[place]
     extent = (float(curves.first), float(curves.last) + 1, len(loads) - 0.5, -0.5)
     image = axes.imshow(loads, aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=3, interpolation="nearest")
@@ -91,7 +91,7 @@ def _plot_loads(axes: Axes, curves: Curves, place: int, title: str) -> Any:
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a window of a fortieth of the run, cut at both ends."""
+    """Moving mean over a fortieth of the points on each side, less at both ends."""
     width = max(len(values) // 40, 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
     begin = np.maximum(np.arange(len(values)) - width, 0)

@@ -21,14 +21,14 @@ GROUPS = ("model", "data", "logger")
 
 
 def main() -> None:
-    """Check the command line, then hand over to Hydra."""
+    """Check the command line, then run Hydra."""
     try:
         check_keys(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
         _train()
-    except KeyboardInterrupt:  # before anybody listens to it
+    except KeyboardInterrupt:  # before the signal handlers are installed
         sys.exit(CTRL_C_EXIT_CODE)
 
 
@@ -45,9 +45,9 @@ def _train(config: DictConfig) -> None:
 
 
 def check_keys(arguments: Sequence[str]) -> None:
-    """ValueError for an override of a key that does not exist; it lists the keys that do.
+    """ValueError for an override of a key that does not exist; the message lists the existing keys.
 
-    Hydra refuses such a key too, without saying what is valid.
+    Hydra refuses such a key too, but without saying which keys are valid.
     """
     overrides = [a for a in arguments if "=" in a and not a.startswith(("-", "+", "~", "hydra"))]
     choices = [a for a in overrides if a.split("=")[0] in GROUPS]

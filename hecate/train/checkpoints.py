@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written behind the training steps, found by content, dropped by count."""
+"""The checkpoints of a run: written in the background, found by their content; only the newest are kept."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Checkpoints", "Position"]
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is. With the seed this is all that data and random numbers depend on.
+    """Progress of a run. Data and random numbers depend only on this and the seed.
 
     Attributes:
-        step: steps taken or skipped.
-        sequences: training sequences that all devices together have used.
+        step: number of steps taken or skipped.
+        sequences: number of training sequences used by all devices together.
     """
 
     step: int
@@ -30,13 +30,13 @@ class Position:
 
 
 class Checkpoints:
-    """Saves and finds them; every method is collective.
+    """Saves and finds a run's checkpoints; all methods except `failed` are collective.
 
     Args:
-        folder: that holds them, and nothing else.
-        engine, optimizer: what is saved, beside the position.
-        keep: how many complete ones stay.
-        background: write while training goes on, from a copy.
+        folder: folder that holds only the checkpoints.
+        engine, optimizer: saved together with the position.
+        keep: number of complete checkpoints to keep.
+        background: whether to write from a copy while training goes on.
     """
 
     def __init__(self, folder: Path, engine: FSSDP, optimizer: Optimizer, keep: int, background: bool) -> None:
@@ -46,7 +46,7 @@ class Checkpoints:
         self._last: Position | None = None
 
     def resume(self) -> Position | None:
-        """Go to the newest that is whole; None where there is none. ValueError where all are damaged."""
+        """Load the newest intact checkpoint; None if there is no checkpoint. ValueError if all are damaged."""
         path = latest(self._folder)
         if path is None:
             agree(self._check_none)
@@ -58,7 +58,7 @@ class Checkpoints:
         return self._last
 
     def save(self, position: Position) -> None:
-        """Begin to write one; where it fails, now or later, that is reported and training may go on."""
+        """Begin to write a checkpoint; if that fails, now or later, the failure is printed and training goes on."""
         self.finish()
         try:
             self._begin(position, self._background)
@@ -66,17 +66,17 @@ class Checkpoints:
             _report(position, error)
 
     def save_now(self, position: Position) -> None:
-        """Return when the checkpoint of `position` is in place. OSError where it cannot be written."""
+        """Return when the checkpoint of `position` is in place. OSError if it cannot be written."""
         self.finish()
         if self._last != position:
             self._begin(position, background=False)
 
     def failed(self) -> bool:
-        """Whether the one that was being written could not be, as far as this rank knows; not collective."""
+        """Whether this rank knows that the checkpoint being written has failed; not collective."""
         return self._pending is not None and self._pending.failed()
 
     def finish(self) -> None:
-        """Wait for the one that is being written; where that has failed, say so."""
+        """Wait for the checkpoint being written, if any; print an error if it failed."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -97,7 +97,7 @@ class Checkpoints:
             self._prune()
 
     def _prune(self) -> None:
-        """Old ones that cannot be deleted now are deleted later; that is no reason to stop."""
+        """Delete old checkpoints. A failure is only printed: the next call tries again."""
         try:
             prune(self._folder, self._keep)
         except OSError as error:

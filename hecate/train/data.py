@@ -1,7 +1,7 @@
 """Tokens for training and validation: bytes of text files, or a file of token ids.
 
-Sequence i of a run is a function of (seed, i) alone, so that a position is one number, and a run resumed on another
-number of devices goes on with the sequences that it has not seen.
+Sequence i of a run depends only on (seed, i). So the position in the data is one number, and a run resumed on another
+number of devices continues with the sequences it has not yet used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Corpus:
     """Two token streams.
 
     Attributes:
-        train: one-dimensional integers.
-        validation: likewise, from other files.
-        token_limit: ids must be below it.
-        source: where they come from, for people.
+        train: token ids for training, one-dimensional.
+        validation: token ids for validation, from other files (or the tail, if there is one file).
+        token_limit: exclusive upper bound of token ids.
+        source: description of where the tokens come from, for error messages.
     """
 
     train: NDArray[np.integer]
@@ -40,15 +40,16 @@ class Corpus:
     source: str
 
     def training_batch(self, seed: int, first: int, size: int, length: int) -> Tensor:
-        """Training sequences `first` .. `first + size - 1`: int64 `[size, length + 1]`, input and target overlapping.
+        """Training sequences `first` .. `first + size - 1`, int64 `[size, length + 1]`.
 
-        Starts are uniform over the stream, each drawn from its own counter-based generator.
+        A row holds the input and, shifted by one, the targets. Its start is drawn uniformly over the stream, by a
+        counter-based generator keyed by (seed, sequence number).
         """
         starts = [self._start(seed, index, length) for index in range(first, first + size)]
         return self._cut(self.train, starts, length)
 
     def validation_batch(self, indices: range, total: int, length: int) -> Tensor:
-        """Sequences `indices` of `total` evenly spaced ones: int64 `[len(indices), length + 1]`; may be empty."""
+        """The sequences `indices` of `total` evenly spaced ones, int64 `[len(indices), length + 1]`; may be empty."""
         room = self.validation.size - length - 1
         return self._cut(self.validation, [index * room // max(total - 1, 1) for index in indices], length)
 
@@ -68,7 +69,7 @@ class Corpus:
 
 
 def load_corpus(settings: DataSettings, length: int, token_limit: int) -> Corpus:
-    """Read and split what `settings` names; ValueError where it is not there, has no text, or is too short."""
+    """Read and split the data that `settings` names; ValueError if it does not exist, has no text or is too short."""
     if settings.path is None:
         path, files = Path(sysconfig.get_path("stdlib")), _standard_library()
     else:
@@ -96,7 +97,7 @@ def _standard_library() -> list[Path]:
 
 
 def _text_files(path: Path) -> list[Path]:
-    """Text files at or below `path`, sorted; hidden ones and those with a zero byte (git's rule) are left out."""
+    """Text files at or below `path`, sorted; no hidden files, none with a zero byte in the first 8 KB (git's rule)."""
     if not path.exists():
         raise ValueError(
             f"data.path={str(path)!r}: does not exist; must be a folder of text, a text file or a .bin file"
@@ -115,7 +116,7 @@ def _head(file: Path) -> bytes:
 
 
 def _held_out(names: list[str], share: float) -> list[bool]:
-    """Which files validate: those whose hashed name falls below `share`, and always at least one, never all."""
+    """For each file, whether it is for validation: if its hashed name is below `share`; at least one, never all."""
     place = np.array([int.from_bytes(hashlib.sha256(n.encode()).digest()[:6], "big") / 2**48 for n in names])
     held = place < share
     held[place.argmin()] = True
@@ -137,7 +138,7 @@ def _token_file(path: Path, dtype: str | None) -> NDArray[np.integer]:
 
 
 def _split_tail(stream: NDArray[np.integer], share: float, length: int, token_limit: int, source: str) -> Corpus:
-    """One stream has no files to split by: its tail validates."""
+    """Split a single stream: its tail is for validation."""
     border = int(stream.size * (1 - share))
     return _long_enough(Corpus(stream[:border], stream[border:], token_limit, source), length)
 

@@ -1,4 +1,4 @@
-"""Processes and their group: joins torchrun's, or spawns `devices` of them on this machine."""
+"""Processes and their process group: joins torchrun's, or spawns `devices` processes on this machine."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from hecate.train.signals import (
 __all__ = ["World", "launch"]
 
 Config = Mapping[str, Any]
-# Gloo otherwise looks up the host's name, which a fresh machine may not resolve.
+# Without this, gloo looks up the host name, which may not resolve on a new machine.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among those of the run; collectives here are for the loop's own few numbers.
+    """One process of the run and its process group; the collectives here are for small values of the training loop.
 
     Attributes:
-        rank: of this process.
-        size: number of processes, one a device.
-        device: of this process.
+        rank: rank of this process.
+        size: number of processes, one per device.
+        device: device of this process.
         mesh: all devices, one-dimensional.
         store: the group's key-value store.
         stop: whether this process was asked to stop.
-        launches: by what it was started, and whether that is a restart, see `signals.launches`.
+        launches: launchers that started this process, and whether they restarted it, see `signals.launches`.
     """
 
     rank: int
@@ -62,28 +62,30 @@ class World:
     launches: Mapping[str, bool]
 
     def gather(self, values: list[float]) -> Tensor:
-        """Everybody's `values`: float64 `[size, len(values)]` on CPU."""
+        """The `values` of all ranks, float64 `[size, len(values)]` on the CPU."""
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own)
         return torch.stack(rows).cpu()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, any small picklable object; also the point that rank 0 must have reached."""
+        """Rank 0's `value`, any small picklable object. Returns only after rank 0 has made this call too."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
 
 def launch(config: Config, run: Callable[[Config, World], None]) -> None:
-    """Call `run` once a process; under torchrun this is one of them, otherwise `devices` are spawned and waited for.
+    """Call `run` in every process of the run.
+
+    Under torchrun this process is one of them; otherwise `devices` processes are spawned and waited for.
 
     Args:
-        config: resolved configuration; plain values, so that it can be sent to the processes.
-        run: a function of a module.
+        config: resolved configuration; plain values, so that it can be pickled.
+        run: a module-level function, so that it can be pickled.
 
     Raises:
-        SystemExit: with the code that `run` raised it with, in spawned processes too.
+        SystemExit: `run` raised it, here or in a spawned process; with the same code.
     """
     settings = Settings.from_config(config)
     if "WORLD_SIZE" in os.environ:
@@ -100,11 +102,11 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
             with _group(settings, store, rank, local_rank, stop, launches(name)) as world:
                 run(config, world)
         return
-    # The store lives in this process, so that it outlasts every rank: the others can ask it who is missing.
+    # The parent holds the store, so that it outlives every rank: the remaining ranks can find out who is missing.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_timeout(settings))
     try:
         with forwarding() as forwarder:
-            resource_tracker.ensure_running()  # else the first process would start it, and unblock SIGINT
+            resource_tracker.ensure_running()  # otherwise the first start does it, and unblocks SIGINT
             with sigint_blocked():
                 context = mp.start_processes(_spawned, (config, store.port, run), settings.devices, join=False)
             assert context is not None  # join=False returns it
@@ -114,29 +116,29 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
     except mp.ProcessExitedException as error:
         if error.exit_code in (settings.requeue_exit_code, CTRL_C_EXIT_CODE):
             sys.exit(error.exit_code)
-        # A process that is not set up yet dies of a signal, as by default.
+        # A process that has not installed its handlers yet is killed by the signal.
         if forwarder.signal and forwarder.sent and error.exit_code == -forwarder.sent:
             sys.exit(exit_code(forwarder.signal, settings.requeue_exit_code))
         raise
 
 
 def launch_name(store: dist.Store) -> str:
-    """The same for all processes that share torchrun's store, restarted ones too; run ids may be equal."""
+    """A unique name of this torchrun launch, the same on all its processes and after restarts; run ids may repeat."""
     return store.compare_set("hecate/launch", "", uuid.uuid4().hex).decode()
 
 
 def _of_this_attempt(store: dist.Store, rank: int, settings: Settings) -> dist.Store:
-    """The part of torchrun's store that no attempt before this one has written to.
+    """A part of torchrun's store that earlier attempts (before a restart) have not written to.
 
-    The store outlives a restart, and a rank that finds the address of another one's predecessor there fails to connect.
-    Restart counts differ from node to node. But all processes of an attempt are gone before one of the next starts:
-    rank 0 draws a number, and answers those who ask until all have it.
+    The store survives a restart, and a rank that reads an address from an earlier attempt fails to connect. Restart
+    counts cannot name the attempt, because they differ between nodes. Since all processes of an attempt have ended
+    before the next attempt starts, rank 0 draws a number and answers the other ranks' requests until all have it.
     """
     store = dist.PrefixStore("hecate/attempt", store)
     if rank != 0:
         name = uuid.uuid4().hex
         store.set(f"asking/{rank}", name)
-        attempt = store.get(name).decode()  # waits for it
+        attempt = store.get(name).decode()  # blocks until rank 0 answers
         store.add(f"answered/{attempt}", 1)
         return dist.PrefixStore(attempt, store)
     attempt, end = str(store.add("attempts", 1)), time.monotonic() + settings.timeout_seconds
@@ -162,7 +164,7 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
         ):
             run(config, world)
     except MissingRankError as error:
-        # The parent reports the process that failed first, which is the one that can say the least.
+        # The parent reports only the process that failed first, which knows least about the cause.
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
 

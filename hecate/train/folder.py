@@ -1,4 +1,4 @@
-"""The folder of a run: which files it has, and when it starts anew."""
+"""The folder of a run: its files, and whether a run in it is resumed or deleted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["RunFolder"]
 LAUNCHES = "launches.json"
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "run.png", "trace.npz")
 FOLDERS = ("checkpoints", "tensorboard", "wandb")
-# Policy, devices, steps and learning rate may change in the middle of a run; these may not.
+# Sections that must not change when a run is resumed; policy, devices, steps and learning rate may.
 RESUMED_WITH = ("model", "data", "seed")
 
 
 class RunFolder:
-    """`runs/<name>/`; rank 0 alone writes, except for the checkpoints, which all ranks write together.
+    """`runs/<name>/`; only rank 0 writes to it, except for the checkpoints, which all ranks write together.
 
     Args:
-        path: of the folder.
-        config: resolved.
-        resume: whether an unfinished run goes on.
-        launches: see `signals.launches`. What an earlier process of the same one began goes on in any case.
+        path: path of the folder.
+        config: resolved configuration.
+        resume: whether an unfinished run is resumed.
+        launches: see `signals.launches`. A run begun by the same launch, before a restart, is always resumed.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], resume: bool, launches: Mapping[str, bool]) -> None:
@@ -35,18 +35,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where they are."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def prepare(self) -> bool:
-        """Make the folder and record the configuration; whether there is something to do.
+        """Make the folder and record the configuration; returns False if there is nothing left to do.
 
-        Drops what a finished run left, or, with resume=false, any run; but not the one that this launch began before it
-        was restarted, which goes on, or is done.
+        Deletes a finished run, or with resume=false any run, unless this launch began it before a restart: then it is
+        resumed, or there is nothing to do if it is finished.
 
         Raises:
-            ValueError: an unfinished run, which would be resumed, trains another model or on other data.
-            OSError: the folder cannot be written, or something in it not be deleted.
+            ValueError: the unfinished run to resume has another model, other data or another seed.
+            OSError: the folder cannot be written, or something in it cannot be deleted.
         """
         finished, begun = (self.path / "summary.json").exists(), self._begun()
         if finished and begun:
@@ -55,22 +55,25 @@ class RunFolder:
         if not begun and (finished or not self._resume):
             self._drop()
         for partial in self.checkpoints.glob("*.tmp"):
-            delete(partial)  # what a killed process was writing
+            delete(partial)  # left by a killed process
         record = self.path / "config.yaml"
         if record.exists() and any(self.checkpoints.glob(f"*/{MANIFEST}")):
             self._check_same(OmegaConf.to_container(OmegaConf.load(record)))
         replace_file(record, OmegaConf.to_yaml(OmegaConf.create(self._config)))
-        replace_file(self.path / LAUNCHES, json.dumps(sorted(self._launches)) + "\n")  # from here on it is begun
+        replace_file(self.path / LAUNCHES, json.dumps(sorted(self._launches)) + "\n")  # see `_begun`
         return True
 
     def _begun(self) -> bool:
-        """Whether an earlier process of this launch has come to the end of `prepare`."""
+        """Whether this launch had completed `prepare` before it was restarted."""
         record = self.path / LAUNCHES
         names = json.loads(record.read_text()) if record.exists() else []
         return any(again and name in names for name, again in self._launches.items())
 
     def _drop(self) -> None:
-        """The summary last: as long as it is there, the rest is to be dropped. A linked folder stays, empty."""
+        """Delete the run. If a folder in it is a symbolic link, only the content of the folder is deleted.
+
+        The summary goes last: while it exists the run counts as finished, so an interrupted deletion is repeated.
+        """
         (self.path / LAUNCHES).unlink(missing_ok=True)
         for folder in (self.path / name for name in FOLDERS):
             if folder.is_symlink() and folder.is_dir():

@@ -1,11 +1,11 @@
-"""One run folder, one trainer: a lock of the kernel's on a file in it, which also says who holds the lock.
+"""At most one trainer per run folder: an flock() lock on a file in the folder, which also records the holder.
 
-The kernel drops the lock when its holder ends, however that ends, so a lock that is held is never taken from anybody.
-Every rank holds a share: ranks that outlive rank 0 by a few seconds may still be writing a checkpoint.
+The kernel releases the lock when its holder ends for any reason, so a held lock is never taken over. Every rank holds
+the lock (shared), because ranks that outlive rank 0 by a few seconds may still be writing a checkpoint.
 
-A lock that nobody holds may still have a holder in its file: one that was killed, or, if locks do not reach from one
-host to another on that file system, one that is at work elsewhere. `Holder.gone` and `locks_reach_all_hosts` tell them
-apart; if neither can, the user has to. A file system without locks has the holder in the file only.
+An unlocked file may still record a holder: either that trainer was killed, or it is running on another host and the
+file system does not propagate locks between hosts. `Holder.gone` and `locks_reach_all_hosts` tell the two cases apart;
+if they cannot, the user has to decide. On a file system without locks only the recorded holder protects the folder.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ LOCK = "lock"
 MOUNTS = Path("/proc/self/mountinfo")
 POLL_SECONDS = 0.02
 MOMENT = 5.0
-"""Seconds for what another process does at once: looking at the file, or writing itself into it."""
+"""Seconds to wait for short operations of another process, such as reading the file or recording its holder."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What flock() says on a file system without locks."""
+"""Error numbers of flock() on a file system without locks."""
 OF_ONE_HOST = frozenset(
     ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
 )
 
 
 class FolderInUseError(RuntimeError):
-    """Another trainer is at work in the run's folder, or may be; nothing was changed."""
+    """Another trainer is, or may be, using the run's folder; nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, or did.
+    """The present or former holder of a lock.
 
     Attributes:
-        host: its name.
-        pid: of rank 0.
-        started: when that process did, in clock ticks after the host did; process ids are used again.
-        launches: names of what started it, see `signals.launches`.
+        host: host name of rank 0.
+        pid: process id of rank 0.
+        started: start time of that process in clock ticks since boot, because process ids are reused.
+        launches: names of the launches that started it, see `signals.launches`.
     """
 
     host: str
@@ -61,24 +61,25 @@ class Holder:
 
     @classmethod
     def this_process(cls, launches: Mapping[str, bool]) -> Holder:
-        """It."""
+        """The holder that stands for this process."""
         return cls(socket.gethostname(), os.getpid(), start_of(os.getpid()), tuple(sorted(launches)))
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """What `text` says; None if it is empty, as after a trainer that has ended by itself."""
+        """The holder recorded in `text`; None if the text is empty."""
         if not text.strip():
             return None
         try:
-            found = json.loads(text.partition("\n")[0])  # what follows is of a longer one before
+            found = json.loads(text.partition("\n")[0])  # the rest may be left from a longer record
             return cls(str(found["host"]), int(found["pid"]), found["started"], tuple(found["launches"]))
-        except (ValueError, KeyError, TypeError):  # cut off by a crash of the machine
+        except (ValueError, KeyError, TypeError):  # truncated by a crash of the machine
             return cls("unknown", 0, None, ())
 
     def gone(self, launches: Mapping[str, bool]) -> bool:
-        """Whether it has certainly ended: nobody has its process id now, or its launch was restarted, as this process.
+        """Whether the holder has certainly ended.
 
-        torchrun restarts, and SLURM requeues, when all processes of the attempt before are gone.
+        On this host: its process no longer exists. On another host: this process is a restart of the same launch;
+        torchrun restarts and SLURM requeues only after all processes of the previous attempt have ended.
         """
         if self.host == socket.gethostname():
             return start_of(self.pid) is None or start_of(self.pid) != self.started
@@ -90,25 +91,25 @@ class Holder:
 
 
 class RunLock:
-    """The lock of one folder: rank 0 calls `take`, then the others `join`, and all `release`.
+    """The lock of one folder: rank 0 calls `take`, then the other ranks `join`, and at the end all call `release`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         launches: see `signals.launches`.
-        patience: seconds to wait for the last processes of a trainer whose rank 0 has ended.
+        patience: seconds to wait for the remaining processes of a trainer whose rank 0 has ended.
     """
 
     def __init__(self, folder: Path, launches: Mapping[str, bool], patience: float) -> None:
         self._path, self._launches, self._patience = folder / LOCK, launches, patience
         self._file: int | None = None
         self._owner = False
-        self._locks = True  # whether the file system has any
+        self._locks = True  # whether the file system supports locks
 
     def take(self) -> None:
-        """Make the folder, if there is none, and take the lock.
+        """Take the lock; makes the folder if it does not exist.
 
         Raises:
-            FolderInUseError: somebody else has it.
+            FolderInUseError: another trainer holds the lock.
             OSError: the folder cannot be written.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ class RunLock:
         while not self._lock(fcntl.LOCK_EX, create=True):
             holder = self._holder()
             gone = holder is not None and holder.gone(self._launches)
-            # Somebody may just be taking over.
+            # Without a recorded holder, another trainer may be about to record itself.
             limit = max(self._patience, MOMENT) if gone else MOMENT if holder is None else 0
             if time.monotonic() - begin > limit:
                 raise FolderInUseError(self._refusal(holder))
@@ -131,7 +132,7 @@ class RunLock:
             raise
 
     def join(self) -> None:
-        """Hold a share; a rank to which the folder is not visible has nothing to guard there."""
+        """Take the lock as shared. A rank that does not see the folder does nothing, since it cannot write there."""
         end = time.monotonic() + MOMENT
         while self._path.exists() and not self._lock(fcntl.LOCK_SH, create=False):
             if time.monotonic() > end:
@@ -139,27 +140,27 @@ class RunLock:
             time.sleep(POLL_SECONDS)
 
     def release(self, leave_holder: bool) -> None:
-        """Give it back.
+        """Release the lock.
 
         Args:
-            leave_holder: the file stays, with the holder in it; for a trainer that failed, whose other ranks may not
-                have ended yet.
+            leave_holder: keep the file with the recorded holder; for a trainer that failed, whose other ranks may
+                still be running.
         """
         if self._owner and not leave_holder:
             self._path.unlink(missing_ok=True)
         self._close()
 
     def _lock(self, kind: int, create: bool) -> bool:
-        """Whether the file at the path could be opened and locked, at once."""
+        """Open the file and try to lock it without waiting; whether that succeeded."""
         self._file = os.open(self._path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-        # The holder may have removed the file in between: then this is the lock of nothing.
+        # The holder may have removed the file after it was opened here; locking a removed file protects nothing.
         if self._flock(kind) and _is_at(self._file, self._path):
             return True
         self._close()
         return False
 
     def _flock(self, kind: int) -> bool:
-        """Whether the lock could be had at once; True, too, if there are no locks."""
+        """Try to lock without waiting; whether that succeeded. True if the file system has no locks."""
         assert self._file is not None
         try:
             fcntl.flock(self._file, kind | fcntl.LOCK_NB)
@@ -172,11 +173,11 @@ class RunLock:
         return True
 
     def _become_holder(self) -> None:
-        """With the lock alone: check who had it, write this process down, and let the other ranks share."""
+        """While holding the lock exclusively: check the recorded holder, record this process, then share the lock."""
         assert self._file is not None
         before = Holder.parse(_read(self._file))
         if before is not None and not before.gone(self._launches):
-            if before.host == socket.gethostname():  # it shares the lock in just this moment, or there are no locks
+            if before.host == socket.gethostname():  # it is in `_share`, or there are no locks
                 raise FolderInUseError(self._refusal(before))
             if not (self._locks and locks_reach_all_hosts(self._path)):
                 raise FolderInUseError(self._refusal(before) + self._unknown())
@@ -191,7 +192,11 @@ class RunLock:
             _say(f"{self._path}: this file system has no locks; trainers that start at the same moment are not noticed")
 
     def _share(self) -> None:
-        """Let the other ranks in. The kernel drops the old lock first; who comes between finds this process written."""
+        """Convert the lock to shared, so that the other ranks can join.
+
+        The kernel releases the exclusive lock first; a trainer that takes the lock in between finds this process
+        recorded as the holder.
+        """
         end = time.monotonic() + MOMENT
         while not self._flock(fcntl.LOCK_SH):
             if time.monotonic() > end:
@@ -200,7 +205,7 @@ class RunLock:
         self._owner = True
 
     def _holder(self) -> Holder | None:
-        """Who has the lock; None if it was given back meanwhile, or who has it has not yet said so."""
+        """The recorded holder; None if the lock was released meanwhile or its holder is not recorded yet."""
         try:
             return Holder.parse(self._path.read_text(errors="replace"))
         except FileNotFoundError:
@@ -226,11 +231,11 @@ class RunLock:
 
 @contextmanager
 def locked(folder: Path, launches: Mapping[str, bool], patience: float) -> Iterator[None]:
-    """The lock of `folder`, for as long as the block runs; see `RunLock`. Collective.
+    """Hold the lock of `folder` while the block runs; see `RunLock`. Collective.
 
     Raises:
-        FolderInUseError: another trainer has it; on all ranks.
-        OSError: the folder cannot be written; on all ranks.
+        FolderInUseError: another trainer holds the lock; raised on all ranks.
+        OSError: the folder cannot be written; raised on all ranks.
     """
     lock, first = RunLock(folder, launches, patience), rank_and_world()[0] == 0
     failed = True
@@ -239,7 +244,7 @@ def locked(folder: Path, launches: Mapping[str, bool], patience: float) -> Itera
         agree(lambda: None if first else lock.join())
         yield
         failed = False
-    except SystemExit:  # asked to stop, and saved
+    except SystemExit:  # was asked to stop and has saved
         failed = False
         raise
     finally:
@@ -247,19 +252,20 @@ def locked(folder: Path, launches: Mapping[str, bool], patience: float) -> Itera
 
 
 def start_of(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks after the host did; None if there is no such process."""
+    """Start time of a process of this host in clock ticks since boot; None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the name before may have blanks and parentheses
+    fields = stat[stat.rindex(")") + 2 :].split()  # the name may contain blanks and parentheses
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def locks_reach_all_hosts(path: Path) -> bool:
-    """Whether a lock on `path` that is held anywhere is seen here: its disk is this host's alone, or is known to tell.
+    """Whether locks on `path` held on any host are certainly seen here.
 
-    NFS and Lustre can be mounted with locks that the other hosts do not see.
+    True if the file system is local to this host or is known to propagate locks. NFS and Lustre can be mounted such
+    that other hosts do not see the locks.
     """
     kind, options = _mount_of(path)
     if kind.startswith("nfs"):
@@ -270,7 +276,7 @@ def locks_reach_all_hosts(path: Path) -> bool:
 
 
 def _mount_of(path: Path) -> tuple[str, frozenset[str]]:
-    """Kind and options of the file system of `path`; an empty kind if the kernel does not say."""
+    """Type and mount options of the file system of `path`; an empty type if unknown."""
     real, longest, found = os.path.realpath(path), "", ("", frozenset[str]())
     try:
         lines = MOUNTS.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: always `metrics.jsonl`, and TensorBoard or W&B where asked."""
+"""Logging of each step's metrics: always to `metrics.jsonl`, and to TensorBoard or W&B if configured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["JsonLines", "Logger", "MetricsFile", "loggers", "read_metrics"]
 
 
 class Logger(Protocol):
-    """Rank 0 calls `log` once a step, in order, and `close` at the end, also where that is an error."""
+    """Receives metrics on rank 0: `log` is called once per step, in order; `close` at the end, also after errors."""
 
     def log(self, metrics: Mapping[str, Any]) -> None: ...
 
@@ -24,10 +24,10 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """One object a line, flushed, so that the file can be followed and survives a killed process."""
+    """One JSON object per line, flushed after each, so that the file can be followed and survives a killed process."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Append to `path` from `first_step` on; what a lost process logged from there on is dropped."""
+        """Append to `path` from `first_step` on; lines that an earlier process logged for these steps are removed."""
         partial = path.with_name(path.name + ".part")
         with partial.open("w") as kept:
             for metrics in MetricsFile(path) if path.exists() else ():
@@ -35,7 +35,7 @@ class JsonLines:
                     kept.write(json.dumps(metrics) + "\n")
             kept.flush()
             os.fsync(kept.fileno())
-        os.replace(partial, path)  # at once: a crash leaves the old one or the new one
+        os.replace(partial, path)  # atomic: a crash leaves the old file or the new one
         sync(path.parent)
         self._file = path.open("a")
 
@@ -64,7 +64,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars of each step in a W&B run, offline unless `mode` says otherwise; its files are in `<folder>/wandb`."""
+    """Scalars of each step in a W&B run; `mode` is W&B's, e.g. "offline". Its files are in `<folder>/wandb`."""
 
     def __init__(self, folder: Path, project: str, mode: str) -> None:
         import wandb
@@ -80,9 +80,9 @@ class WeightsAndBiases:
 
 @contextmanager
 def loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> Iterator[list[Logger]]:
-    """`metrics.jsonl` in `folder` and the logger that `section["kind"]` names: none, tensorboard or wandb.
+    """Loggers to `metrics.jsonl` in `folder` and to `section["kind"]`: none, tensorboard or wandb.
 
-    Each is closed at the end, whatever happens meanwhile and to the others.
+    Each logger is closed at the end, even after an error or if closing another one fails.
     """
     with ExitStack() as stack:
         made: list[Logger] = []
@@ -104,13 +104,13 @@ def loggers(section: Mapping[str, Any], folder: Path, first_step: int) -> Iterat
 
 @dataclass(frozen=True)
 class MetricsFile:
-    """The steps of a `metrics.jsonl`, read a line at a time, whenever one goes through them.
+    """The steps of a `metrics.jsonl`; each iteration reads the file anew, line by line.
 
-    A last line that a killed process left unfinished is not one.
+    An incomplete last line, left by a killed process, is ignored.
 
     Attributes:
-        path: of the file.
-        taken: only those that were not skipped.
+        path: path of the file.
+        taken: whether to leave out skipped steps.
     """
 
     path: Path
@@ -126,7 +126,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All steps of a `metrics.jsonl` at once, for short ones."""
+    """All steps of a `metrics.jsonl` as a list; for files that fit in memory."""
     return list(MetricsFile(path))
 
 

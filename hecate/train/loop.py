@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, checkpoints, and what is recorded of them."""
+"""The training loop: steps, validation, checkpoints and their records."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ KINDS_OF_MEMORY = ("owned", "optimizer", "gradients", "copies")
 
 
 def run(config: Mapping[str, Any], world: World) -> None:
-    """One rank of a run, from the first step (or the last checkpoint) to the summary.
+    """Run one rank of a training run, from the first step (or the last checkpoint) to the summary.
 
     Raises:
-        SystemExit: with `requeue_exit_code`, or 130 after Ctrl-C, if a process was asked to stop and all have saved.
-        FolderInUseError: another trainer is at work in the run's folder; nothing was changed.
+        SystemExit: a process was asked to stop, and all have saved; code `requeue_exit_code`, or 130 after Ctrl-C.
+        FolderInUseError: another trainer is using the run's folder; nothing was changed.
     """
     settings = Settings.from_config(config)
     folder = RunFolder(settings.folder, config, settings.resume, world.launches)
-    # While rank 0 has patience, the others wait for it in a collective.
+    # While rank 0 waits for the lock, the other ranks wait in a collective, which must not time out.
     with locked(folder.path, world.launches, patience=settings.timeout_seconds / 2):
         if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
             return
@@ -59,7 +59,7 @@ def run(config: Mapping[str, Any], world: World) -> None:
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
-    """Of step 1..steps: linear warm-up to `lr`, then half a cosine down to `final_lr_share * lr`."""
+    """Learning rate of step 1..steps: linear warm-up to `lr`, then half a cosine down to `final_lr_share * lr`."""
     if step <= optimizer.warmup:
         return optimizer.lr * step / optimizer.warmup
     done = (step - optimizer.warmup) / max(steps - optimizer.warmup, 1)
@@ -68,7 +68,7 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
 
 
 class Trainer:
-    """Trains one model on one rank; all ranks call the same methods in the same order."""
+    """Trains the model on one rank; all ranks must call the same methods in the same order."""
 
     def __init__(self, settings: Settings, world: World, folder: RunFolder) -> None:
         self.settings, self.world, self.folder = settings, world, folder
@@ -85,21 +85,21 @@ class Trainer:
             folder.checkpoints, self.engine, self.optimizer, settings.save_keep, settings.save_async
         )
         self.position = Position(step=0, sequences=0)
-        # Known from the last step, the same on all ranks:
-        self.exit_code = 0  # if it is not 0, the run ends with it after that step
-        self._save_failed = False  # whether the checkpoint that was being written could not be
-        self._skipped = 0  # steps in a row
+        # Results of the last step, the same on all ranks:
+        self.exit_code = 0  # if not 0, the run ends after that step with this exit code
+        self._save_failed = False  # whether the checkpoint being written has failed on any rank
+        self._skipped = 0  # number of steps skipped in a row
 
     def resume(self) -> None:
-        """Go to the newest whole checkpoint, if the folder has one."""
+        """Load the newest intact checkpoint, if the folder has one."""
         self.position = self.checkpoints.resume() or self.position
 
     def train(self) -> bool:
-        """Steps up to `settings.steps`, then validation and summary; False where it was asked to stop before.
+        """Train up to `settings.steps`, then validate and summarize; False if asked to stop before that.
 
         Raises:
-            NonFiniteError: see `step` and `validate`; after the checkpoint that was being written is complete.
-            OSError: a checkpoint that ends the run cannot be written.
+            NonFiniteError: see `step` and `validate`; raised after any checkpoint being written is complete.
+            OSError: the last checkpoint of the run cannot be written.
         """
         self.world.stop.deferred = True
         bar = Progress(self.settings.steps, self.position.step, shown=self.world.rank == 0)
@@ -125,7 +125,7 @@ class Trainer:
         return True
 
     def _step_and_record(self, logs: Sequence[Logger], progress: Progress, trace: TraceWriter | None) -> None:
-        """One step, validation where it is due, and what is kept and shown of both."""
+        """Run one step, and validation if due; log and display the metrics."""
         metrics = self.step()
         if trace is not None and "loss" in metrics:
             trace.append(self.position.step, [layer["counts"] for layer in self.engine.stats()["layers"]])
@@ -137,17 +137,19 @@ class Trainer:
 
     def _save_if_due(self, trace: TraceWriter | None) -> None:
         if self._save_failed:
-            self.checkpoints.finish()  # which says so
+            self.checkpoints.finish()  # prints the error
         if self.settings.save_interval and self.position.step % self.settings.save_interval == 0:
             if trace is not None:
                 trace.flush()
             self.checkpoints.save(self.position)
 
     def step(self) -> dict[str, Any]:
-        """One step, taken or skipped by all ranks together; its metrics, equal on all but for what only rank 0 needs.
+        """Run one step, which all ranks either take or skip, and return its metrics.
+
+        Metrics are equal on all ranks except those that only rank 0 uses.
 
         Raises:
-            NonFiniteError: something is NaN or infinite, and `on_non_finite` or `max_skipped` says to stop.
+            NonFiniteError: a value is NaN or infinite, and `on_non_finite` or `max_skipped` says to stop.
         """
         settings, begin = self.settings, time.perf_counter()
         rate = learning_rate(self.position.step + 1, settings.steps, settings.optimizer)
@@ -158,7 +160,7 @@ class Trainer:
         asked = self.world.stop.signal
         code = 0 if asked is None else exit_code(asked, settings.requeue_exit_code)
         table = self.world.gather([*losses.tolist(), code, self.checkpoints.failed()])
-        self.exit_code = int(table[:, 2].max())  # Ctrl-C's is the largest
+        self.exit_code = int(table[:, 2].max())  # the code of Ctrl-C is the largest
         self._save_failed = bool(table[:, 3].any())
         sequences = self._sequences_per_micro_batch * settings.accumulate
         self.position = Position(self.position.step + 1, self.position.sequences + sequences)
@@ -172,14 +174,21 @@ class Trainer:
         return self._metrics(found, sequences * settings.sequence_length, begin)
 
     def _losses(self) -> tuple[Tensor, NonFiniteError | None]:
-        """Gradients of all micro-batches; `[2]`: loss and language-model loss. NaN where a pass raised, and what."""
+        """Compute the gradients of all micro-batches.
+
+        Returns:
+            `[2]`, loss and language-model loss (NaN if a pass raised NonFiniteError), and that error, if any.
+        """
         try:
             return torch.stack([self._micro_batch(i) for i in range(self.settings.accumulate)]).sum(0), None
         except NonFiniteError as error:
             return torch.full((2,), math.nan), error
 
     def _skip(self, losses: Tensor, norm: float, raised: NonFiniteError | None) -> dict[str, Any]:
-        """Leave parameters and optimizer as they are on all ranks; the data goes on. See `step` for what it raises."""
+        """Skip the step on all ranks: parameters and optimizer stay as they are, its sequences count as used.
+
+        See `step` for errors.
+        """
         names = self._not_finite(losses, raised) or f"the gradient norm {norm}"
         text = f"step {self.position.step}: NaN or infinite: {names}"
         self.engine.skip_step()
@@ -191,17 +200,17 @@ class Trainer:
         return {"step": self.position.step, "skipped": text}
 
     def _not_finite(self, losses: Tensor, raised: NonFiniteError | None) -> str:
-        """What is not, the cause first; of `losses` of this rank only where no pass raised."""
+        """Names of the values that are NaN or infinite, likely causes first; checks `losses` only if no pass raised."""
         names = [str(raised)] if raised else []
         names += self.engine.non_finite(None if raised else losses)
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         return "; ".join(names[:MOST_NAMES]) + more
 
     def _micro_batch(self, micro: int) -> Tensor:
-        """Forward and backward; `[2]`: loss and language-model loss, as shares of the step's mean."""
+        """Forward and backward pass; returns `[2]`, loss and language-model loss divided by `accumulate`."""
         settings, world = self.settings, self.world
         first = self.position.sequences + micro * self._sequences_per_micro_batch + world.rank * settings.batch_size
-        # Random numbers of a step depend on its sequences alone: a resumed run draws what the unbroken one would have.
+        # Random numbers of a step depend only on its sequences, so a resumed run draws the same ones.
         torch.manual_seed(settings.seed * 1_000_003 + first)
         batch = self.corpus.training_batch(settings.seed, first, settings.batch_size, settings.sequence_length)
         last = micro == settings.accumulate - 1
@@ -244,17 +253,17 @@ class Trainer:
         }
 
     def validate(self) -> dict[str, Any]:
-        """Of the validation sequences `validation_loss`, mean cross entropy in nats over the predicted tokens.
+        """Validate: returns `validation_loss`, the mean cross entropy in nats over the predicted tokens.
 
-        Where that is NaN or infinite, also `validation_non_finite`, which says what is.
+        If the loss is NaN or infinite, also `validation_non_finite`, which names the values that are.
 
         Raises:
-            NonFiniteError: that, and `on_non_finite` says to stop.
+            NonFiniteError: the loss is NaN or infinite, and `on_non_finite` says to stop.
         """
         raised: NonFiniteError | None = None
         try:
             sums = self._validation_sums()
-        except NonFiniteError as error:  # on all ranks
+        except NonFiniteError as error:  # raised on all ranks
             sums, raised = (math.nan, 1.0), error
         nats, count = self.world.gather(list(sums)).sum(0).tolist()
         found = {"validation_loss": nats / count}
@@ -263,17 +272,17 @@ class Trainer:
         names = self._not_finite(torch.tensor(sums), raised)
         text = f"validation after step {self.position.step}: NaN or infinite: {names}"
         if raised is not None:
-            self.engine.skip_step()  # the pass that raised
+            self.engine.skip_step()  # drops the pass that raised
         if self.settings.on_non_finite == "stop":
             raise NonFiniteError(f"{text}; on_non_finite=stop ends the run")
         return {**found, "validation_non_finite": text}
 
     @torch.no_grad()
     def _validation_sums(self) -> tuple[float, float]:
-        """Of this rank's sequences: nats, and the number of predicted tokens."""
+        """Sum of cross entropies in nats, and number of predicted tokens, over this rank's validation sequences."""
         settings, world = self.settings, self.world
         total = settings.validation.sequences
-        # Every rank runs the same number of batches; one that has no sequence left joins with an empty one.
+        # Every rank runs the same number of batches, because passes are collective; the last ones may be empty.
         own = range(world.rank, total, world.size)
         nats = count = 0.0
         self.model.eval()
@@ -308,7 +317,7 @@ class Trainer:
         peak = self.world.gather([memory[kind] for kind in KINDS_OF_MEMORY]).max(0).values.tolist()
         if self.world.rank != 0:
             return
-        from hecate.report.run import plot_run  # matplotlib: half a second on every rank at every start
+        from hecate.report.run import plot_run  # imported late: matplotlib takes half a second
 
         path = self.folder.path / "metrics.jsonl"
         totals = Totals(MetricsFile(path), self.settings.fssdp.load_window)

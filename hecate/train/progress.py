@@ -1,4 +1,4 @@
-"""What rank 0 shows on the terminal: a progress bar while training, a table at the end."""
+"""Terminal output of rank 0: a progress bar while training, a table at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Progress", "print_table"]
 
 
 class Progress:
-    """A bar with loss, tokens a second and imbalance; in a log file, a line every twentieth of the run instead."""
+    """Progress bar with loss, tokens per second and imbalance; if not on a terminal, 20 lines per run instead."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self._steps, self._shown = steps, shown
@@ -50,7 +50,7 @@ class Progress:
             print(f"step {step}/{self._steps}  {text}", flush=True)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._shown:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -65,7 +65,7 @@ class Progress:
 
 
 def print_table(summary: Mapping[str, Any], folder: Path) -> None:
-    """The summary of a run, for people."""
+    """Print the summary of a run as a table."""
     table = Table(title=f"{summary['name']}: {summary['steps']} steps, policy {summary['policy']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

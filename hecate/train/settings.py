@@ -1,4 +1,4 @@
-"""The settings of a run as frozen records, made from Hydra's configuration; each says what is wrong with itself."""
+"""The settings of a run as frozen dataclasses, made from Hydra's configuration and validated."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class DataSettings:
     Attributes:
         path: a folder of text, one text file, or a `.bin` file of tokens; None is Python's standard library.
         dtype: numpy name of a `.bin` file's tokens, such as "uint16"; None for text.
-        validation_share: share of the files (of the tokens, where there is one file) kept for validation.
-        bytes_per_token: mean bytes of text behind a token; 1 for text, None where nobody knows.
+        validation_share: share of the files (of the tokens, if there is only one file) kept for validation.
+        bytes_per_token: mean bytes of text per token; 1 for text, None if unknown.
     """
 
     path: str | None
@@ -59,7 +59,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """`sequences` evenly spaced ones, every `interval` steps (0: only at the end) and at the end."""
+    """Validation on `sequences` evenly spaced sequences, at the end and every `interval` steps (0: only at the end)."""
 
     sequences: int
     interval: int
@@ -67,7 +67,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run is made of. Sizes of batches are per device and micro-batch."""
+    """All settings of a run. `batch_size` is in sequences per device and micro-batch."""
 
     name: str
     output: str
@@ -98,7 +98,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
-        """Read the resolved configuration (plain dicts, lists and numbers); ValueError names what does not fit."""
+        """Read the resolved configuration (plain dicts, lists and numbers); ValueError names invalid values."""
         model = dict(config["model"])
         kind = model.pop("kind")
         if kind not in MODELS:
@@ -128,7 +128,7 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)}: must be >= 0")
         if self.on_non_finite not in ("skip", "stop"):
             raise ValueError(f"on_non_finite={self.on_non_finite!r}: must be one of skip, stop")
-        # 1 and 2 are Python's own errors, from 128 on shells mean signals.
+        # Python itself exits with 1 or 2; shells use codes from 128 on for signals.
         if not 3 <= self.requeue_exit_code <= 127:
             raise ValueError(f"requeue_exit_code={self.requeue_exit_code}: must be in [3, 127]")
         if self.sequence_length > self.model.max_length:
@@ -144,12 +144,12 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """Where the run leaves its files."""
+        """Folder of the run's files."""
         return Path(self.output) / self.name
 
     @property
     def token_limit(self) -> int:
-        """Ids that data may use: BERT-MoE keeps its last one for the mask."""
+        """Exclusive upper bound of the token ids in the data; BERT-MoE reserves its last id for the mask."""
         return self.model.vocab_size - (self.kind == "bert")
 
     def build_model(self, device: torch.device) -> TransformerMoE:
@@ -162,7 +162,7 @@ class Settings:
 
 
 def _record(kind: Any, section: str, values: Mapping[str, Any]) -> Any:
-    """`kind(**values)`; a key that it lacks, or that `values` lacks, is an error listing the valid ones."""
+    """`kind(**values)`; ValueError that lists the valid keys if `values` has an unknown key or lacks one."""
     valid = {f.name for f in fields(kind)}
     if set(values) != valid:
         wrong = sorted(set(values) ^ valid)

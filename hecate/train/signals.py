@@ -1,8 +1,9 @@
-"""Being asked to stop: by Ctrl-C (SIGINT), by SIGTERM, which schedulers send before they kill, or by SIGUSR1, which
-SLURM sends on request.
+"""Requests to stop: Ctrl-C (SIGINT), SIGTERM, which schedulers send before they kill a job, or SIGUSR1, which SLURM
+sends on request.
 
-While a run trains, the first signal is only noted, so that a step is never broken off; ranks agree on the step to stop
-after (`loop.Trainer`). Before that there is nothing to save. A second Ctrl-C ends the process where it is.
+During training the first signal is only recorded, so that no step is interrupted; the ranks agree on the step to stop
+after (`loop.Trainer`). Before training there is nothing to save, and a signal ends the process at once. So does a
+second Ctrl-C at any time.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ __all__ = [
 ]
 
 CTRL_C_EXIT_CODE = 128 + signal.SIGINT
-"""What a shell reports of a program that SIGINT ended."""
+"""The exit status that shells report for a program ended by SIGINT."""
 PASSED_ON = signal.SIGUSR2
-"""Ctrl-C as the parent passes it on: a terminal sends SIGINT to it and to its children, who must count it once."""
+"""The parent forwards Ctrl-C as this signal: a terminal sends SIGINT to the children too, which must count it once."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, PASSED_ON)
 
 
 def exit_code(number: signal.Signals, requeue_exit_code: int) -> int:
-    """What a run that `number` asked to stop ends with: who presses Ctrl-C wants no requeue."""
+    """Exit code of a run stopped by signal `number`; after Ctrl-C it must not be requeued."""
     return CTRL_C_EXIT_CODE if number == signal.SIGINT else requeue_exit_code
 
 
@@ -41,19 +42,19 @@ class StopRequest:
     """Whether this process was asked to stop.
 
     Attributes:
-        signal: by which one; SIGINT if that is among several.
-        deferred: whether somebody looks at `signal` from now on; until then a signal ends the process at once.
+        signal: the signal received, None if none; of several, SIGINT if it is among them, else the latest.
+        deferred: set to True once the training loop checks `signal`; before that a signal ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.deferred = False
-        self._interrupted = False  # by a SIGINT of its own
+        self._interrupted = False  # whether it has received SIGINT itself
 
     def note(self, number: int) -> bool:
-        """Whether the process has to end at once."""
-        # torchrun passes the first Ctrl-C on as SIGINT and the second as SIGTERM. Spawned processes get SIGINT from the
-        # kernel if their parent dies, once for each of its threads.
+        """Record signal `number`; returns whether the process must end at once."""
+        # torchrun forwards the first Ctrl-C as SIGINT and the second as SIGTERM. The kernel sends SIGINT to spawned
+        # processes if their parent dies, once for each of its threads.
         if self._interrupted and number in (signal.SIGINT, signal.SIGTERM):
             return True
         self._interrupted |= number == signal.SIGINT
@@ -64,7 +65,10 @@ class StopRequest:
 
 @contextmanager
 def listening(requeue_exit_code: int) -> Iterator[StopRequest]:
-    """Note `SIGNALS`; if the request is not deferred, or with the second Ctrl-C, exit. In the main thread."""
+    """Record `SIGNALS` during the block; exit if the request is not deferred, and on the second Ctrl-C.
+
+    Call it in the main thread.
+    """
     request = StopRequest()
 
     def note(number: int) -> None:
@@ -73,7 +77,7 @@ def listening(requeue_exit_code: int) -> Iterator[StopRequest]:
             code = exit_code(request.signal, requeue_exit_code)
             when = "twice" if request.deferred else "before the first step"
             print(f"{request.signal.name} {when}: exit {code}", file=sys.stderr, flush=True)
-            os._exit(code)  # an exception might be taken for an error by whoever is collecting them
+            os._exit(code)  # an exception could be caught and reported as an error
 
     with _handling(note):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `sigint_blocked`
@@ -81,10 +85,10 @@ def listening(requeue_exit_code: int) -> Iterator[StopRequest]:
 
 
 class Forwarder:
-    """Passes signals on: a scheduler, or `kill`, may know the parent of the processes only.
+    """Forwards signals from the parent to the spawned processes: a scheduler or `kill` may signal only the parent.
 
     Attributes:
-        signal: the latest one, but for SIGINT, which stays.
+        signal: the latest signal; once it is SIGINT it stays so.
     """
 
     def __init__(self) -> None:
@@ -94,18 +98,18 @@ class Forwarder:
 
     @property
     def sent(self) -> signal.Signals | None:
-        """What the processes get for `signal`."""
+        """The signal sent to the processes for `signal`."""
         return PASSED_ON if self.signal == signal.SIGINT else self.signal
 
     def to(self, processes: list[int]) -> None:
-        """To the processes with these ids, also what came before."""
+        """Set the ids of the processes to forward to; sends them a signal received earlier, if any."""
         with self._lock:
             self._processes = processes
             if self.sent is not None:
                 self._send(self.sent)
 
     def note(self, number: int) -> None:
-        """Pass it on; a second Ctrl-C ends all processes, this one too."""
+        """Forward signal `number`; a second Ctrl-C kills all processes and ends this one."""
         with self._lock:
             if self._processes and self.signal == signal.SIGINT and number == signal.SIGINT:
                 self._send(signal.SIGKILL)
@@ -123,7 +127,7 @@ class Forwarder:
 
 @contextmanager
 def forwarding() -> Iterator[Forwarder]:
-    """Pass `SIGNALS` on. In the main thread, before the processes are started."""
+    """Forward `SIGNALS` during the block. Call it in the main thread before the processes are started."""
     forwarder = Forwarder()
     with _handling(forwarder.note):
         yield forwarder
@@ -131,9 +135,10 @@ def forwarding() -> Iterator[Forwarder]:
 
 @contextmanager
 def sigint_blocked() -> Iterator[None]:
-    """Processes that are started inside begin without SIGINT, which a terminal sends to them too.
+    """Block SIGINT in processes started inside the block until they call `listening`.
 
-    One that comes while they still import waits for `listening`, instead of showing where in the imports they were.
+    A terminal sends SIGINT to them too. If it arrives while they still import modules, it stays pending instead of
+    printing a traceback from an import.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -143,11 +148,11 @@ def sigint_blocked() -> Iterator[None]:
 
 
 def launches(torchrun: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """What started this process -> whether it did so before: torchrun restarts its processes, SLURM requeues its job.
+    """Name of each launch that started this process -> whether this is a restart (torchrun) or a requeue (SLURM).
 
     Args:
-        torchrun: a name of its launch that no other has; None without it.
-        environment: of the process.
+        torchrun: unique name of the torchrun launch; None without torchrun.
+        environment: environment variables of the process.
     """
     found = {}
     for launcher, name, count in (
@@ -161,9 +166,9 @@ def launches(torchrun: str | None, environment: Mapping[str, str] = os.environ) 
 
 @contextmanager
 def _handling(act: Callable[[int], None]) -> Iterator[None]:
-    """Call `act` with each of `SIGNALS` that comes.
+    """During the block, call `act` in a separate thread for each of `SIGNALS` received.
 
-    In a thread: Python's handlers run in the main one, which may be waiting in a collective whose end never comes.
+    Python's own handlers run in the main thread, which may be blocked in a collective that never returns.
     """
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
@@ -184,7 +189,7 @@ def _handling(act: Callable[[int], None]) -> Iterator[None]:
 
 
 def _act_on(receiving: int, act: Callable[[int], None]) -> None:
-    """Until a 0, which is no signal."""
+    """Call `act` for each signal number read from the pipe, until a 0, which ends the thread."""
     while number := os.read(receiving, 1)[0]:
-        if number in SIGNALS:  # others may have handlers too
+        if number in SIGNALS:  # handlers of other signals write here too
             act(number)

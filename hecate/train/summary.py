@@ -1,4 +1,4 @@
-"""A run in a few numbers."""
+"""Summary of a run in a few numbers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SUMMED = ("tokens", "seconds", "imbalance_before", "imbalance_after", "copies", 
 
 
 class Totals:
-    """Sums over the steps of a run, which need not be held together.
+    """Sums over the steps of a run, computed in one pass without holding all steps in memory.
 
     Args:
-        metrics: of the steps, in order.
-        window: steps at the beginning in which history is short.
+        metrics: metrics of the steps, in order.
+        window: number of steps at the beginning in which the load history is short.
 
     Attributes:
-        taken, skipped: numbers of steps.
-        last: metrics of the last one taken; None without any.
-        sums: over all that were taken.
-        steady, steady_steps: likewise over those after the first `window`, or over all if there are no others.
+        taken, skipped: number of steps taken, and skipped.
+        last: metrics of the last step taken; None if none was.
+        sums: sums over all steps taken.
+        steady, steady_steps: sums and number of steps after the first `window`, or of all steps if there are no more.
     """
 
     def __init__(self, metrics: Iterable[Mapping[str, Any]], window: int) -> None:
@@ -45,7 +45,7 @@ class Totals:
 
 
 def summarize(totals: Totals, settings: Settings, validation_loss: float) -> dict[str, Any]:
-    """The run in a few numbers: means over the steps after the first `load_window`, in which history is short."""
+    """Summary of a run; means are over the steps after the first `load_window`, in which the load history is short."""
     assert totals.last is not None, "no step was taken"
     bits, bytes_per_token = validation_loss / LN2, settings.data.bytes_per_token
     sums, steady = totals.sums, totals.steady
