@@ -412,7 +412,7 @@ class FSSDP:
         extra = load(Path(path), self._training_state(), optimizer)
         self._without_values = set()
         if optimizer is not None:
-            self._watch.add(optimizer)  # experts may change owners before its first step; its state must move too
+            self._watch.hold(optimizer)  # experts may change owners before its first step; its state must move too
         self._measured = 0
         self._memory.measure(self.model, self._watch.optimizers)  # now, because no further step may follow
         return extra

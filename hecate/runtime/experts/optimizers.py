@@ -49,6 +49,7 @@ class OptimizerWatch:
         self._replaced = {id(p): reference for reference in replaced if (p := reference()) is not None}
         self._listeners: list[Callable[[], None]] = []
         self._in_backward = False
+        self._held: Optimizer | None = None
         self._stepping: set[int] = set()  # ids of optimizers whose step is under way
         self._sharded = any(pool.num_devices > 1 for pool in pools)
         _watch(self)
@@ -67,6 +68,7 @@ class OptimizerWatch:
         self._stepping.discard(id(optimizer))
         if not self.add(optimizer):
             return
+        self._held = None
         if in_backward():
             self._in_backward = True
             return
@@ -80,6 +82,11 @@ class OptimizerWatch:
     def close(self) -> None:
         """Stop watching optimizers."""
         _watches.discard(self)
+
+    def hold(self, optimizer: Optimizer) -> None:
+        """As `add`; until a step is made, its state is known even if `optimizer` was only a passing wrapper."""
+        self.add(optimizer)
+        self._held = optimizer
 
     @property
     def stepping(self) -> bool:
