@@ -138,7 +138,7 @@ def test_planner_entry_that_lacks(checkpoint: Path, key: str) -> None:
 def test_planner_entry_that_cannot_be(tmp_path: Path, key: str, value: Tensor, match: str) -> None:
     name, planner = f"hecate.blocks.1.moe.experts.{key}", TrainingState.plans
     run = Run()
-    with patch.object(TrainingState, "planner", lambda state: planner(state) | {name: value}):
+    with patch.object(TrainingState, "plans", lambda state: planner(state) | {name: value}):
         run.engine.save(tmp_path / "wrong")
     with pytest.raises(ValueError, match=match) as error:
         Run(seed=7).engine.load(tmp_path / "wrong")
@@ -148,7 +148,7 @@ def test_planner_entry_that_cannot_be(tmp_path: Path, key: str, value: Tensor, m
 def test_no_more_room_for_copies_than_experts(tmp_path: Path) -> None:
     run, planner = Run(), TrainingState.plans
     many = {f"hecate.blocks.{i}.moe.experts.replica0.slots": torch.tensor(10**9) for i in range(3)}
-    with patch.object(TrainingState, "planner", lambda state: planner(state) | many):
+    with patch.object(TrainingState, "plans", lambda state: planner(state) | many):
         run.engine.save(tmp_path / "many")
     run = Run(hecate.FSSDPConfig(memory_slots="auto"))
     for layer in run.engine._engine.layers:
