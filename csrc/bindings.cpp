@@ -1,4 +1,4 @@
-// The one extension module: every C++ part registers its functions here.
+// The extension module; every part of the C++ code registers its functions here.
 #include <nanobind/nanobind.h>
 
 namespace nb = nanobind;

@@ -37,7 +37,7 @@ std::int64_t bound_ns(const Request& request) {
   Traffic traffic(request);
   for (int e = 0; e < request.experts; ++e) traffic.add(request, e);
   const Links& links = request.links;
-  // A device may talk to its node and to others at once.
+  // A device may send within its node and to other nodes at the same time, so the two bounds are separate.
   const std::int64_t port = links.device + (request.nodes() > 1 ? links.crossing : 0);
   return std::max(wire_ns(largest(traffic.in, traffic.out), port),
                   wire_ns(largest(traffic.node_in, traffic.node_out), links.border));

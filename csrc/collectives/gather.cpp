@@ -1,5 +1,5 @@
-// SparseAllGather: every piece goes down a tree over nodes, and in each node down a tree over the holders.
-// Pieces take turns in who is first, so that all devices send, and all network ports of a node are used.
+// SparseAllGather: every piece is sent down a tree over nodes, and within each node down a tree over the holders.
+// Different pieces start their trees at different devices, so that all devices send and all network ports are used.
 #include <algorithm>
 
 #include "collectives/route.hpp"
@@ -15,7 +15,7 @@ std::vector<int> Request::holders(int expert, int node, int except) const {
 
 namespace {
 
-// The way of one piece of one expert.
+// Builds the hops of one piece of one expert.
 class PieceTree {
  public:
   PieceTree(const Request& request, const Travel& shape, int expert, int piece, std::vector<Hop>& hops)
@@ -49,7 +49,7 @@ class PieceTree {
 
  private:
   struct Stop {
-    int device, hop;  // by which the piece came, -1 at the owner
+    int device, hop;  // the device, and the hop that brought the piece to it; -1 at the owner
   };
 
   std::vector<int> rotated(std::vector<int> devices) const {

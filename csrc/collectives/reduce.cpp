@@ -1,5 +1,5 @@
-// SparseReduceScatter: the contributions of a node are added in ascending order, along a chain or each piece by another
-// device; the nodes' sums are added in ascending order, along a chain over nodes or by the owner.
+// SparseReduceScatter: the contributions of a node are added in ascending order, either along a chain or by one device
+// per piece; the nodes' sums are added in ascending order, either along a chain over nodes or by the owner.
 #include <algorithm>
 #include <map>
 
@@ -34,23 +34,23 @@ class PieceSum {
   }
 
  private:
-  // What `device` has added up: contributions from `first` on.
+  // The sum that `device` holds: of the contributions from device `first` on.
   struct Sum {
     int device, first;
     bool partial;
   };
 
-  // One message of a partial sum instead of several contributions must be fewer bytes.
+  // Sending one partial sum instead of several contributions pays only if it has fewer bytes.
   bool sends_raw(const std::vector<int>& there) const {
     const std::int64_t others = static_cast<std::int64_t>(there.size()) - std::count(there.begin(), there.end(), owner_);
     return shape_.direct || others <= 1 || others * request_.chunk_bytes <= request_.partial_bytes;
   }
 
-  // The node's sum on one of its devices, on top of `before`, the sum of the nodes below it.
+  // Adds the node's contributions on one of its devices to `before`, the sum of the nodes with lower numbers.
   Sum add_node(const std::vector<int>& there, Sum before) {
     const bool chain = shape_.inside == 1;
     const int at = chain ? there.back() : there[(piece_ + expert_) % there.size()];
-    // The receiver adds in the order of arrival: the lower nodes first.
+    // The receiver adds in order of arrival, so the sum of the lower nodes must arrive first.
     if (before.device >= 0) hop(before, at, ends_at(at, there));
     Sum sum{there[0], there[0], false};
     for (std::size_t i = 0; i + chain < there.size(); ++i) {
@@ -63,7 +63,7 @@ class PieceSum {
     return {at, first, there.size() > 1 || before.device >= 0};
   }
 
-  // Whether what comes to `device` stays there: it is the owner and has nothing to hand on.
+  // Whether a piece that arrives at `device` stays there, because it is the owner and sends nothing on.
   bool ends_at(int device, const std::vector<int>& there) const {
     if (device != owner_) return false;
     const bool last_node = request_.node_of(device) == last_node_;
@@ -96,7 +96,7 @@ class PieceSum {
   const int expert_, piece_, owner_;
   std::vector<Hop>& hops_;
   const int last_node_ = last_node();
-  std::map<std::pair<int, bool>, std::vector<int>> came_;  // (device, final) -> hops to it
+  std::map<std::pair<int, bool>, std::vector<int>> came_;  // (device, final) -> hops that arrive there
 };
 
 int contributors_elsewhere(const Request& request, int expert) {

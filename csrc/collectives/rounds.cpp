@@ -1,5 +1,6 @@
-// Puts the hops of a route into rounds. A hop is in a later round than what it carries; a round is as long as the longest
-// hop. Where receivers stage what they add, a round has one piece of each peer, and devices stage two of each at most.
+// Assigns the hops of a route to rounds. A hop is in a later round than the hops that bring what it carries; a round
+// lasts as long as the longest hop. If receivers must stage pieces before adding them, a round has at most one piece
+// from each peer, and a device stages at most two pieces per peer.
 #include <algorithm>
 #include <limits>
 #include <map>
@@ -15,11 +16,11 @@ namespace hecate {
 
 namespace {
 
-// Contributions are as wide as sums: results may be received, and added up, where they belong.
+// Whether contributions are as wide as sums, so that results can be received and added up directly in the output.
 bool same_width(const Request& request) { return request.partial_bytes == request.chunk_bytes; }
 bool in_place(const Request& request, const Hop& hop) { return hop.alone && same_width(request); }
 
-// As the simulation starts them, in the order `order`. `staged`: one piece of each peer in a round.
+// Rounds that follow the simulated start times, in the order `order`. `staged`: at most one piece per peer and round.
 std::vector<int> as_simulated(const Request& request, const std::vector<Hop>& hops, const Timing& timing,
                               const std::vector<int>& order, bool staged) {
   std::vector<int> round(hops.size());
@@ -36,33 +37,35 @@ std::vector<int> as_simulated(const Request& request, const std::vector<Hop>& ho
   return round;
 }
 
-// What hops bring to one device, added up.
+// A sum: what hops bring to one device to be added up.
 struct Sum {
-  int buffers;        // pieces of memory while it is open
-  bool final;         // the owner's result
-  int missing = 0;    // hops that bring something and have no round yet
-  bool open = false;  // it is in memory in the round at hand
+  int buffers;        // memory that it needs while it is open, in pieces
+  bool final;         // whether it is the owner's result
+  int missing = 0;    // hops that bring contributions and have no round yet
+  bool open = false;  // whether it is in memory in the current round
 };
 
-// What a device has to do with the round at hand and the one after it.
+// Memory and messages of a device in the current round and the one after it.
 struct Device {
-  int limit = 0;                            // pieces of memory: two a peer, or what one sum and one result take
-  int most_sent = 0, most_received = 0;     // in any round of the simulation
+  int limit = 0;                            // most memory, in pieces: two per peer, or what one sum and one result need
+  int most_sent = 0, most_received = 0;     // largest numbers in any round of the simulation
   int sent = 0, received = 0;
-  int staged = 0, staged_after = 0;         // pieces received; while a round is waited for, the next one is open
-  int sums = 0, finals = 0;                 // memory of the open ones, and of those of them that are results
-  int largest_sum = 0, largest_result = 0;  // memory of one that is handed on, of one result
+  int staged = 0, staged_after = 0;         // pieces received in this round and the next: both are staged at once
+  int sums = 0, finals = 0;                 // memory of all open sums, and of those that are results
+  int largest_sum = 0, largest_result = 0;  // most memory of a sum that is sent on, and of a result
   int closed = 0;                           // memory of sums that are not open in the round before this one
-  int used_after = 0;                       // all memory of the round after this one
+  int used_after = 0;                       // total memory in the round after this one
 };
 
-// From the last round to the first: each hop in the latest round that what waits for it allows, so that sums are under
-// way, and in memory, for a short time. Devices send and receive in a round no more than in their busiest simulated one.
+// Works from the last round to the first: each hop gets the latest round that the hops which depend on it allow, so
+// that sums are in memory for a short time only. In no round does a device send or receive more than in its busiest
+// round of the simulation.
 //
-// A device opens a sum (backwards: by the hop that carries it away) only while memory for one more piece remains, and a
-// result only while a sum fits in besides. So each hop that brings it finds room, at the latest after an empty round,
-// once its sender may open the sum that it carries: sums go from lower devices and nodes to higher ones, the lowest are
-// brought by hops that carry none, and only then come results. So every hop finds its round.
+// A device opens a sum (working backwards: at the hop that carries it away) only if memory for one more piece remains,
+// and a result only if one more sum still fits. Why every hop finds a round: sums travel from lower devices and nodes
+// to higher ones, and the lowest sums are brought by hops that carry no sum. So, after an empty round at the latest,
+// each hop that brings a contribution to an open sum has room, as soon as its sender may open the sum that the hop
+// carries. Results come last.
 class Backwards {
  public:
   Backwards(const Request& request, const std::vector<Hop>& hops, const std::vector<int>& order,
@@ -94,7 +97,7 @@ class Backwards {
 
  private:
   static constexpr int kNone = -1;
-  static constexpr int kDrained = 2;  // empty rounds after which nothing received takes memory any more
+  static constexpr int kDrained = 2;  // number of empty rounds after which no received piece is in memory any more
 
   void find_waits(const std::vector<int>& simulated);
   void find_sums();
@@ -107,8 +110,8 @@ class Backwards {
 
   bool staged(int i) const { return !in_place(request_, hops_[i]); }
 
-  // Pieces that the open sums of its receiver take more when hop `i` gets a round. The first hop of a sum, if it is as
-  // wide, becomes the sum.
+  // Additional memory, in pieces, that the receiver's open sums need once hop `i` has a round. If the first piece that
+  // arrives is as wide as the sum, its memory becomes the sum's.
   int growth(int i) const {
     const Sum& sum = sums_[brings_[i]];
     if (sum.missing == 1) return sum.open && same_width(request_) ? -sum.buffers : 0;
@@ -117,15 +120,15 @@ class Backwards {
 
   const Request& request_;
   const std::vector<Hop>& hops_;
-  std::vector<int> waits_, latest_;    // per hop: those that wait for it and have no round, and what the others allow
-  std::vector<int> place_;             // per hop: the later the simulation starts it, the lower
-  std::vector<int> brings_, carries_;  // per hop: the sum it adds to; the one that it carries away, or kNone
+  std::vector<int> waits_, latest_;    // per hop: dependent hops without a round; latest round that the others allow
+  std::vector<int> place_;             // per hop: its rank in the simulation, latest start first
+  std::vector<int> brings_, carries_;  // per hop: the sum that it is added to; the sum that it carries, or kNone
   std::vector<Sum> sums_;
   std::vector<int> round_;
   std::vector<Device> devices_;
-  std::set<std::pair<int, int>> ready_;  // latest round (negative), hop: nothing without a round waits for it
-  std::set<std::pair<int, int>> now_;    // place, hop: those of them that may have the round at hand
-  std::set<std::pair<int, int>> pairs_;  // sender, receiver: of the round at hand
+  std::set<std::pair<int, int>> ready_;  // (latest round, negative; hop): hops whose dependent hops all have rounds
+  std::set<std::pair<int, int>> now_;    // (place, hop): those of them that may be in the current round
+  std::set<std::pair<int, int>> pairs_;  // (sender, receiver): the pairs used in the current round
 };
 
 void Backwards::find_waits(const std::vector<int>& simulated) {
@@ -139,21 +142,21 @@ void Backwards::find_waits(const std::vector<int>& simulated) {
 
 void Backwards::find_sums() {
   std::map<std::tuple<int, int, int, bool>, int> known;  // expert, piece, device, final
-  std::vector<std::map<int, int>> by_node;               // of each sum: node -> hops
+  std::vector<std::map<int, int>> by_node;               // per sum: node -> number of hops
   for (std::size_t i = 0; i < hops_.size(); ++i) {
     const Hop& hop = hops_[i];
     const auto [it, is_new] = known.emplace(std::make_tuple(hop.expert, hop.piece, hop.dst, hop.final), sums_.size());
     if (is_new) {
       sums_.push_back({hop.final && same_width(request_) ? 0 : 1, hop.final});
       by_node.emplace_back();
-      // Its own contribution is added to a piece that is as wide.
+      // The device's own contribution is added into a received piece if that is as wide as the sum.
       if (request_.held(hop.expert, hop.dst)) by_node.back()[request_.node_of(hop.dst)] = same_width(request_) ? 0 : 1;
     }
     brings_[i] = it->second;
     ++sums_[it->second].missing;
     ++by_node[it->second][request_.node_of(hop.first)];
   }
-  // Several of one node are added up apart from the nodes before it.
+  // Several pieces of one node are summed separately before they are added to the sum of the nodes before it.
   for (std::size_t s = 0; s < sums_.size(); ++s)
     sums_[s].buffers += std::any_of(std::next(by_node[s].begin()), by_node[s].end(), [](auto& n) { return n.second > 1; });
   for (std::size_t i = 0; i < hops_.size(); ++i) {
@@ -181,7 +184,7 @@ void Backwards::find_limits(const std::vector<int>& simulated) {
     device.limit = std::max(device.limit, device.largest_sum + device.largest_result + 1);
 }
 
-// How many hops get round `now`.
+// Returns how many hops were put into round `now`.
 std::size_t Backwards::fill(int now) {
   std::size_t filled = 0;
   const auto admit = [&] {
@@ -197,7 +200,7 @@ std::size_t Backwards::fill(int now) {
     }
     put(i, now);
     ++filled;
-    admit();  // started before this one, so behind it here
+    admit();  // hops that the simulation starts before this one come after it here
     it = now_.erase(it);
   }
   return filled;
@@ -243,7 +246,7 @@ void Backwards::put(int i, int now) {
   if (hop.behind >= 0) release(hop.behind, now);
 }
 
-// One hop less waits for `before`.
+// One hop fewer depends on `before`.
 void Backwards::release(int before, int latest) {
   latest_[before] = std::min(latest_[before], latest);
   if (--waits_[before] == 0) ready_.emplace(-latest_[before], before);

@@ -1,4 +1,4 @@
-// Chooses the shape that is done first.
+// Chooses the shape of a route that the simulation finds fastest.
 #include "collectives/route.hpp"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ class Choice {
     direct_ns_ = timing_.total;
   }
 
-  // Keep `shape` if it saves 2 % of the best so far, or 5 % by more hops: what the model does not know, they make worse.
-  // Returns how long it takes.
+  // Keep `shape` if it is 2 % faster than the best so far, or 5 % if it has more hops, since hops have costs that the
+  // model does not know. Returns how long it takes.
   std::int64_t consider(const Travel& shape) {
     std::vector<Hop> hops = hops_of_(request_, shape);
     Timing timing = simulate(request_, hops);
@@ -32,7 +32,7 @@ class Choice {
     return total;
   }
 
-  // Every shape, its pieces doubled while that saves 1 %.
+  // Try every shape, and double its number of pieces as long as that saves 1 %.
   void search(const std::vector<Travel>& shapes) {
     const std::int64_t most = std::min<std::int64_t>(kMostPieces, request_.chunk_bytes / kLeastPiece);
     for (Travel shape : shapes) {

@@ -1,4 +1,4 @@
-// List scheduling: at every moment the hop that can start earliest starts. A resource carries one message at a time.
+// List scheduling: the hop that can start earliest is always started next. A resource carries one message at a time.
 #include <algorithm>
 #include <array>
 #include <functional>
@@ -12,7 +12,7 @@ namespace hecate {
 
 namespace {
 
-// What a hop occupies, and for how long.
+// The resources that a hop occupies, and for how long.
 struct Use {
   int resource;
   std::int64_t busy_ns;
@@ -40,14 +40,14 @@ class Network {
               links.message_ns + wire_ns(bytes, std::min(links.crossing, links.border))};
     }
     const std::int64_t port = links.message_ns + wire_ns(bytes, links.device);
-    // The fabric carries as many devices' fixed costs at once as their bytes: cores that ranks share send in turn.
+    // The fixed costs of messages also occupy the fabric, as their bytes do: ranks that share cores send in turn.
     const std::int64_t fixed = links.message_ns / std::max<std::int64_t>(1, links.fabric / links.device);
     const Use fabric{4 * d + 2 * n + from, fixed + wire_ns(bytes, links.fabric)};
     return {{{{hop.src, port}, {d + hop.dst, port}, fabric, fabric}},
             links.message_ns + wire_ns(bytes, std::min(links.device, links.fabric))};
   }
 
-  // The resource that `demand` waits for longest.
+  // Of the resources that `demand` needs, the one that becomes free last.
   int blocking(const Demand& demand) const {
     const auto later = [this](const Use& a, const Use& b) { return free_[a.resource] < free_[b.resource]; };
     return std::max_element(demand.uses.begin(), demand.uses.end(), later)->resource;
@@ -62,7 +62,7 @@ class Network {
 
  private:
   const Request& request_;
-  std::vector<std::int64_t> free_;  // from when on, per resource
+  std::vector<std::int64_t> free_;  // per resource: the time from which it is free
 };
 
 class Simulation {
@@ -93,8 +93,8 @@ class Simulation {
   }
 
  private:
-  static constexpr int kFree = 0, kHop = 1;                  // who waited comes first
-  using Event = std::tuple<std::int64_t, int, int, int>;     // when, kind, piece (early ones first), hop or resource
+  static constexpr int kFree = 0, kHop = 1;                  // at equal times, hops that already waited come first
+  using Event = std::tuple<std::int64_t, int, int, int>;     // time, kind, piece (low ones first), hop or resource
   using Waiting = std::pair<int, int>;                       // piece, hop
   template <typename T>
   using Queue = std::priority_queue<T, std::vector<T>, std::greater<>>;
@@ -122,7 +122,8 @@ class Simulation {
     }
   }
 
-  // `resource` may be free: serve who waits for it until it is taken. Who needs another one waits there.
+  // `resource` may be free: start the hops that wait for it until it is taken. A hop that also needs another resource
+  // that is busy waits for that one.
   void wake(int resource, std::int64_t now) {
     Queue<Waiting>& queue = parked_[resource];
     while (!queue.empty() && network_.free_at(resource) <= now) {
@@ -136,10 +137,10 @@ class Simulation {
   const std::vector<Hop>& hops_;
   Network network_;
   std::vector<Demand> demands_;
-  std::vector<Queue<Waiting>> parked_;  // per resource; one event wakes each that is not empty
+  std::vector<Queue<Waiting>> parked_;  // hops waiting per resource; each non-empty queue has one wake-up event
   std::vector<int> waits_;
   std::vector<std::int64_t> ready_;
-  std::vector<std::vector<std::pair<int, std::int64_t>>> next_;  // hop, how long after this one
+  std::vector<std::vector<std::pair<int, std::int64_t>>> next_;  // per hop: (later hop, its delay after this one)
   Queue<Event> events_;
   Timing timing_;
 };

@@ -10,7 +10,7 @@ namespace hecate {
 
 namespace {
 
-// Per device the lowest device of those that it shares experts with, directly or through others.
+// Connected components of devices that share experts: per device, the lowest device of its component.
 std::vector<int> components(const Network& network) {
   std::vector<int> lowest(network.devices());
   std::iota(lowest.begin(), lowest.end(), 0);
@@ -28,7 +28,7 @@ Tokens expert_tokens(const Network& network) {
   return tokens;
 }
 
-// Depth first, and each set of copies at most once.
+// Depth-first search through sets of copies that visits each set at most once.
 class Search {
  public:
   Search(const Network& network, std::int64_t target, const Limits& limits, int& trials)
@@ -56,7 +56,7 @@ class Search {
     return open(network, {expert, device}) && limits.may_enter(network, expert, device);
   }
 
-  // The sets with the first option, then those with the second but not the first, and so on.
+  // First all sets that contain the first option, then those with the second but not the first, and so on.
   bool try_each(const Network& network, const Limits& limits, const std::vector<Pair>& options) {
     bool reached = false;
     std::size_t tried = 0;
@@ -76,8 +76,8 @@ class Search {
     return reached;
   }
 
-  // After drain() the tokens of the devices that it reached can leave only with a copy of one of their experts on
-  // another device. Those that take most come first, and of these the ones that leave least room or tokens behind.
+  // After drain() failed, tokens can leave the devices that it marked only by a copy of one of their experts on another
+  // device. Copies that take the most tokens come first; on a tie, those that leave the least room and fewest tokens.
   std::vector<Pair> options(const Network& network, const Limits& limits) {
     Tokens stuck(network.experts(), 0);
     for (int p = 0; p < network.pairs(); ++p)
@@ -97,8 +97,9 @@ class Search {
     return copies;
   }
 
-  // Whether devices could compute all tokens: each at most the target, and at most those of the experts that it has and
-  // of the hottest that may enter; devices that share experts only with each other at most those once.
+  // A necessary condition: whether the devices could compute all tokens if each computes at most the target, and no
+  // more than the tokens of the experts that it has and of the hottest that may still enter. Tokens of experts that
+  // devices share with each other are counted only once.
   bool may_suffice(const Network& network, const Limits& limits) {
     const std::vector<int> component = components(network);
     Tokens each(network.devices(), 0), apart(network.devices(), 0), together(network.devices(), 0);
@@ -128,7 +129,7 @@ class Search {
   int& trials_;
   const Tokens tokens_;              // per expert
   const std::vector<int> hottest_;   // experts
-  std::vector<char> open_;           // [experts, devices]: whether sets with this copy are still to be looked at
+  std::vector<char> open_;           // [experts, devices]: whether sets with this copy are still to be searched
   std::vector<Pair> copies_;
 };
 

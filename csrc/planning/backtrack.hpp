@@ -1,4 +1,4 @@
-// Copies that reach a target, found by trying sets of copies one after the other.
+// Finds copies that reach a target by trying sets of copies one after the other.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace hecate {
 
-// Appends to `copies` what leaves no device of `network` more than `target` tokens; false if nothing found does. If no
-// sends are limited there is then no such set within the limits, unless `trials`, which every set that is looked at
-// lowers by one, has come to 0.
+// Appends to `copies` a set of copies after which no device of `network` has more than `target` tokens; returns false
+// if none was found. Each set that is examined lowers `trials` by one. If the search fails with `trials` above 0 and
+// the number of sends is not limited, no such set exists within the limits.
 bool backtrack(const Network& network, std::int64_t target, const Limits& limits, int& trials,
                std::vector<Pair>& copies);
 

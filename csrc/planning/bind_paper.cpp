@@ -9,7 +9,7 @@ namespace nb = nanobind;
 
 namespace hecate {
 
-// Plain lists: these run once in a while, and layers differ in size.
+// Arguments are plain lists: these functions are called rarely, and layers have different numbers of experts.
 void bind_paper(nb::module_& m) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
   m.def(

@@ -163,7 +163,7 @@ Out robust_copies_array(const Levels& levels, const Vector& owners, const Vector
   return pairs_array(copies);
 }
 
-// Copies that bring every device to `target`, or else as close as the search gets.
+// Copies that bring every device down to `target`, or as close to it as the search finds.
 Out few_copies_array(const Vector& loads, const Holding& placement, int devices_per_node, std::int64_t target,
                 const Vector& in, const Vector& out, const Vector& node_in, const Vector& node_out, int order) {
   std::vector<Pair> copies;

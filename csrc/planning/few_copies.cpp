@@ -9,12 +9,11 @@ namespace hecate {
 
 namespace {
 
-// Sets of copies that the search through all of them may look at, times devices and experts: the more there are, the
-// longer each set takes. 4 devices and 8 experts have 1024, where a search that proves a target out of reach needs
-// some hundred.
+// Limit of the exhaustive search: the number of sets it examines times devices times experts, since the time per set
+// grows with these. For 4 devices and 8 experts this allows 1024 sets; proving a target unreachable takes some hundred.
 constexpr int kTrials = 1 << 15;
 
-// Devices below the target that may still take a copy, by rising room.
+// Devices below the target that may still take a copy, by ascending room (target minus load).
 class Rooms {
  public:
   Rooms(const Network& network, std::int64_t target, const Limits& limits) {
@@ -23,8 +22,8 @@ class Rooms {
     std::sort(sorted_.begin(), sorted_.end());
   }
 
-  // Where to move `tokens` of `expert`: the least room that takes all of them; else the larger of the two rooms that
-  // take them together with the least left over; else the largest. Returns a device, or -1.
+  // Returns the device to move `tokens` of `expert` to, or -1: the one with the smallest room that takes all tokens;
+  // else the larger one of the pair whose rooms together take them with the least left over; else the largest room.
   int best_fit(const Network& network, const Limits& limits, int expert, std::int64_t tokens) const {
     const auto usable = [&](int i) { return limits.may_enter(network, expert, sorted_[i].second); };
     const auto above = [&](int i) {
@@ -64,7 +63,7 @@ class Rooms {
   std::vector<Room> sorted_;
 };
 
-// The pair on `device` with the most tokens whose expert can still be sent, or -1.
+// Of the pairs on `device` whose expert can still be sent, the one with the most tokens, or -1.
 int largest_pair(const Network& network, int device, const Limits& limits) {
   int best = -1;
   for (int p = network.first_on_device(device); p >= 0; p = network.next_on_device(p))
@@ -91,8 +90,8 @@ bool relieve(Network& network, int device, std::int64_t target, Rooms& rooms, Li
   return true;
 }
 
-// Small excesses first: each finds a room that it fills well, and what is left over is still there for the large ones,
-// which need many rooms anyway.
+// Devices with a small excess come first: for each a device with fitting room is found, and the remaining room serves
+// the large excesses, which need several devices anyway.
 bool relieve_all(Network& network, std::int64_t target, Limits& limits) {
   Rooms rooms(network, target, limits);
   std::vector<std::pair<std::int64_t, int>> crowded;
@@ -104,7 +103,7 @@ bool relieve_all(Network& network, std::int64_t target, Limits& limits) {
   return true;
 }
 
-// The pair with the most tokens on a device above the target whose expert can be copied to `device`, or -1.
+// Of the pairs on devices above the target whose expert can be copied to `device`, the one with the most tokens, or -1.
 int largest_excess(const Network& network, std::int64_t target, const Limits& limits, int device) {
   int best = -1;
   for (int p = 0; p < network.pairs(); ++p)
@@ -114,9 +113,9 @@ int largest_excess(const Network& network, std::int64_t target, const Limits& li
   return best;
 }
 
-// Fills the widest room to the target, again and again, even if the device that gives the tokens then has room itself,
-// which another one fills. More copies than relieving every device by its excess alone, but no slot is used for less
-// than the device can take; that is what decides where slots are few.
+// Repeatedly fills the device with the most room up to the target, even if the giving device then falls below the
+// target and is filled by another one. This takes more copies than moving only each device's excess, but each slot
+// moves as many tokens as its device can take, which matters if slots are scarce.
 bool fill_all(Network& network, std::int64_t target, Limits& limits) {
   while (!network.drain(target)) {
     int to = -1;
@@ -133,8 +132,8 @@ bool fill_all(Network& network, std::int64_t target, Limits& limits) {
   return true;
 }
 
-// `start` with copies until no device is above the target: by the excess of each, or if that fails by whole rooms.
-// Nothing if neither gets there.
+// Adds copies to `start` until no device is above the target: by moving each device's excess or, if that fails, by
+// filling devices up to the target. Returns nothing if both fail.
 std::optional<Network> cover(const Network& start, std::int64_t target, const Limits& limits, Effort effort) {
   Network network = start;
   Limits left = limits;
@@ -164,7 +163,7 @@ bool cover_flat(const Network& start, std::int64_t target, const Limits& limits,
   return true;
 }
 
-// The holders as pairs of expert and node.
+// The holders, as (expert, node) pairs.
 Holders node_holders(const Holders& held, const Shape& shape) {
   Holders nodes;
   for (int e = 0; e < shape.experts; ++e) {
@@ -180,8 +179,8 @@ Holders node_holders(const Holders& held, const Shape& shape) {
   return nodes;
 }
 
-// Balances the devices of one node. `given` holds (expert, tokens) that the node computes, of which `outside` experts
-// enter the node: each starts on a device of its own outside, which is full but for those tokens.
+// Balances the devices of one node. `given` lists the (expert, tokens) that the node computes; `outside` of these
+// experts enter the node. Each of those starts on an imaginary device outside the node, which has no room for others.
 bool cover_inside(const Holders& held, const Shape& shape, int node, int outside,
                   const std::vector<std::pair<int, std::int64_t>>& given, std::int64_t target, Limits& limits,
                   std::vector<Pair>& copies) {
@@ -207,7 +206,7 @@ bool cover_inside(const Holders& held, const Shape& shape, int node, int outside
   return true;
 }
 
-// Takes one send of a holder for each expert that enters a node.
+// Uses up one send of a holder for each expert that enters a node.
 bool charge_senders(const Network& nodes, int first_entry, const Holders& held, Limits& limits) {
   for (int p = first_entry; p < nodes.pairs(); ++p) {
     const int e = nodes.expert_of[p];

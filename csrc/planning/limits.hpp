@@ -1,4 +1,4 @@
-// What may be copied where.
+// Limits on copies: which experts may be copied to which devices, and how many copies each device may get and send.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace hecate {
 
 using Pair = std::pair<int, int>;  // expert, device
 
-// A copy takes one unit of `in` at its device and one of `out` at the holder that sends it. That may be another copy:
-// schedules relay, so that a hot expert does not cost its owner one send for each copy.
+// A copy uses one unit of `in` of its device and one unit of `out` of the holder that sends it. The sender may itself
+// hold a copy: routes relay, so that the owner of a hot expert need not send every copy.
 struct Limits {
   std::vector<int> in, out;
-  const bool* allowed = nullptr;  // [experts, devices], or null: anything
+  const bool* allowed = nullptr;  // [experts, devices]; null: all copies are allowed
 
-  // The holder with the most sends left, the first of equals, or -1.
+  // The holder with the most sends left (the first one on a tie), or -1 if none has any left.
   int sender(const Network& network, int expert) const {
     int best = -1;
     for (int p = network.first_of_expert(expert); p >= 0; p = network.next_of_expert(p)) {

@@ -7,10 +7,11 @@ namespace hecate {
 
 namespace {
 constexpr std::int64_t kFar = std::numeric_limits<std::int64_t>::max() / 4;
-// A length is cost * kHop + 1: among paths of least cost the shortest, so that admissible arcs form no cycle.
+// An arc's length is cost * kHop + 1, so that of all least-cost paths those with the fewest arcs are shortest. Hence
+// the admissible arcs form no cycle.
 constexpr std::int64_t kHop = std::int64_t{1} << 20;
 
-// The cost in a sum of at most kHop - 1 lengths, rounded down for negative sums as well.
+// Recovers the cost from a sum of at most kHop - 1 lengths; rounds down, also if the sum is negative.
 std::int64_t cost_of(std::int64_t length) { return length >= 0 ? length / kHop : -((-length + kHop - 1) / kHop); }
 }  // namespace
 
@@ -34,7 +35,7 @@ int MinCostFlow::add_arc(int from, int to, std::int64_t capacity, std::int64_t f
   return arc;
 }
 
-// Label correcting (Bellman-Ford with a queue) from every vertex with excess.
+// Shortest paths from all vertices with excess, by label correcting (Bellman-Ford with a queue).
 bool MinCostFlow::distances(const std::vector<std::int64_t>& excess) {
   std::fill(distance_.begin(), distance_.end(), kFar);
   queue_.clear();

@@ -10,12 +10,13 @@ class MinCostFlow {
  public:
   explicit MinCostFlow(int vertices, int expected_arcs = 0);
 
-  // An arc and its reverse; `flow` of `capacity` is in use. Returns its index; the reverse has index + 1.
+  // Adds an arc that already carries `flow` of its `capacity`, and its reverse. Returns the arc's index; the reverse
+  // arc has index + 1.
   int add_arc(int from, int to, std::int64_t capacity, std::int64_t flow, int cost);
   std::int64_t flow(int arc) const { return room_[arc + 1]; }
 
-  // Moves every unit of excess[v] > 0 to vertices with excess < 0 at the least cost. The flow in use must be of
-  // least cost itself. False if some excess cannot be moved.
+  // Moves every unit of excess[v] > 0 to vertices with excess < 0 at the least total cost. The flow so far must itself
+  // have least cost. Returns false if some excess cannot be moved.
   bool settle(std::vector<std::int64_t>& excess);
 
  private:

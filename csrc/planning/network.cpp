@@ -36,7 +36,7 @@ void Network::add_amount(int pair, std::int64_t tokens) {
 
 std::int64_t Network::total() const { return std::accumulate(load.begin(), load.end(), std::int64_t{0}); }
 
-// Breadth-first from every device above `target`, along holders that could take over tokens.
+// Breadth-first search from all devices above `target`; an edge leads to a device that can take over tokens.
 bool Network::levels(std::int64_t target) {
   std::fill(level_.begin(), level_.end(), -1);
   std::fill(seen_.begin(), seen_.end(), 0);
@@ -62,7 +62,7 @@ bool Network::levels(std::int64_t target) {
   return sink;
 }
 
-// Depth-first along rising levels; returns how many of `limit` tokens found a device below `target`.
+// Depth-first search along ascending levels; returns how many of `limit` tokens reached a device below `target`.
 std::int64_t Network::push(int device, std::int64_t limit, std::int64_t target) {
   std::int64_t sent = 0;
   if (load[device] < target) {
@@ -93,7 +93,8 @@ bool Network::drain(std::int64_t target) {
   return queue_.empty();
 }
 
-// Newton's method on the cut: the tokens of a set that drain() could not empty stay in it, so its mean is a bound.
+// Newton's method on the cut: if drain() fails, the tokens of the devices it marks cannot leave that set, so their mean
+// load is a lower bound and becomes the next target.
 std::int64_t Network::min_max() {
   std::int64_t target = ceil_div(total(), devices());
   while (!drain(target)) {

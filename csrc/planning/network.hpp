@@ -1,4 +1,5 @@
-// Who holds which expert and how many of its tokens each holder computes; tokens move between holders to balance.
+// A flow network: which devices hold each expert and how many of its tokens each of them computes. Tokens move between
+// the holders of an expert to balance the devices.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@ namespace hecate {
 
 using Tokens = std::vector<std::int64_t>;
 
-// Experts and devices joined by holder pairs. A pair's amount is the number of the expert's tokens that the device
-// computes. Pairs of one expert, and pairs on one device, are chained through arrays: adding one never allocates much.
+// A bipartite graph of experts and devices whose edges are holder pairs. A pair's amount is the number of the expert's
+// tokens that the device computes. The pairs of an expert, and those on a device, are linked lists stored in arrays, so
+// that adding a pair is cheap.
 class Network {
  public:
   Network(int experts, int devices, int expected_pairs);
@@ -28,10 +30,10 @@ class Network {
   bool holds(int expert, int device) const { return held_[static_cast<std::size_t>(expert) * load.size() + device]; }
   std::int64_t total() const;
 
-  // Moves tokens between holders until no device has more than `target`. False: impossible, and then `reached`
-  // marks the devices whose tokens cannot leave the marked set, each of which has at least `target`.
+  // Moves tokens between holders until no device has more than `target`. Returns false if that is impossible; `reached`
+  // then marks a set of devices that tokens cannot leave, each with at least `target` tokens.
   bool drain(std::int64_t target);
-  // The smallest possible largest load, and amounts that reach it.
+  // Returns the smallest achievable maximum device load, and sets amounts that reach it.
   std::int64_t min_max();
   bool reached(int device) const { return level_[device] >= 0; }
 

@@ -8,7 +8,8 @@ namespace hecate {
 
 namespace {
 
-// The free device without the expert, on the node that holds it least often, then on the one with the most free slots.
+// A device with a free slot that does not hold the expert: in the node with the fewest holders of it; on a tie, most
+// free slots.
 int roomiest(const std::vector<char>& held, const std::vector<int>& free, const Shape& shape) {
   std::tuple<int, int, int, int> best{INT32_MAX, 0, 0, -1};
   for (int first = 0; first < shape.devices; first += shape.devices_per_node) {
@@ -20,7 +21,7 @@ int roomiest(const std::vector<char>& held, const std::vector<int>& free, const 
   return std::get<3>(best);
 }
 
-// The least-loaded node with a free slot, then its least-loaded device with one; ties: fewer free slots.
+// The least loaded node with a free slot, and in it the least loaded device with one; on a tie, fewer free slots.
 int least_loaded(const Tokens& load, const std::vector<int>& free, const Shape& shape) {
   std::tuple<std::int64_t, int, int> best{INT64_MAX, 0, -1};
   for (int first = 0; first < shape.devices; first += shape.devices_per_node) {
@@ -42,14 +43,15 @@ Tokens device_loads(const Tokens& loads, const Owners& owners, int devices) {
   return sums;
 }
 
-// The loads without the `degree` hottest experts, whose copies hide their owner's load.
+// The loads with those of the `degree` hottest experts left out: copies take that load off their owners.
 Tokens cold_loads(Tokens loads, int degree) {
   const std::vector<int> order = hottest_first(loads);
   for (int i = 0; i < degree && i < static_cast<int>(order.size()); ++i) loads[order[i]] = 0;
   return loads;
 }
 
-// Swaps an expert of the most loaded device for a lighter one elsewhere while that lowers the larger of the two loads.
+// Swaps an expert of the most loaded device with a lighter one of another device while that lowers the larger of both
+// devices' loads.
 void swap_until(const Tokens& loads, Owners& owners, int devices, std::int64_t target) {
   for (Tokens busy = device_loads(loads, owners, devices);;) {
     const auto crowded = std::max_element(busy.begin(), busy.end()) - busy.begin();

@@ -1,4 +1,4 @@
-// What a plan is made of and what makes it valid.
+// The arrays of a plan, sums over them, and the rules that make a plan valid.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@ struct PlanArrays {
   std::int64_t pairs;
 };
 
-// Tokens each device computes, int64 [devices].
+// Number of tokens that each device computes, int64 [devices].
 Tokens device_loads(const PlanArrays& plan, const Shape& shape);
 
-// Pairs of an expert and a node that holds it but not its owner.
+// Number of (expert, node) pairs in which the node holds a copy but not the owner.
 std::int64_t count_crossings(const PlanArrays& plan, const Shape& shape);
 
-// The first rule that the plan breaks, in words; empty if it is valid.
+// The first rule that the plan breaks, in words; empty if the plan is valid.
 std::string plan_fault(const PlanArrays& plan, const Shape& shape);
 
 }  // namespace hecate

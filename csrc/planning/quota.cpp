@@ -10,15 +10,16 @@ namespace hecate {
 
 namespace {
 
-// What a token on its own device is worth, and what one on its own node, or on its own device, is worth on top.
+// Weights of the objective: the value of a token that stays on its own device, and the additional value of a token that
+// stays in its own node (which includes its own device).
 struct Worth {
   int own, node;
 };
-// From own device above all to own node above all.
+// Tried in this order: from valuing the own device most to valuing the own node most.
 constexpr Worth kWorths[] = {{3, 1}, {7, 4}, {5, 4}, {3, 4}, {1, 3}};
 constexpr std::int64_t kNodePercent = 98;
 
-// An expert's holders within one node, as a range of pairs, and the node's own tokens for it.
+// An expert's holders in one node, as a range of pairs, and the number of tokens that this node's devices route to it.
 struct Group {
   int expert, node, begin, end;
   std::int64_t tokens;
@@ -40,7 +41,8 @@ std::vector<Group> groups_of(const std::int64_t* counts, const Holders& holders,
   return groups;
 }
 
-// Gives `tokens` to the pairs [begin, end): up to `limit` to each in turn, least loaded device first, then the rest.
+// Distributes `tokens` over the pairs [begin, end), least loaded device first: each is filled up to `limit`; if all are
+// full, the least loaded one gets the rest.
 void pour(std::int64_t tokens, int begin, int end, const Holders& holders, std::int64_t limit, Tokens& load,
           Tokens& amounts) {
   while (tokens > 0) {
@@ -55,7 +57,7 @@ void pour(std::int64_t tokens, int begin, int end, const Holders& holders, std::
   }
 }
 
-// The most local amounts there are, whatever the device loads.
+// The amounts that keep the most tokens local, even if devices are then above `limit`.
 Tokens preferred_amounts(const std::int64_t* counts, const Holders& holders, const std::vector<Group>& groups,
                          const Shape& shape, std::int64_t limit, Tokens& load) {
   Tokens amounts(holders.expert.size(), 0), foreign = column_sums(counts, shape);
@@ -108,7 +110,7 @@ Tokens column_sums(const std::int64_t* counts, const Shape& shape) {
 
 namespace {
 
-// Every expert's tokens split evenly over its holders.
+// Splits every expert's tokens evenly over its holders.
 Network even_network(const Tokens& loads, const Holders& holders, const Shape& shape) {
   const int pairs = static_cast<int>(holders.expert.size());
   Network network(shape.experts, shape.devices, pairs);
@@ -157,8 +159,9 @@ std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners, c
 
 namespace {
 
-// Vertices: devices, then groups, then experts. A group passes tokens of its node at a profit, others at none, and
-// so does a device with its own tokens; what is over the limit then moves along the paths that lose least.
+// Vertices are devices, then groups (an expert's holders in one node), then experts. A device gains value for its own
+// tokens and a group for its node's tokens; other tokens gain nothing. Tokens above the limit then move along the paths
+// that lose the least value.
 Tokens amounts_for(const std::int64_t* counts, const Holders& holders, const std::vector<Group>& groups,
                    const Shape& shape, std::int64_t limit, Worth worth) {
   Tokens load(shape.devices, 0);
@@ -190,7 +193,7 @@ Tokens amounts_for(const std::int64_t* counts, const Holders& holders, const std
   return amounts;
 }
 
-// Tokens that stay in their node.
+// Number of tokens that stay in their own node.
 std::int64_t node_tokens(const std::vector<Group>& groups, const Tokens& amounts) {
   std::int64_t sum = 0;
   for (const Group& group : groups)
@@ -260,7 +263,7 @@ void even_quota(const std::int64_t* counts, const Holders& holders, const Shape&
       }
       if (begin >= end) begin = holders.first[e], end = holders.first[e + 1];
       if (own >= 0) begin = own, end = own + 1;
-      // The remainder starts at another holder for each source, or the first holder would get all of them.
+      // Each source starts its remainder at a different holder; otherwise the first holder would get all remainders.
       const std::int64_t tokens = counts[std::int64_t{s} * shape.experts + e], share = tokens / (end - begin);
       for (int i = 0; i < end - begin; ++i)
         quota[s * pairs + begin + (i + s) % (end - begin)] = share + (i < tokens % (end - begin));

@@ -14,7 +14,7 @@ struct Shape {
   int nodes() const { return devices / devices_per_node; }
 };
 
-// Calls `visit(i)` for every true entry of a row, ascending; most are false, so whole words of those are skipped.
+// Calls `visit(i)` for every true entry of a row, in ascending order. Most entries are false, so it skips whole words.
 template <typename Visit>
 void for_each_true(const bool* row, int size, Visit visit) {
   int i = 0;
@@ -27,41 +27,43 @@ void for_each_true(const bool* row, int size, Visit visit) {
     if (row[i]) visit(i);
 }
 
-// Holder pairs in ascending (expert, device) order; `first[e]`..`first[e + 1]` are those of expert e.
+// Holder pairs in ascending (expert, device) order; those of expert e have the indices [first[e], first[e + 1]).
 struct Holders {
   std::vector<int> expert, device, first;
 };
 
 Holders holders_of(const bool* placement, const Shape& shape);
 
-// Experts by descending load, equal ones ascending.
+// Experts by descending load; on a tie, by ascending number.
 std::vector<int> hottest_first(const Tokens& loads);
 
 // int64 [devices, experts] -> the sum over devices.
 Tokens column_sums(const std::int64_t* counts, const Shape& shape);
 
-// The smallest possible largest device load.
+// The smallest achievable maximum device load.
 std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape);
 
-// The tokens of each pair under the smallest possible largest device load, whoever sends them.
+// The tokens per pair, from all sources together, with the smallest achievable maximum device load.
 Tokens holder_loads(const Tokens& loads, const Holders& holders,
                                        const Shape& shape);
 
-// The least largest load over locations when each computes its own experts' tokens and those of `slots` others at most.
+// A lower bound on the maximum load over locations (devices or nodes) if each computes at most the tokens of its own
+// experts and of `slots` others.
 std::int64_t lower_bound_load(const Tokens& loads, const std::int64_t* owners,
                               const Tokens& slots);
 
-// Tokens per pair: no device above `limit` (which must be reachable), and under that as many tokens as possible on
-// their own device, and then as many as possible on their own node. Where the two are at odds, own devices give way
-// until the tokens on their own node are 98 % of what is possible.
+// Tokens per pair such that no device is above `limit` (which must be achievable). Subject to that, as many tokens as
+// possible stay on their own device, then as many as possible in their own node. If these two goals conflict, tokens
+// leave their own device until 98 % of the tokens that could stay in their node do.
 Tokens local_amounts(const std::int64_t* counts, const Holders& holders, const Shape& shape,
                                         std::int64_t limit);
 
-// Splits `amounts` by source device into quota [devices, pairs]: own device, then own node, then the rest.
+// Splits `amounts` by source device into quota [devices, pairs]: own device first, then own node, then other nodes.
 void split_by_source(const std::int64_t* counts, const Holders& holders, const Tokens& amounts,
                      const Shape& shape, std::int64_t* quota);
 
-// The paper's dispatch (section 4.4): own device, else evenly over the own node's holders, else evenly over all.
+// The paper's dispatch (section 4.4): tokens stay on their device if it holds the expert, else they are split evenly
+// over the holders in their node, else evenly over all holders.
 void even_quota(const std::int64_t* counts, const Holders& holders, const Shape& shape, std::int64_t* quota);
 
 }  // namespace hecate

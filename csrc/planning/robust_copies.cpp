@@ -10,10 +10,11 @@ namespace hecate {
 namespace {
 
 constexpr std::int64_t kPermille = 1000;
-// Targets in 1/1000 of the mean load: wide ones first, so that no device is forgotten while others are made perfect.
+// Targets in 1/1000 of the mean load. Loose ones come first, so that slots are not used up on perfecting some devices
+// while others are still far above the mean.
 constexpr std::int64_t kTargets[] = {1150, 1100, 1050, 1000};
 
-// One guess of the loads, balanced over the copies that there are.
+// One guess of the loads, balanced over the current copies.
 struct Guess {
   Network network;
   std::int64_t target;
@@ -38,7 +39,7 @@ Set make_set(const Guesses& guesses, int level, const std::vector<Pair>& held, i
   return set;
 }
 
-// Per guess and expert, the tokens that a further copy outside of the crowded devices could take from them.
+// Per guess and expert: the tokens that a further copy on another device could take from the overloaded devices.
 Tokens relief(const Set& set) {
   const int experts = set[0].network.experts();
   Tokens gain(set.size() * experts, 0);
@@ -55,7 +56,7 @@ Tokens relief(const Set& set) {
   return gain;
 }
 
-// What a copy of `expert` on `device` takes from the crowded devices, over all guesses.
+// Tokens that a copy of `expert` on `device` takes from the overloaded devices, summed over all guesses.
 std::int64_t value_of(const Set& set, const Tokens& gain, int expert, int device) {
   const int experts = set[0].network.experts();
   std::int64_t value = 0;
@@ -66,8 +67,9 @@ std::int64_t value_of(const Set& set, const Tokens& gain, int expert, int device
   return value;
 }
 
-// The copy that takes most, of those that `usable(expert, device)` admits; {-1, -1} if none takes anything. Of devices
-// that are nearly as good the one with the least room, so that wide ones stay free for large excesses.
+// The copy that takes most tokens, among those for which `usable(expert, device)` is true; {-1, -1} if none takes any.
+// Among devices that are nearly as good, the one with the least room below the target is chosen: devices with more
+// room are kept for larger excesses.
 template <typename Usable>
 Pair best_copy(const Set& set, Usable usable) {
   const int experts = set[0].network.experts();
@@ -92,7 +94,7 @@ Pair best_copy(const Set& set, Usable usable) {
   }
 }
 
-// Adds the best copy again and again, until all guesses reach their targets or nothing helps.
+// Adds the best copy repeatedly, until all guesses reach their targets or no copy helps.
 void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
   for (;;) {
     const Network& network = set[0].network;
@@ -109,14 +111,14 @@ void fill(Set& set, std::vector<Pair>& held, Limits& limits) {
   }
 }
 
-// One guess under local search: its tokens balanced, and their largest load.
+// One guess during the local search: its balanced tokens and their largest device load.
 struct Balanced {
   Network network;
   std::int64_t largest, mean;
 };
 
-// `old` with another expert in the slot of copy `pair`; the tokens of that copy go back to the expert's owner, which is
-// the pair of the expert's own number.
+// `old`, but with another expert in the slot of copy `pair`. The tokens of the replaced copy go back to its expert's
+// owner: the owner of expert e is pair number e.
 Network with_expert(const Network& old, int pair, int expert) {
   Network network(old.experts(), old.devices(), old.pairs());
   for (int p = 0; p < old.pairs(); ++p)
@@ -126,10 +128,10 @@ Network with_expert(const Network& old, int pair, int expert) {
   return network;
 }
 
-// Balances all guesses with another expert in the slot of copy `pair`, and keeps that unless the sum of the largest
-// loads rises.
+// Gives the slot of copy `pair` to another expert and balances all guesses again; keeps the change unless it increases
+// the sum, over the guesses, of their largest loads.
 void try_expert(std::vector<Balanced>& set, int pair, int expert) {
-  std::int64_t slack = 0;  // how far the sum could still fall in the guesses to come
+  std::int64_t slack = 0;  // by how much the remaining guesses could still lower the sum
   for (const Balanced& guess : set) slack += guess.largest - guess.mean;
   std::vector<Balanced> trial;
   trial.reserve(set.size());
@@ -145,7 +147,7 @@ void try_expert(std::vector<Balanced>& set, int pair, int expert) {
   set.swap(trial);
 }
 
-// Whether the limits allow the copies of `held`, made in this order.
+// Whether the limits allow the copies of `held` to be made in this order.
 bool fits(const Guesses& guesses, const std::vector<Pair>& held, int devices, Limits limits) {
   Network network(guesses.experts, devices, static_cast<int>(held.size()));
   for (int p = 0; p < static_cast<int>(held.size()); ++p) {
@@ -159,7 +161,7 @@ bool fits(const Guesses& guesses, const std::vector<Pair>& held, int devices, Li
   return true;
 }
 
-// splitmix64: the same proposals on every rank.
+// splitmix64: a random number generator that makes the same proposals on every rank.
 std::uint64_t next_random(std::uint64_t& state) {
   std::uint64_t z = state += 0x9E3779B97F4A7C15;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
@@ -167,7 +169,7 @@ std::uint64_t next_random(std::uint64_t& state) {
   return z ^ (z >> 31);
 }
 
-// Local search: gives random slots to other experts, hot ones rather, where that does not raise the largest loads.
+// Local search: gives random slots to other experts, more often to hot ones, unless that raises the largest loads.
 void refine(const Guesses& guesses, std::vector<Pair>& held, int devices, const Limits& limits, int swaps) {
   std::vector<std::int64_t> below(guesses.experts);
   std::partial_sum(guesses.of(0, 0), guesses.of(0, 0) + guesses.experts, below.begin());

@@ -1,4 +1,5 @@
-// Copies for loads that are guessed: ahead of time, where hidden bytes are free and buy robustness.
+// Copies for guessed loads, planned before the step: copies that other work hides cost nothing, so they are used for
+// robustness.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace hecate {
 
-// Guesses of the loads, [levels, count, experts]: each level is more pessimistic, the first guess the likeliest.
+// Guesses of the loads, [levels, count, experts]: each level is more pessimistic; the first guess is the likeliest.
 struct Guesses {
   const std::int64_t* loads;
   int levels, count, experts;
@@ -17,9 +18,10 @@ struct Guesses {
   }
 };
 
-// Copies beyond `owners` that balance all guesses as well as the limits allow: first those that the likeliest guess
-// needs, then what relieves most guesses, for a target that tightens, and at last at most `swaps` trials of giving a
-// slot to another expert. Returns them in the order of their use.
+// Copies in addition to `owners` that balance all guesses as well as the limits allow: first those that the likeliest
+// guess needs; then those that take most load from overloaded devices over all guesses, while the target is tightened
+// step by step; then a local search with at most `swaps` trials, each giving a slot to another expert. Returned in the
+// order in which they were added.
 std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int swaps);
 
 }  // namespace hecate

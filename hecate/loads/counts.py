@@ -1,4 +1,4 @@
-"""What counts must be: how many tokens each device routes to each expert."""
+"""Checks token counts: how many tokens each device routes to each expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_TOKENS = 2**40
 
 
 def check_counts(counts: object, num_devices: int, num_experts: int) -> NDArray[np.int64]:
-    """`counts` as C-contiguous int64 `[num_devices, num_experts]`; ValueError names value and rule."""
+    """`counts` as C-contiguous int64 `[num_devices, num_experts]`; otherwise ValueError with the value and the rule."""
     array = np.asarray(counts)
     if array.shape != (num_devices, num_experts) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(

@@ -13,9 +13,9 @@ Int64 = NDArray[np.int64]
 
 
 class LoadHistory:
-    """The counts of the last `window` steps of one layer (the paper's w).
+    """The counts of the last `window` steps (the paper's w) of one layer.
 
-    Micro-batches of one step are added up: `add` for each, `close_step` after the last.
+    The counts of a step's micro-batches are added up: call `add` per micro-batch and `close_step` after the last.
     """
 
     def __init__(self, num_devices: int, num_experts: int, window: int = 5) -> None:
@@ -26,17 +26,17 @@ class LoadHistory:
         self._open: Int64 | None = None
 
     def add(self, counts: Int64) -> None:
-        """Counts int64 `[num_devices, num_experts]` of one micro-batch."""
+        """Add the counts of one micro-batch, int64 `[num_devices, num_experts]`."""
         if counts.shape != self._shape:
             raise ValueError(f"LoadHistory: counts have shape {counts.shape}, must be {self._shape}")
         self._open = counts.copy() if self._open is None else self._open + counts
 
     def close_step(self) -> None:
-        """End the step: what was added becomes its entry, the oldest step beyond the window is dropped."""
+        """End the step: store the counts added since the last one, and drop the oldest step beyond the window."""
         if self._open is not None:
             self._steps.append(self._open)
             self._open = None
 
     def array(self) -> Int64:
-        """Int64 `[steps, num_devices, num_experts]`, oldest first; no steps before the first is closed."""
+        """Int64 `[steps, num_devices, num_experts]` of the closed steps, oldest first."""
         return np.stack(self._steps) if self._steps else np.zeros((0, *self._shape), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Load history and what it predicts: integer loads of the next step, and pessimistic guesses around them."""
+"""Predicts the loads of the next step from past ones: one integer prediction, and pessimistic guesses around it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ LEAST_NOISE_PERMILLE = 150
 
 
 def predict(history: Int64, predictor: Predictor = "window") -> Int64:
-    """Loads of the next step, int64 `[num_experts]`, from history int64 `[steps >= 1, num_devices, num_experts]`.
+    """Predicted loads of the next step, int64 `[num_experts]`.
 
-    "window": mean of the steps (paper, w = 5). "recent": each step counts twice as much as the one before it.
+    `history` is int64 `[steps >= 1, num_devices, num_experts]`, oldest first. Predictor "window" takes the mean of the
+    steps (the paper's, with w = 5); "recent" gives each step twice the weight of the one before it.
     """
     loads = history.sum(axis=1)
     if predictor == "window":
@@ -33,10 +34,11 @@ def predict(history: Int64, predictor: Predictor = "window") -> Int64:
 
 
 def guesses(history: Int64, predictor: Predictor = "recent") -> Int64:
-    """Possible loads of the next step, int64 `[levels, guesses, num_experts]`, each level more pessimistic.
+    """Possible loads of the next step, int64 `[levels, guesses, num_experts]`; each level is more pessimistic.
 
-    A bootstrap: each guess gives every expert the prediction plus its deviation in some past step, times a factor
-    that grows with the level; at least 15 % of the prediction, so that a still history is not trusted blindly.
+    A bootstrap: a guess takes, per expert, the prediction plus the expert's deviation from it in a randomly chosen past
+    step, times a factor that grows with the level. Deviations are at least 15 % of the prediction, so that loads that
+    have not changed so far are still allowed to change. The first guess of each level is the prediction.
     """
     mean, loads = predict(history, predictor), history.sum(axis=1)
     experts = np.arange(len(mean), dtype=np.uint64)
@@ -50,7 +52,7 @@ def guesses(history: Int64, predictor: Predictor = "recent") -> Int64:
 
 
 def _mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: well mixed bits, the same on every machine."""
+    """The finalizer of splitmix64, as a random number generator that gives the same bits on every machine."""
     keys = keys + np.uint64(0x9E3779B97F4A7C15)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -31,25 +31,25 @@ def synthetic_loads(
 ) -> Int64:
     """Int64 `[steps, num_devices, num_experts]`: how many of its tokens each device routes to each expert.
 
-    Every token picks the `top_k` experts with the largest logit plus Gumbel noise, which is sampling without
-    replacement in proportion to exp(logit). Each device tilts all logits by normal noise of deviation `spread`.
+    Every token picks the `top_k` experts with the largest sum of logit and Gumbel noise, which samples experts without
+    replacement in proportion to exp(logit). Each device adds normal noise of standard deviation `spread` to all logits.
 
     Args:
-        kind: "uniform": equal logits; "zipf": popularity rank**-exponent, ranks shuffled; "hot": one expert with
-            `hot_logit`; "drift": zipf plus an AR(1) walk per expert (`drift_rate` a step, stationary deviation
-            `drift_std`) and fresh noise (`step_noise`).
-        num_devices: rows.
-        num_experts: columns.
-        tokens_per_device: each row sums to this times `top_k`.
-        top_k: distinct experts a token picks, at most `num_experts`.
-        seed: same seed, same loads.
-        steps: of the same popularity; only "drift" moves it.
-        exponent: of "zipf" and "drift".
-        hot_logit: of the hot expert; the others have 0.
-        spread: see above; 0 for "uniform".
+        kind: "uniform": equal logits; "zipf": popularity rank**-exponent, ranks shuffled; "hot": one expert has the
+            logit `hot_logit`; "drift": "zipf" plus an AR(1) process per expert (rate `drift_rate` per step, stationary
+            standard deviation `drift_std`) and independent noise per step (`step_noise`).
+        num_devices: number of devices.
+        num_experts: number of experts.
+        tokens_per_device: tokens per device and step; each device's counts sum to this times `top_k`.
+        top_k: number of distinct experts that a token picks, at most `num_experts`.
+        seed: the same seed gives the same loads.
+        steps: number of steps; the popularity of experts changes between them with "drift" only.
+        exponent: exponent of "zipf" and "drift".
+        hot_logit: logit of the hot expert; all others have 0.
+        spread: standard deviation of the noise per device; not used by "uniform".
         drift_rate: see "drift".
         drift_std: see "drift".
-        step_noise: see "drift".
+        step_noise: standard deviation, see "drift".
     """
     if kind not in get_args(LoadKind):
         raise ValueError(f"kind={kind!r}: must be one of {', '.join(map(repr, get_args(LoadKind)))}")

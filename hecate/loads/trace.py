@@ -2,12 +2,12 @@
 
 Format "hecate-trace", version 1, a zip of `.npy` members that `numpy.load` opens:
 
-- `meta`: one JSON string with `format`, `version`, `num_devices`, `devices_per_node`, `experts` (of each layer).
+- `meta`: one JSON string with `format`, `version`, `num_devices`, `devices_per_node`, `experts` (number per layer).
 - `steps.<chunk>`: int64 `[n]`, the step numbers of one chunk; chunks are numbered from 000000.
 - `layer<l>.<chunk>`: unsigned integers `[n, num_devices, experts of layer l]` of the narrowest type that fits.
 
-Counts of a step are summed over its micro-batches. Where a step occurs twice (a run resumed from a checkpoint before
-it) the later one counts. The file is a valid archive after every chunk.
+The counts of a step are summed over its micro-batches. If a step occurs twice (the run was resumed from an earlier
+checkpoint), the later one counts. The file is a valid archive after every chunk.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FORMAT, VERSION = "hecate-trace", 1
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What was recorded.
+    """Recorded loads.
 
     Attributes:
-        topology: of the devices.
-        steps: int64 `[steps]`, ascending step numbers.
-        layers: for each MoE layer int64 `[steps, num_devices, num_experts of the layer]`.
+        topology: which devices share a node.
+        steps: int64 `[steps]`, step numbers in ascending order.
+        layers: per MoE layer, int64 `[steps, num_devices, num_experts of the layer]`.
     """
 
     topology: Topology
@@ -49,13 +49,13 @@ class Trace:
 
 
 class TraceWriter:
-    """Appends steps to a trace; used by one rank. A context manager: leaving it writes what is buffered.
+    """Appends steps to a trace. Used by one rank, as a context manager that writes buffered steps when it is left.
 
     Args:
-        path: of the `.npz`; an existing trace of the same topology and layers is continued.
-        topology: of the devices.
-        experts: number of experts of each layer.
-        chunk: steps to buffer between writes.
+        path: the `.npz` file; an existing trace with the same topology and layers is continued.
+        topology: which devices share a node.
+        experts: number of experts per layer.
+        chunk: number of steps to buffer between writes.
     """
 
     def __init__(self, path: str | Path, topology: Topology, experts: Sequence[int], chunk: int = 50) -> None:
@@ -73,7 +73,7 @@ class TraceWriter:
             self._write({"meta": np.array(json.dumps(self._meta()))})
 
     def append(self, step: int, counts: Sequence[Int64]) -> None:
-        """Record one step: int64 `[num_devices, num_experts]` of each layer. ValueError for another shape or sign."""
+        """Record one step: int64 `[num_devices, num_experts]` per layer. ValueError for wrong shapes and counts < 0."""
         if len(counts) != len(self._experts):
             raise ValueError(f"trace: counts of {len(counts)} layers, must be {len(self._experts)}")
         checked = [check_counts(c, self._topology.num_devices, e) for c, e in zip(counts, self._experts, strict=True)]
@@ -84,7 +84,7 @@ class TraceWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered as one chunk."""
+        """Write the buffered steps as one chunk."""
         if not self._steps:
             return
         members: dict[str, NDArray[Any]] = {f"steps.{self._chunks:06d}": np.array(self._steps, dtype=np.int64)}
@@ -121,7 +121,7 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace in `path`; ValueError if it is none or of another version."""
+    """Read the trace in `path`; ValueError if it is not a trace or has another version."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
         if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):

@@ -1,1 +1,1 @@
-"""Integers in, frozen plans out."""
+"""Planning: integer loads in, frozen plans out. Needs no process group."""

@@ -1,4 +1,4 @@
-"""Further copies after the gate: the fewest that bring the true loads under the dial (paper, section 4.2)."""
+"""Copies added after the gate: the fewest that bring the true loads within `max_imbalance` (paper, section 4.2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLAT, NODES_FIRST, NODES_ONLY = range(3)  # Order in csrc/planning/few_copies.hp
 
 
 def parts_per_million(max_imbalance: float) -> int:
-    """The dial as an integer, so that no float decides afterwards."""
+    """`max_imbalance` in parts per million: all later decisions are made with integers, equal on all ranks."""
     return round(max_imbalance * 1_000_000)
 
 
 def target_load(total: int, num_devices: int, dial_ppm: int) -> int:
-    """The largest device load within the dial; never below the mean rounded up."""
+    """The largest device load, in tokens, that the maximum imbalance allows; at least the mean load rounded up."""
     return min(total, max(total * dial_ppm // (num_devices * 1_000_000), -(-total // num_devices)))
 
 
@@ -39,19 +39,19 @@ def few_copies(
     target: int,
     prefer: Literal["copies", "crossings"] = "copies",
 ) -> Placement:
-    """`placement` with the fewest further copies found that leave no device more than `target` tokens.
+    """Add copies to `placement`, as few as the search finds, until no device computes more than `target` tokens.
 
     Args:
-        loads: int64 `[num_experts]`, true.
-        placement: holders so far.
-        topology: of the devices.
-        limits: further copies that may enter and leave each device and node.
-        target: tokens; where it cannot be reached, the least that can, to one part in a thousand or a token. The search
-            tries all copies if there are few enough of devices and experts (4 and 8, say), and then misses nothing that
-            some copies reach, unless sends or what crosses nodes are limited; beyond that it is a heuristic.
-        prefer: "copies" for the fewest copies; "crossings" balances the nodes first and then the devices in each, so
-            that few experts cross nodes; where the slots do not reach the target that way, all devices at once.
-            Under limits on nodes they are always balanced first.
+        loads: int64 `[num_experts]`, true tokens per expert.
+        placement: the holders so far.
+        topology: which devices share a node.
+        limits: how many further copies may enter and leave each device and node.
+        target: tokens. If it cannot be reached, the search aims at the smallest load that can, to within 0.1 % or one
+            token. For few devices and experts (4 and 8, for example) it tries every set of copies, and so finds any
+            solution there is, unless sends or node crossings are limited. For larger problems it is a heuristic.
+        prefer: "copies": use the fewest copies. "crossings": balance the nodes first and then the devices within each,
+            so that few experts cross nodes; if the target cannot be reached that way, balance all devices at once.
+            If crossings are limited, the nodes are always balanced first.
     """
     order = NODES_ONLY if limits.by_node else NODES_FIRST if prefer == "crossings" and topology.num_nodes > 1 else FLAT
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
@@ -60,9 +60,9 @@ def few_copies(
 
 
 def copies_ns(cost: LayerCost, copies: Int64, owners: Int64, topology: Topology) -> int:
-    """Nanoseconds that fetching `copies` int64 `[copies, 2]` and returning their gradients takes, nothing hidden.
+    """Nanoseconds to fetch `copies`, int64 `[copies, 2]`, and to return their gradients, with no overlap.
 
-    The busiest device counts, as if owners sent every copy themselves; a schedule that relays is faster.
+    This is the time of the busiest device if owners send every copy themselves; a route that relays is faster.
     """
     cross = copies[:, 1] // topology.devices_per_node != owners[copies[:, 0]] // topology.devices_per_node
     price = {
@@ -78,12 +78,12 @@ def copies_ns(cost: LayerCost, copies: Int64, owners: Int64, topology: Topology)
 
 
 def tokens_ns(cost: LayerCost, tokens: int, topology: Topology) -> int:
-    """Nanoseconds a device spends on `tokens` pairs of token and expert: compute, dispatch, combine and backward."""
+    """Nanoseconds that a device needs for `tokens` (token, expert) pairs: compute, dispatch, combine and backward."""
     crosses = topology.num_nodes > 1
     travel = cost.model.transfer_ns(4 * tokens * cost.token_bytes, crosses) - cost.model.transfer_ns(0, crosses)
     return cost.token_ns(tokens) + travel
 
 
 def added(placement: Placement, start: Placement) -> Int64:
-    """Int64 `[copies, 2]` (expert, device): what `placement` has beyond `start`."""
+    """Int64 `[copies, 2]` (expert, device): the pairs of `placement` that are not in `start`."""
     return np.argwhere((placement - start).matrix).astype(np.int64, copy=False)

@@ -1,4 +1,4 @@
-"""How many copies may enter and leave each device and each node: slots and bytes, as whole experts."""
+"""How many copies may enter and leave each device and node: memory slots and byte budgets, in whole experts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ UNLIMITED = 2**30
 
 @dataclass(frozen=True)
 class LinkBudget:
-    """Bytes that copies may put on each link, in and out of a device and of a node; None: any number.
+    """Bytes that copies may send into and out of each device and each node; None means no limit.
 
-    Copies relay: a device that holds an expert may send it on, and an expert enters a foreign node once.
+    Copies are relayed: any device that holds an expert may send it on, so an expert enters each other node only once.
     """
 
     device_in: int | None = None
@@ -35,9 +35,9 @@ class LinkBudget:
 
 @dataclass(frozen=True)
 class CopyLimits:
-    """The same in whole experts: int64 `[num_devices]` twice, then int64 `[num_nodes]` twice.
+    """Number of expert copies that may enter and leave: int64 `[num_devices]` and int64 `[num_nodes]`.
 
-    `by_node` says that something limits what crosses nodes.
+    `by_node` is true if the number of copies that cross nodes is limited.
     """
 
     device_in: NDArray[np.int64]
@@ -55,7 +55,15 @@ class CopyLimits:
         budget: LinkBudget | None = None,
         expert_bytes: int = 1,
     ) -> CopyLimits:
-        """`slots` copies a device (or int64 `[num_devices]`), `foreign_slots` experts entering a node, `budget`."""
+        """Limits that follow from memory slots and link bytes.
+
+        Args:
+            topology: which devices share a node.
+            slots: copies per device, one number or int64 `[num_devices]`.
+            foreign_slots: experts that may enter a node from outside; None means no limit.
+            budget: bytes per link; None means no limit.
+            expert_bytes: size of one expert, to convert `budget` to experts.
+        """
         budget = budget or LinkBudget()
         d_in, d_out, n_in, n_out = (
             UNLIMITED if size is None else min(UNLIMITED, size // expert_bytes)

@@ -1,4 +1,4 @@
-"""Copies planned ahead of time: the paper's Algorithm 1 and robust copies for loads that drift and jump."""
+"""Copies planned before the true loads are known: the paper's Algorithm 1, and ours for loads that drift and jump."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def sparse_materialization(
     """Algorithm 1 of the paper (section 4.2): copies of the `overlap_degree` (t) hottest experts.
 
     Args:
-        loads: int64 `[num_experts]`, predicted.
-        owners: int64 `[num_experts]`.
-        topology: of the devices.
-        overlap_degree: the paper's t, experts that can be copied for free.
-        memory_slots: the paper's m, copies a device has room for.
+        loads: int64 `[num_experts]`, predicted tokens per expert.
+        owners: int64 `[num_experts]`, the device that owns each expert.
+        topology: which devices share a node.
+        overlap_degree: the paper's t, the number of experts whose copies are hidden behind other work.
+        memory_slots: the paper's m, the number of copies that a device has room for.
 
-    With t <= m the t hottest go to all devices; otherwise `num_devices * m` slots are shared among them in
-    proportion to load, hottest first, each expert's copies on nodes and devices with the most free slots.
+    If t <= m, the t hottest experts are copied to all devices. Otherwise they share `num_devices * m` slots in
+    proportion to their loads, hottest first; each expert's copies go to the nodes and devices with the most free slots.
     """
     shape = (topology.num_devices, topology.devices_per_node)
     degree, slots = min(overlap_degree, len(loads)), min(memory_slots, len(loads))
@@ -46,18 +46,18 @@ def robust_copies(
     *,
     predictor: Predictor = "recent",
 ) -> Placement:
-    """Copies that keep the imbalance small under exact quota for loads that drift and jump, not the fewest.
+    """Copies that keep the imbalance small although loads drift and jump. Fills the slots rather than saving copies.
 
     Args:
         history: int64 `[steps, num_devices, num_experts]`, oldest first; without steps nothing is copied.
-        owners: int64 `[num_experts]`.
-        topology: of the devices.
-        limits: copies that may enter and leave each device and node.
+        owners: int64 `[num_experts]`, the device that owns each expert.
+        topology: which devices share a node.
+        limits: how many copies may enter and leave each device and node.
         predictor: see `loads.predict`.
 
-    Many guesses of the next loads are balanced at once; a copy goes where it relieves the devices that are crowded
-    in most of them, until the slots are full. With limits on nodes those are balanced first: which experts enter
-    which node, then who holds them there.
+    Many guesses of the next loads are balanced together: each copy is placed where it takes most load from overloaded
+    devices, over all guesses, until the slots are full. If node crossings are limited, nodes are planned first: which
+    experts enter which node, then which devices of the node hold them.
     """
     start = Placement.from_owners(owners, topology.num_devices)
     if not len(history):
@@ -72,7 +72,7 @@ def robust_copies(
 
 
 def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> NDArray[np.bool_]:
-    """Bool `[num_experts, num_nodes]`: experts that the node owns or that may enter it."""
+    """Bool `[num_experts, num_nodes]`: whether the node owns the expert or a copy of it may enter the node."""
     node_owners = owners // topology.devices_per_node
     home = Placement.from_owners(node_owners, topology.num_nodes)
     trials = _trials(topology.num_nodes)
@@ -83,5 +83,5 @@ def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: Copy
 
 
 def _trials(num_devices: int) -> int:
-    """Trials of the local search: each takes time in proportion to the devices."""
+    """Number of trials of the local search: fewer with many devices, because each trial then takes longer."""
     return max(20, min(500, 32_000 // num_devices))

@@ -1,4 +1,4 @@
-"""`Plan`: the frozen answer of the planner, who holds which expert and who computes which tokens."""
+"""`Plan`, the result of planning: which devices hold each expert, and how many of its tokens each of them computes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One layer, one micro-batch. Arrays are int64 and read-only; what can be derived is computed on first use.
+    """The plan of one layer for one micro-batch. Arrays are int64 and read-only; other values are derived when needed.
 
     Attributes:
-        placement: who holds which expert, owners included.
-        owners: `[num_experts]`, the device each expert belongs to; each holds its experts.
-        topology: of the devices.
-        holders: `[pairs, 2]` (expert, device) of `placement`, ascending.
-        quota: `[source device, pair]`, tokens the device sends to that holder.
-        expert_bytes: bytes of one expert, the unit of `bytes`.
-        lower_bound: the smallest max/mean device load that is provable for the slots the plan was made for; 1.0 if
-            nobody computed it.
+        placement: which devices hold each expert, owners included.
+        owners: `[num_experts]`, the device that owns each expert; it always holds the expert.
+        topology: which devices share a node.
+        holders: `[pairs, 2]`, the (expert, device) pairs of `placement` in ascending order.
+        quota: `[source device, pair]`, number of tokens that the source device sends to that holder.
+        expert_bytes: size of one expert, used by `bytes`.
+        lower_bound: no plan within the given slots has a smaller max/mean device load than this; 1.0 if it was not
+            computed.
     """
 
     placement: Placement
@@ -53,7 +53,7 @@ class Plan:
         expert_bytes: int = 1,
         lower_bound: float = 1.0,
     ) -> Plan:
-        """The plan that follows from `placement` and `quota`; not validated, see `validate`."""
+        """Make a plan from `placement` and `quota`. It is not validated; see `validate`."""
         holders = native_holders(placement.matrix)
         return cls(placement, owners, topology, holders, quota, expert_bytes, lower_bound)
 
@@ -62,7 +62,7 @@ class Plan:
             object.__setattr__(self, name, _read_only(getattr(self, name)))
 
     def validate(self) -> None:
-        """ValueError that names the first entry that contradicts another; not for the hot path."""
+        """Raise ValueError naming the first inconsistent entry. Too slow to be called in every step."""
         experts, devices, pairs = self.placement.num_experts, self.placement.num_devices, len(self.holders)
         if devices != self.topology.num_devices:
             raise ValueError(f"Plan: placement has {devices} devices, topology {self.topology.num_devices}")
@@ -76,22 +76,22 @@ class Plan:
 
     @cached_property
     def device_loads(self) -> Int64:
-        """`[num_devices]`, tokens each device computes."""
+        """`[num_devices]`, number of tokens that each device computes."""
         return _read_only(self._sums[0])
 
     @property
     def copies(self) -> int:
-        """Pairs beyond the owners."""
+        """Number of (expert, device) pairs in which the device is not the owner."""
         return len(self.holders) - self.placement.num_experts
 
     @property
     def crossings(self) -> int:
-        """Pairs of an expert and a node that holds it but not its owner."""
+        """Number of (expert, node) pairs in which the node holds a copy but not the owner."""
         return self._sums[1]
 
     @property
     def bytes(self) -> int:
-        """`copies` times the bytes of an expert."""
+        """`copies` times `expert_bytes`."""
         return self.copies * self.expert_bytes
 
     @cached_property
@@ -100,17 +100,17 @@ class Plan:
 
     @property
     def imbalance(self) -> float:
-        """Max/mean device load; 1.0 without tokens."""
+        """Maximum over mean device load; 1.0 if there are no tokens."""
         total = int(self.device_loads.sum())
         return int(self.device_loads.max()) * self.topology.num_devices / total if total else 1.0
 
     @property
     def counts(self) -> Int64:
-        """Int64 `[source device, expert]`: the counts that `quota` places."""
+        """Int64 `[source device, expert]`: the counts that the plan was made for, recovered from `quota`."""
         return np.add.reduceat(self.quota, np.searchsorted(self.holders[:, 0], np.arange(len(self.owners))), axis=1)
 
     def digest(self) -> str:
-        """Hash of everything ranks must agree on, for HECATE_DEBUG."""
+        """Hash of everything that must be equal on all ranks; compared if HECATE_DEBUG is set."""
         hashed = hashlib.sha256()
         for array in (self.owners, self.holders, self.quota):
             hashed.update(repr(array.shape).encode() + array.tobytes())
@@ -124,7 +124,7 @@ def _read_only(array: Int64) -> Int64:
 
 
 def with_copies(placement: Placement, copies: Int64 | Sequence[tuple[int, int]]) -> Placement:
-    """`placement` and `copies`, int `[copies, 2]` (expert, device)."""
+    """`placement` with the pairs `copies`, int `[copies, 2]` (expert, device), added."""
     pairs = np.asarray(copies, dtype=np.int64).reshape(-1, 2)
     matrix = placement.matrix.copy()
     matrix[pairs[:, 0], pairs[:, 1]] = True

@@ -1,4 +1,4 @@
-"""`plan`: the planner by itself, counts in and a frozen plan out, no process group."""
+"""`plan`: plan one layer from token counts, without a process group."""
 
 from __future__ import annotations
 
@@ -35,25 +35,27 @@ def plan(
     byte_budget: LinkBudget | None = None,
     expert_bytes: int = 1,
 ) -> Plan:
-    """Plan one layer: which experts to copy where, and who computes which tokens.
+    """Plan one layer: which experts to copy to which devices, and which tokens each device computes.
 
     Args:
-        counts: int `[num_devices, num_experts]`, tokens each source device routes to each expert, 2**40 in all at most.
-        owners: int `[num_experts]`, the device of each expert.
-        topology: of the devices.
-        memory_slots: copies a device may hold.
-        max_imbalance: the dial, max/mean device load to reach, >= 1. Where the slots do not allow it the plan is the
-            best that the search reaches; `imbalance` and `lower_bound` say how far it got.
-        prefer: what to minimize, "copies" or "crossings" (pairs of an expert and a foreign node that holds it).
-        history: int `[steps, num_devices, num_experts]`, earlier counts, oldest first. With it the copies are planned
-            ahead of time from it alone, robustly rather than few (then `prefer` and the dial have no say), and only
-            the quota from `counts`.
-        foreign_slots: experts that may enter a node from outside; None: any number.
-        byte_budget: bytes that copies may put on each link.
-        expert_bytes: bytes of one expert, the unit of `byte_budget` and of the plan's `bytes`.
+        counts: int `[num_devices, num_experts]`, tokens that each source device routes to each expert; at most 2**40
+            in total.
+        owners: int `[num_experts]`, the device that owns each expert.
+        topology: which devices share a node.
+        memory_slots: number of copies that a device may hold.
+        max_imbalance: max/mean device load to reach, >= 1. If the slots do not allow it, the plan is the best that the
+            search finds; compare its `imbalance` with its `lower_bound`.
+        prefer: what to minimize, "copies" or "crossings" (pairs of an expert and a node that holds a copy of it but not
+            its owner).
+        history: int `[steps, num_devices, num_experts]`, earlier counts, oldest first. If given, copies are planned
+            from it alone, to be robust against changing loads rather than few (`prefer` and `max_imbalance` are then
+            not used); `counts` only determines the quota.
+        foreign_slots: number of experts that may enter a node from outside; None means no limit.
+        byte_budget: bytes that copies may put on each link; None means no limit.
+        expert_bytes: size of one expert, used by `byte_budget` and the plan's `bytes`.
 
     Raises:
-        ValueError: names the argument, its value and the rule it breaks.
+        ValueError: an invalid argument; the message names it, its value and the rule that it breaks.
     """
     owner_of = check_owners(owners, topology.num_devices)
     tokens = check_counts(counts, topology.num_devices, len(owner_of))
@@ -79,10 +81,10 @@ def plan(
 
 
 def lower_bound(loads: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> float:
-    """The smallest max/mean device load that any plan within `limits` could have, as far as is provable.
+    """A lower bound on the max/mean device load of every plan within `limits`.
 
-    A device computes at most its own experts' tokens and those of as many other experts as may enter it, the hottest;
-    likewise a node. The least load under which these shares still hold all tokens is a bound.
+    A device can compute at most the tokens of its own experts and of the hottest other experts, as many as may enter
+    it; likewise for a node. The bound is the smallest load per device with which these shares still cover all tokens.
     """
     total = int(loads.sum())
     if not total:

@@ -1,4 +1,4 @@
-"""Token quotas over given holders: the exact min-max assignment and the paper's dispatch (paper, section 4.4)."""
+"""Divides tokens among the holders of their experts: exact min-max, or evenly as in section 4.4 of the paper."""
 
 from __future__ import annotations
 
@@ -16,30 +16,35 @@ __all__ = ["even_quota", "exact_quota", "holder_loads", "min_max_loads"]
 
 
 def min_max_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
-    """Int64 `[rows]`: the smallest possible largest device load for each of `loads`, int64 `[rows, num_experts]`."""
+    """Int64 `[rows]`: the smallest achievable maximum device load per row of `loads`, int64 `[rows, num_experts]`."""
     return native_min_max_loads(np.ascontiguousarray(loads), placement.matrix)
 
 
 def holder_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
-    """Int64 `[pairs]`: tokens of each holder under the smallest largest device load, for `loads` `[num_experts]`."""
+    """Int64 `[pairs]`: tokens per holder with the smallest maximum device load, for `loads`, int64 `[num_experts]`."""
     return native_holder_loads(loads, placement.matrix)
 
 
 def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
-    """Int64 `[num_devices, pairs]`: the quota with the smallest possible largest device load.
+    """Int64 `[num_devices, pairs]`: the quota with the smallest achievable maximum device load.
 
-    Among those it keeps as many tokens as possible on their own device, then within their own node. Where the two are
-    at odds, own devices give way until 98 % of the tokens that could stay in their node do. Pairs are those
-    of `placement` in ascending (expert, device) order. ValueError where `counts` is no int `[num_devices,
-    num_experts]` array of non-negative numbers, or an expert has no holder.
+    Among all such quotas, this one keeps as many tokens as possible on their own device, and next as many as possible
+    in their own node. If these two goals conflict, tokens leave their own device until at least 98 % of the tokens that
+    could stay in their node do stay. Pairs are those of `placement` in ascending (expert, device) order.
+
+    Raises:
+        ValueError: `counts` is not an integer array `[num_devices, num_experts]` of non-negative numbers, or an expert
+            has no holder.
     """
     return native_exact_quota(*_checked(counts, placement, topology))
 
 
 def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
-    """Int64 `[num_devices, pairs]`: own device if it holds the expert, else its node's holders, else all, evenly.
+    """Int64 `[num_devices, pairs]`: the paper's dispatch (section 4.4).
 
-    Remainders start at another holder for each source. Errors as for `exact_quota`.
+    Tokens stay on their own device if it holds the expert; otherwise they are divided evenly among the holders in their
+    node, or among all holders if the node has none. Each source device starts with a different holder when it
+    distributes a remainder. Errors are those of `exact_quota`.
     """
     return native_even_quota(*_checked(counts, placement, topology))
 

@@ -1,4 +1,4 @@
-"""New owners for all layers at once: the paper's Algorithm 2 and the same balance with fewer moved experts."""
+"""New owners for all layers at once: the paper's Algorithm 2, and ours: as balanced, with fewer moved experts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Int64 = NDArray[np.int64]
 
 
 def heterogeneous_sharding(loads: Sequence[Int64], topology: Topology, overlap_degree: Sequence[int]) -> list[Int64]:
-    """Algorithm 2 of the paper (section 4.2): owners int64 `[num_experts]` of each layer.
+    """Algorithm 2 of the paper (section 4.2): owners, int64 `[num_experts]` per layer.
 
     Args:
-        loads: one int64 `[num_experts]` a layer; layers may have different numbers of experts.
-        topology: of the devices.
-        overlap_degree: for each layer the paper's t: its t hottest experts are placed last, where room is left.
+        loads: int64 `[num_experts]` per layer; layers may have different numbers of experts.
+        topology: which devices share a node.
+        overlap_degree: the paper's t, per layer: its t hottest experts are placed last, in the slots that are left.
 
-    Layers in descending order of their largest load, the other experts of a layer in descending load, each to the
-    node and there to the device with the least load of that layer (tie: fewer free slots). A device owns at most
-    `ceil(all experts / num_devices)`; where devices divide all experts, each owns exactly that.
+    Layers are placed in descending order of their largest load, and the experts of a layer in descending order of load.
+    Each expert goes to the node with the least load of that layer, and in the node to the device with the least load
+    (on a tie, the one with fewer free slots). A device owns at most `ceil(all experts / num_devices)` experts, and
+    exactly that many if the number of experts is divisible by the number of devices.
     """
     _check_layers(loads, overlap_degree)
     layers = [load.tolist() for load in loads]
@@ -38,11 +39,11 @@ def heterogeneous_sharding(loads: Sequence[Int64], topology: Topology, overlap_d
 def few_moves(
     loads: Sequence[Int64], owners: Sequence[Int64], topology: Topology, overlap_degree: Sequence[int]
 ) -> list[Int64]:
-    """Owners as balanced as Algorithm 2 makes them, reached from `owners` by swapping as few experts as possible.
+    """Change `owners` by few swaps until they are as balanced as those of Algorithm 2.
 
-    Arguments as for `heterogeneous_sharding`. Two experts of one layer change places, so every device keeps its
-    number of experts of every layer. A layer is left alone once its largest device load, without the t hottest
-    experts, is what Algorithm 2 would reach, or no swap lowers it.
+    Arguments are those of `heterogeneous_sharding`. A swap exchanges two experts of one layer, so each device keeps its
+    number of experts per layer. Swapping in a layer ends when its largest device load, not counting the t hottest
+    experts, is no larger than Algorithm 2 would reach, or when no swap lowers it.
     """
     goals = heterogeneous_sharding(loads, topology, overlap_degree)
     layers, start, wanted = ([array.tolist() for array in arrays] for arrays in (loads, owners, goals))

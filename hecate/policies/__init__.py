@@ -1,4 +1,4 @@
-"""Policies: when to plan, from what, and what may move. `get_policy` finds one by its name."""
+"""Policies decide which experts are copied and moved, and when. `get_policy` finds one by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["LayerSetting", "Policy", "get_policy"]
 
 
 def get_policy(name: str) -> Policy:
-    """The policy called `name` in `FSSDPConfig.policy`; ValueError lists the valid names."""
+    """The policy that `FSSDPConfig.policy` calls `name`; otherwise ValueError listing the valid names."""
     policies: dict[str, type[Policy]] = {"balanced": Balanced, "hecate": Hecate, "ep": ExpertParallel}
     if name not in policies:
         raise ValueError(f"policy={name!r}: must be one of {', '.join(map(repr, policies))}")

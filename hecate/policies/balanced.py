@@ -1,4 +1,4 @@
-"""Our policy: robust copies where bytes are hidden, copies that pay where they are not, and an exact quota."""
+"""The default policy: robust copies while communication is hidden, otherwise only copies that pay; an exact quota."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ Int64 = NDArray[np.int64]
 
 
 class Balanced:
-    """Ahead of time off the critical path, then exact (docs/design.md, decision 6)."""
+    """Plans copies before the step, off the critical path, and assigns tokens exactly (docs/design.md, decision 6)."""
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
-        """Robust copies within the hidden bytes; where not even one expert is hidden, as many as pay.
+        """As many robust copies as can be sent behind other work; if not even one can, as many as pay off.
 
-        Where nothing at all is hidden, to be early gains nothing: after the gate fewer copies do (`calibrate`).
+        If nothing at all is hidden, planning early gains nothing, so copies are left to `calibrate` (unless it is off):
+        once the true loads are known, fewer copies suffice.
         """
         slots = min(layer.memory_slots, overlap_degree(layer, crosses_node=False))
         if slots:
@@ -44,7 +45,7 @@ class Balanced:
         return max(candidates, key=lambda p: self._expected_gain(layer, history, owners, start, p))
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
-        """The fewest further copies that reach the dial, if the cost model says they pay."""
+        """The fewest further copies that reach `max_imbalance`, if they pay off by the cost model."""
         if not layer.calibrate:
             return placement
         loads = counts.sum(axis=0)
@@ -60,18 +61,18 @@ class Balanced:
         return more if tokens_ns(layer.cost, saved, layer.topology) > price else placement
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
-        """The exact min-max quota."""
+        """Plan with the quota of smallest maximum device load."""
         return finished(layer, owners, placement, exact_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
-        """The balance of Algorithm 2 with fewer moved experts."""
+        """Owners as balanced as those of Algorithm 2, with fewer experts moved."""
         return few_moves(loads, owners, layers[0].topology, [overlap_degree(layer) for layer in layers])
 
     @staticmethod
     def _expected_gain(
         layer: LayerSetting, history: Int64, owners: Int64, start: Placement, placement: Placement
     ) -> int:
-        """Nanoseconds a step that `placement` would have saved over the history's steps, less its exposed copies."""
+        """Nanoseconds per step that `placement` would have saved over the history, minus its copies' exposed time."""
         if not len(history):
             return 0
         loads = history.sum(axis=1)

@@ -1,11 +1,11 @@
-"""What a policy decides: when to plan, from what, and what may move (paper, section 4).
+"""What a policy decides: which experts are copied where, which device computes which tokens, and who owns experts.
 
-A policy holds no state and talks to nobody: it maps integers to frozen plans, so that every rank gets the same plan
-from the same counts. The engine (and the simulator) call it in this order:
+(Section 4 of the paper.) A policy has no state and does not communicate: it maps integers to frozen plans, so every
+rank makes the same plan from the same counts. The engine calls it in this order:
 
-1. `materialize`, per layer, before a step: copies planned ahead from the load history.
+1. `materialize`, per layer, before a step: copies planned from the load history.
 2. `calibrate`, per layer and micro-batch, after the gate: further copies for the true counts.
-3. `assign`, right after that: who computes which tokens.
+3. `assign`, right after that: which device computes which tokens.
 4. `reshard`, every `reshard_interval` steps, for all layers at once: new owners.
 """
 
@@ -27,16 +27,17 @@ __all__ = ["LayerSetting", "Policy", "finished", "overlap_degree"]
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """What a policy may know of a layer besides its loads.
+    """What a policy knows about a layer besides its loads.
 
     Attributes:
-        topology: of the devices that share the layer's experts.
+        topology: which of the devices that share the layer's experts are in one node.
         cost: bytes and nanoseconds of its experts and tokens.
-        memory_slots: copies each device has room for.
-        max_imbalance: the dial, max/mean device load, >= 1.
+        memory_slots: number of copies that each device has room for.
+        max_imbalance: max/mean device load to reach, >= 1.
         overlap_degree: the paper's t, or "auto" to take it from `cost`.
         calibrate: copy after the gate if it "pays", "always", or never (False).
-        tokens_per_device: (token, expert) pairs of a device in a micro-batch divided by top_k, for the cost model.
+        tokens_per_device: tokens of a device in a micro-batch ((token, expert) pairs divided by top_k), for the cost
+            model.
     """
 
     topology: Topology
@@ -49,24 +50,25 @@ class LayerSetting:
 
 
 class Policy(Protocol):
-    """Counts are int64 `[num_devices, num_experts]`; owners int64 `[num_experts]`; devices and experts ascend."""
+    """What the engine calls. Counts are int64 `[num_devices, num_experts]`, owners int64 `[num_experts]`."""
 
     def materialize(self, layer: LayerSetting, history: NDArray[np.int64], owners: NDArray[np.int64]) -> Placement:
-        """Placement to gather before the layer runs. `history` is `[steps, num_devices, num_experts]`, oldest first.
+        """The placement to gather before the layer runs.
 
-        Contains every (expert, owner) pair; at most `memory_slots` further pairs a device. Without history (no step
-        yet) nothing is copied.
+        `history` is int64 `[steps, num_devices, num_experts]`, oldest first; before the first step it is empty, and
+        nothing is copied. The placement contains every (expert, owner) pair and at most `memory_slots` further pairs
+        per device.
         """
 
     def calibrate(
         self, layer: LayerSetting, counts: NDArray[np.int64], owners: NDArray[np.int64], placement: Placement
     ) -> Placement:
-        """`placement` or a superset of it within `memory_slots`, for the true counts."""
+        """`placement`, or it with further copies within `memory_slots`, chosen for the true counts."""
 
     def assign(
         self, layer: LayerSetting, counts: NDArray[np.int64], owners: NDArray[np.int64], placement: Placement
     ) -> Plan:
-        """The plan to execute: every token on exactly one holder of its expert."""
+        """The plan to execute: every token is assigned to exactly one holder of its expert."""
 
     def reshard(
         self,
@@ -74,15 +76,16 @@ class Policy(Protocol):
         loads: Sequence[NDArray[np.int64]],
         owners: Sequence[NDArray[np.int64]],
     ) -> list[NDArray[np.int64]]:
-        """New owners of each layer, int64 `[num_experts]`, from `loads` summed over devices and steps, likewise.
+        """New owners for all layers at once, int64 `[num_experts]` per layer.
 
-        All layers at once. No device owns more than `ceil(all experts / num_devices)`, and where devices divide all
-        experts each owns exactly that. Equal to `owners` where moving does not pay.
+        `loads` has the same shapes: tokens per expert, summed over devices and steps. No device owns more than
+        `ceil(all experts / num_devices)` experts, and each owns exactly that many if the number of experts is divisible
+        by the number of devices. A policy may return `owners` unchanged.
         """
 
 
 def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int:
-    """The paper's t: as configured, or what the cost model hides on the slower link (or the one asked for)."""
+    """The paper's t: as configured, or how many experts the cost model hides on the slower (or the given) link."""
     if layer.overlap_degree != "auto":
         return layer.overlap_degree
     crosses = layer.topology.num_nodes > 1 if crosses_node is None else crosses_node
@@ -90,5 +93,5 @@ def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int
 
 
 def finished(layer: LayerSetting, owners: NDArray[np.int64], placement: Placement, quota: NDArray[np.int64]) -> Plan:
-    """The plan of `quota` int64 `[source device, pair]`."""
+    """A plan with this `quota`, int64 `[source device, pair]`."""
     return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)

@@ -18,14 +18,14 @@ Int64 = NDArray[np.int64]
 
 
 class ExpertParallel:
-    """Every token travels to the owner of its expert."""
+    """Every token is sent to the owner of its expert."""
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
-        """The owners alone."""
+        """The owners only, no copies."""
         return Placement.from_owners(owners, layer.topology.num_devices)
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
-        """`placement`."""
+        """`placement`, unchanged."""
         return placement
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
@@ -33,5 +33,5 @@ class ExpertParallel:
         return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
-        """`owners`."""
+        """`owners`, unchanged."""
         return [owner.copy() for owner in owners]

@@ -1,4 +1,4 @@
-"""The paper's own policy: Algorithm 1 ahead of time, Algorithm 2 now and then, tokens spread evenly."""
+"""The paper's own policy: copies by Algorithm 1, owners by Algorithm 2, tokens divided evenly."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Int64 = NDArray[np.int64]
 
 
 class Hecate:
-    """Section 4 of the paper, as it is."""
+    """Follows section 4 of the paper without changes."""
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
-        """Algorithm 1 on the window mean."""
+        """Algorithm 1, on the mean loads of the history window."""
         if not len(history):
             return Placement.from_owners(owners, layer.topology.num_devices)
         return self._algorithm_1(layer, predict(history), owners, overlap_degree(layer), layer.memory_slots)
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
-        """Algorithm 1 again on the true loads with the memory that is left, if the saving exceeds the exposed time."""
+        """Algorithm 1 again, on the true loads and the free memory slots, if that saves more time than it exposes."""
         used = int((placement.matrix.sum(axis=0) - np.bincount(owners, minlength=placement.num_devices)).max())
         slots = layer.memory_slots - used
         if not layer.calibrate or slots <= 0:
@@ -43,7 +43,7 @@ class Hecate:
         return more if layer.calibrate == "always" or pays else placement
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
-        """Own device, else own node's holders evenly, else all holders evenly (section 4.4)."""
+        """Tokens stay on their device, or are divided evenly over their node's holders, or over all (section 4.4)."""
         return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
@@ -58,7 +58,7 @@ class Hecate:
 
     @staticmethod
     def _busiest(layer: LayerSetting, counts: Int64, placement: Placement) -> int:
-        """The largest device load under the even dispatch."""
+        """The largest device load if tokens are divided evenly."""
         received = even_quota(counts, placement, layer.topology).sum(axis=0)
         device = np.nonzero(placement.matrix)[1]
         loads = np.zeros(placement.num_devices, dtype=np.int64)
