@@ -2,10 +2,11 @@
 
     python -m benchmarks.checkpoint --json benchmarks/results/checkpoint.json
 
-Ours: `engine.save` and `engine.load` of a GPT-MoE with AdamW on several processes. The other: every process writes the
-tensors that it holds with torch.save, syncs the file and computes its CRC-32 from memory first; and reads the file for
-the CRC-32, loads it with torch.load and copies the tensors to their places. Both in turn, in one run; files that are
-read were written by the same run and lie in the page cache. The time of a round is the slowest process's.
+Ours: `engine.save` and `engine.load` of a GPT-MoE with AdamW on several processes. Torch's: to save, every process
+computes the CRC-32 of the tensors that it holds, writes them with torch.save and syncs the file; to load, it computes
+the CRC-32 of the file, loads it with torch.load and copies the tensors into place. Both are measured in turn, in one
+run; the files that are read were written by the same run and are in the page cache. The time of a round is that of the
+slowest process.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from hecate.values.local import local_tensor
 SUBJECTS = ("hecate", "torch.save, torch.load")
 BLOCK = 1 << 22
 TARGET = 1.5
-"""Times torch's that were asked for."""
+"""Required upper limit of our time, as a multiple of torch's."""
 
 
 def build(gigabytes: float) -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
-    """A model whose weights and AdamW state have about that size in all, after one step."""
+    """A model after one step, whose weights and AdamW state together have about the given size."""
     experts, width, ratio = 16, 512, 2
     layer_bytes = 3 * 4 * experts * 2 * ratio * width * width  # weights and two moments of an expert's two matrices
     layers = max(1, round(gigabytes * 1e9 / layer_bytes))
@@ -54,7 +55,7 @@ def build(gigabytes: float) -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
 
 
 def held(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What this process has of the state, sharing its memory."""
+    """This process's part of the state; the tensors share its memory."""
     tensors = {}
     for name, parameter in engine.model.named_parameters():
         tensors[name] = local_tensor(parameter)
@@ -73,7 +74,7 @@ def torch_save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def torch_load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """CRC-32 of the file, torch.load, a copy to the tensors' places."""
+    """Compute the CRC-32 of the file, load it with torch.load, and copy the tensors into place."""
     checksum, buffer = 0, memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -83,7 +84,7 @@ def torch_load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds of the slowest process."""
+    """Seconds that the slowest process takes."""
     dist.barrier()
     begin = time.perf_counter()
     action()
@@ -93,7 +94,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def measure(folder: Path, gigabytes: float, rounds: int) -> tuple[float, dict[tuple[str, str], list[float]]]:
-    """Bytes in all, and seconds by (subject, "save" or "load")."""
+    """Total bytes, and seconds per round by (subject, "save" or "load")."""
     engine, optimizer = build(gigabytes)
     tensors = held(engine, optimizer)
     total = torch.tensor(float(sum(t.nbytes for t in tensors.values())), dtype=torch.float64)
@@ -153,7 +154,7 @@ def main() -> None:
 
 
 def fill(setting: str, seconds: dict[tuple[str, str], list[float]]) -> Report:
-    """Medians; the ratio is the median of the rounds' own, in which both have met the same disk."""
+    """Report medians. The ratio is the median of the ratios per round, as the disk's speed differs between rounds."""
     report = Report()
     for (subject, action), values in seconds.items():
         report.add(setting, subject, f"{action}, seconds", statistics.median(values), "s")

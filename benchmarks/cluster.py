@@ -2,10 +2,11 @@
 
     python -m benchmarks.cluster --nodes 2 --devices-per-node 4 --inter-mbit 400 --cpu 0.22 -- COMMAND...
 
-runs COMMAND once a rank with torchrun's variables set. Ranks of a node talk over its loopback, nodes through a switch
-in a namespace of its own, so that all traffic stays on addresses made here. Namespaces, links, cgroups and processes
-are gone afterwards, also when a rank dies or the run is interrupted; the next launcher removes what a killed one left.
-Exit code 77 and one line where root, iproute2 or the cpu cgroup are missing.
+runs COMMAND once per rank with torchrun's variables set. Ranks of a node communicate over its loopback, nodes through a
+switch in a separate namespace, so that all traffic stays on addresses made here. Namespaces, links, cgroups and
+processes are removed afterwards, also if a rank dies or the run is interrupted; the next launcher removes what a killed
+one left.
+If root, iproute2 or the cpu cgroup are missing, it prints one line and exits with code 77.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["MissingError", "Rank", "emulated", "loopback", "run", "tear_down_on_
 
 SKIPPED = 77
 PERIOD_US = 5000  # short, so that a rank out of its share does not stall the others for long
-LEAST_QUOTA_US = 1000  # the kernel's
+LEAST_QUOTA_US = 1000  # the kernel's minimum
 PREFIX = "hecate-"
 SUBNET = "10.77.0"
 PORT = 29500
@@ -37,7 +38,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class MissingError(RuntimeError):
-    """What this machine lacks."""
+    """This machine lacks something that an emulated cluster needs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def rank_env(rank: int, nodes: int, per_node: int, address: str, port: int, inte
 
 
 def loopback(nodes: int, per_node: int) -> list[Rank]:
-    """Ranks on this machine as it is; `per_node` of them count as a node."""
+    """Ranks on this machine without emulation; each `per_node` of them count as one node."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
@@ -93,12 +94,12 @@ def emulated(nodes: int, per_node: int, inter_mbit: int, cpu: float | None) -> I
 
     Args:
         nodes: nodes.
-        per_node: ranks a node.
-        inter_mbit: Mbit/s out of and into each node.
+        per_node: ranks per node.
+        inter_mbit: bandwidth out of and into each node, in Mbit/s.
         cpu: CPU share of each rank, in cores; None for no limit.
 
     Raises:
-        MissingError: root, iproute2 or the cpu cgroup.
+        MissingError: root, iproute2 or the cpu cgroup is missing.
     """
     _check(cpu)
     name = f"{PREFIX}{os.getpid()}"
@@ -162,7 +163,7 @@ def _check(cpu: float | None) -> None:
 
 
 def _leftovers() -> set[str]:
-    """Names of clusters whose launcher is gone."""
+    """Names of clusters whose launcher does not run any more."""
     folders = [Path("/run/netns")]
     with suppress(MissingError):
         folders.append(_cgroup_root())
@@ -172,7 +173,7 @@ def _leftovers() -> set[str]:
 
 
 def _make_network(name: str, nodes: int, inter_mbit: int) -> None:
-    """A namespace a node, each with a veth into the bridge of a further one, limited in both directions."""
+    """Make a namespace per node, connected by a veth, limited in both directions, to a bridge in another one."""
     # A burst of 5 ms keeps the rate at a timer tick of 4 ms; the queue holds 20 ms more.
     burst = max(64_000, inter_mbit * 1_000_000 // 8 * 5 // 1000)
     limit = ("root", "tbf", "rate", f"{inter_mbit}mbit", "burst", str(burst), "latency", "20ms")
@@ -193,7 +194,7 @@ def _make_network(name: str, nodes: int, inter_mbit: int) -> None:
 
 
 def _cgroup_root() -> Path:
-    """Where cpu cgroups are made: version 1, or version 2 with its cpu controller."""
+    """The folder in which cpu cgroups are made: of version 1, or of version 2 with the cpu controller."""
     mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
     for _, folder, kind, options, *_ in mounts:
         if kind == "cgroup" and "cpu" in options.split(","):
@@ -226,7 +227,7 @@ def _make_cgroup(root: Path, name: str, rank: int, cpu: float) -> Path:
 
 
 def _remove(name: str) -> None:
-    """Processes, cgroups and namespaces of one cluster; a veth and its limits go with their namespace."""
+    """Remove processes, cgroups and namespaces of one cluster; a veth and its limits are removed with its namespace."""
     with suppress(MissingError):
         group = _cgroup_root() / name
         for folder in (*group.glob("rank*"), group):
@@ -248,7 +249,7 @@ def _end(folder: Path) -> None:
 
 
 def _retry(action: Callable[[], None], seconds: float = 5.0) -> None:
-    """Until it works: a killed process needs a moment to leave its cgroup."""
+    """Retry until it works: a killed process needs a moment to leave its cgroup."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -269,13 +270,13 @@ def _call(*command: str, missing: str | None = None) -> None:
 
 
 def tear_down_on_signals() -> None:
-    """Leave every `with` on an interrupt or a request to end, instead of dying at once."""
+    """Raise an exception on SIGINT and SIGTERM, so that every `with` block is left, instead of dying at once."""
     for number in SIGNALS:
         signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: object) -> None:
-    for further in SIGNALS:  # so that nothing interrupts the tear-down
+    for further in SIGNALS:  # ignored from now on, so that nothing interrupts the tear-down
         signal.signal(further, signal.SIG_IGN)
     raise SystemExit(128 + number)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.collectives --json FILE
 
-runs eight ranks on an emulated cluster (two nodes, `benchmarks.cluster`) and on plain loopback, and prints the figures
-that were asked for beside the measured ones. Without root, iproute2 or cgroups the emulated part is left out, and said.
+runs eight ranks on an emulated cluster (two nodes, `benchmarks.cluster`) and on plain loopback, and prints the required
+figures beside the measured ones. Without root, iproute2 or cgroups the emulated part is skipped, and a message says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hecate.placement import Topology
 NODES, PER_NODE, INTER_MBIT, CPU = 2, 4, 400, 0.22
 EMULATED, LOOPBACK = "emulated", "loopback"
 CHUNKS = [0.25, 1.0, 4.0, 16.0]
-OFTENER = 15  # loopback is fast, so that noise shows and repeats cost little
+OFTENER = 15  # more repeats on loopback, which is fast: noise matters more there, and repeats cost little
 CLAIMED = 4.0  # MiB, the chunk size of the claims
 KINDS = ("one expert to all", "4 hottest to all", "2 slots spread", "random", "re-shard permutation")
 COLLECTIVES = ("spAG", "spRS")
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def measure_both(arguments: argparse.Namespace, report: Report) -> int:
-    """Exit code of the ranks."""
+    """Run the ranks; returns their exit code."""
     if arguments.only != LOOPBACK:
         try:
             with emulated(NODES, PER_NODE, INTER_MBIT, CPU) as ranks:
@@ -72,7 +72,7 @@ def measure_both(arguments: argparse.Namespace, report: Report) -> int:
 
 
 def measure_on(ranks: Sequence[Rank], where: str, arguments: argparse.Namespace, report: Report) -> int:
-    """Run this module once a rank and take over its rows."""
+    """Run this module once per rank, and add the rows that rank 0 wrote to the report."""
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder, "rows.json"))
         options = ["--json", file, "--repeats", str(arguments.repeats), "--rank-of", where]
@@ -103,7 +103,7 @@ def as_rank(arguments: argparse.Namespace) -> int:
 
 
 def show_claims(report: Report, collective: str) -> None:
-    """Add the figures that were asked for, and the measured ones."""
+    """Add the required figures, and the measured ones."""
     time = {(row.setting, row.subject): row.value for row in report.rows if row.metric == "time"}
 
     def ratio(where: str, kind: str, over: str, under: str) -> float | None:
@@ -127,7 +127,7 @@ def show_claims(report: Report, collective: str) -> None:
 
 
 def show_token_claims(report: Report) -> None:
-    """The same for the token exchange."""
+    """Add the required and the measured figures of the token exchange."""
     time = {(row.setting, row.subject): row.value for row in report.rows if row.metric == "exchange time"}
     for where, what, asked in (
         (EMULATED, "plain / ours, at least", 1.5),
@@ -142,7 +142,7 @@ def show_token_claims(report: Report) -> None:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Time by chunk size, a panel per collective and placement kind on each network."""
+    """Plot time by chunk size, with one panel per collective, placement kind and network."""
     import matplotlib
 
     matplotlib.use("Agg")

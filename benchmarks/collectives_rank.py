@@ -1,6 +1,6 @@
 """What one rank of `benchmarks.collectives` does: measure the links, then every way to move the same experts.
 
-Shapes: E experts, D ranks, chunks of equal size; all float32, so that sums travel as wide as contributions.
+Shapes: E experts, D ranks, chunks of equal size. All are float32, so that sums are as wide as contributions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIB = 1 << 20
 EXPERTS = 64
 OURS, PLAIN, BROADCAST, DENSE = "ours", "point-to-point", "broadcast per expert", "dense (FSDP)"
 BOUND, PREDICTED = "lower bound", "predicted"
-DENSE_MOST = 4.0  # MiB; a dense layer of larger chunks does not fit this many ranks of one machine
+DENSE_MOST = 4.0  # MiB; with larger chunks, a dense layer for this many ranks does not fit in one machine's memory
 
 
 def measure(
@@ -40,13 +40,13 @@ def measure(
     """Every collective, placement kind and chunk size (MiB) on the running process group. Collective.
 
     Args:
-        report: to add rows to.
-        where: the network's name in it.
-        topology: of the ranks.
-        links: routes are made for.
-        best: the lower bound is stated for.
-        chunks: MiB.
-        repeats: of each measurement.
+        report: rows are added to it.
+        where: the network's name in the report.
+        topology: which ranks share a node.
+        links: the links that routes are made for.
+        best: the fastest links measured, for the lower bound.
+        chunks: chunk sizes in MiB.
+        repeats: repeats per measurement.
     """
     for name in ("device", "fabric", "crossing", "border"):
         for subject, of in (("typical", links), ("best", best)):
@@ -68,7 +68,7 @@ def measure(
 
 
 def measure_links(topology: Topology) -> tuple[Links, Links]:
-    """Typical ones, that routes are made for, and the best that were seen, for the lower bound."""
+    """Typical links, for which routes are made, and the best measured ones, for the lower bound."""
     per_node, world = topology.devices_per_node, topology.num_devices
     ring = {d: d - d % per_node + (d + 1) % per_node for d in range(world)}
     others = range(1, per_node)
@@ -87,7 +87,7 @@ def measure_links(topology: Topology) -> tuple[Links, Links]:
 
 
 def goodput(sends: list[tuple[int, int]], num_bytes: int = 8 * MIB, tries: int = 9) -> list[int]:
-    """Bytes per second that all `sends` (from, to) carry together, each time."""
+    """Total bytes per second of all `sends` (from, to) running together, one figure per repeat."""
     rank = dist.get_rank()
     out = torch.zeros(num_bytes, dtype=torch.uint8)
     into = {src: torch.zeros_like(out) for src, dst in sends if dst == rank}
@@ -107,7 +107,7 @@ def _wait(work: dist.Work | None) -> None:
 
 
 def message_ns(ring: dict[int, int], per_node: int, times: int = 50) -> int:
-    """What one small message costs a node whose ranks all send and receive one at a time."""
+    """The cost of one small message if all ranks of a node send and receive, one message at a time."""
     rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
     before = next(src for src, dst in ring.items() if dst == rank)
 
@@ -121,7 +121,7 @@ def message_ns(ring: dict[int, int], per_node: int, times: int = 50) -> int:
 
 
 def relay_ns(per_node: int, times: int = 20) -> int:
-    """How long one small message takes from rank to rank of the first node, each handing it on."""
+    """The time of one small message per hop, if the ranks of the first node pass it on one after the other."""
     rank, payload = dist.get_rank(), torch.zeros(1024, dtype=torch.uint8)
 
     def exchange() -> None:
@@ -136,7 +136,7 @@ def relay_ns(per_node: int, times: int = 20) -> int:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds from a common start until the last rank is done. Collective."""
+    """Seconds from a common start until the last rank is finished. Collective."""
     dist.barrier()
     start = time.perf_counter()
     run()
@@ -149,7 +149,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def placements(topology: Topology) -> Iterator[tuple[str, Placement, Placement]]:
-    """Placement kinds: name, who owns, who is to hold."""
+    """Placement kinds: name, owners, and the holders to reach."""
     devices = topology.num_devices
     src = Placement.even(EXPERTS, devices)
     counts = synthetic_loads("zipf", devices, EXPERTS, 1024, 2, seed=0)[0]
@@ -166,7 +166,7 @@ def placements(topology: Topology) -> Iterator[tuple[str, Placement, Placement]]
 
 
 class Subgroups:
-    """A process group per set of ranks, made once. Collective."""
+    """Process groups by set of ranks, each made only once. Collective."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -180,7 +180,7 @@ class Subgroups:
 
 @dataclass
 class Case:
-    """One placement pair and chunk size, moved by every subject."""
+    """Measures every subject on one pair of placements and one chunk size."""
 
     src: Placement
     dst: Placement
@@ -197,7 +197,7 @@ class Case:
         self.plain = PointToPoint(group, self.topology)
         generator = torch.Generator().manual_seed(rank)
         owners, new = self.src.owners, (self.dst - self.src).matrix
-        # As in training, experts that stay where they are take no part.
+        # As in training, experts that stay where they are are not included.
         moved = new.any(axis=1)
         holds, owns = (np.flatnonzero(p.matrix[:, rank] & moved).tolist() for p in (self.dst, self.src))
         self.shard = {e: torch.randn(self.numel, generator=generator) for e in owns}
@@ -212,7 +212,7 @@ class Case:
             self.subgroups.of(ranks)
 
     def seconds(self, collective: str, repeats: int) -> dict[str, float]:
-        """Median of each subject, measured in turn; and what the route says."""
+        """Report the median time per subject, measured in turn, and the route's prediction."""
         gather = collective == "spAG"
         move, results = (self.gather, self.copies) if gather else (self.reduce, self.sums)
         broadcast = self.broadcasts if gather else self.reductions
@@ -250,7 +250,7 @@ class Case:
         transport.reduce(moves, self.grads, self.sums, torch.float32).wait()
 
     def broadcasts(self) -> None:
-        """The paper's: one broadcast an expert among its holders, all at once."""
+        """As in the paper: one broadcast per expert among its holders, all started together."""
         rank, works = dist.get_rank(), []
         for e, (owner, ranks) in self.teams.items():
             if rank in ranks:
@@ -260,7 +260,7 @@ class Case:
             work.wait()
 
     def reductions(self) -> None:
-        """The paper's: one reduction an expert among its holders, all at once."""
+        """As in the paper: one reduction per expert among its holders, all started together."""
         rank, works = dist.get_rank(), []
         for e, (owner, ranks) in self.teams.items():
             if rank in ranks:

@@ -1,6 +1,6 @@
-"""What one rank of `benchmarks.collectives` does for tokens: the exchange that knows nodes beside the plain one.
+"""What one rank of `benchmarks.collectives` does for tokens: the node-aware exchange compared with the plain one.
 
-A run is everything that a layer adds to the plan: the record, tokens out, results back and summed.
+A run includes all that a layer does with a plan: make the record, send tokens, get results back and sum them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = ((SHARED, 8, True), ("top-8 anywhere", 8, False), ("top-2 anywhere", 
 
 
 def measure_tokens(report: Report, where: str, topology: Topology, links: Links, repeats: int) -> None:
-    """Both exchanges for routers that keep to a node and that do not. Collective."""
+    """Measure both exchanges, with a router that picks all experts of a token in one node, and one that does not."""
     model = CostModel(
         intra_node_bandwidth=links.device,
         inter_node_bandwidth=links.border // topology.devices_per_node,
@@ -81,7 +81,7 @@ def _there_and_back(
 
 
 def _router(device: int, top_k: int, one_node: bool, topology: Topology) -> NDArray[np.int64]:
-    """`[TOKENS, top_k]` experts, of one node that each token picks, or of all."""
+    """`[TOKENS, top_k]` expert ids: each token picks among the experts of one node, or among all."""
     rng = np.random.default_rng(device)
     per_node = EXPERTS // topology.num_nodes if one_node else EXPERTS
     first = rng.integers(0, EXPERTS // per_node, TOKENS) * per_node

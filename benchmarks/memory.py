@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory --json benchmarks/results/memory.json
 
-Each of 8 processes (gloo, one machine) shards a Mixtral of about 0.8 GB. Measured is the growth of its resident
-anonymous memory (RssAnon of /proc/self/status, read every 2 ms; files that are mapped to be read do not count) since it
-has done the same with a tiny model, so that libraries and process groups do not count either. Allowed: its share of the
-experts, its part of the dense parameters and one expert.
+Each of 8 processes (gloo, one machine) shards a Mixtral of about 0.8 GB. It measures how much its resident anonymous
+memory grows (RssAnon of /proc/self/status, read every 2 ms; mapped files do not count). Each process has done the same
+with a tiny model before, so that libraries and process groups do not count either. Allowed are its share of the
+experts, its part of the dense parameters, and one expert.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.report import Report
 from hecate.values.local import local_tensor
 
 TARGET = 1.10
-"""Times the allowed bytes that were asked for."""
+"""Required upper limit, as a multiple of the allowed bytes."""
 
 
 def mixtral(width: int, layers: int, experts: int) -> nn.Module:
-    """On the meta device."""
+    """The model, on the meta device."""
     config = MixtralConfig(
         vocab_size=1024,
         hidden_size=width,
@@ -48,13 +48,13 @@ def mixtral(width: int, layers: int, experts: int) -> nn.Module:
 
 
 def resident() -> int:
-    """Bytes of anonymous memory that this process has now."""
+    """Bytes of anonymous memory that this process uses now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def growth(call: Callable[[], object], before: int) -> int:
-    """Bytes of anonymous memory beyond `before` while `call` runs, at most."""
+    """The largest number of bytes of anonymous memory above `before` while `call` runs."""
     peak, done = [resident()], threading.Event()
 
     def watch() -> None:
@@ -92,7 +92,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def process(rank: int, world_size: int, port: int, folder: str, results: str) -> None:
-    """One of the processes; rank 0 keeps the worst figure of all."""
+    """Run one process; rank 0 reports the largest figure of all processes."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

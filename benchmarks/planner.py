@@ -1,7 +1,7 @@
-"""The planner's figures beside those of ANCHORS: `python -m benchmarks.planner --json FILE`.
+"""The planner's figures beside the published ones (ANCHORS): `python -m benchmarks.planner --json FILE`.
 
-Quality and time for known loads, robustness of copies planned ahead from the load history, across nodes too, every
-policy on every kind of load, predictors on recorded traces, and re-sharding. One thread.
+Measures quality and time for known loads; robustness of copies planned from the load history, also across nodes; every
+policy on every kind of load; predictors on recorded traces; and re-sharding. Uses one thread.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def load_generator(path: str | None) -> Loads:
-    """`loads(kind, devices, experts, tokens, top_k, seed, s=, steps=, drift_rate=, step_noise=)` of a file, or ours."""
+    """The function `loads(kind, devices, experts, tokens, top_k, seed, s=, steps=, ...)` of a file, or our own."""
     if path is not None:
         spec = importlib.util.spec_from_file_location("given_loads", path)
         if spec is None or spec.loader is None or not Path(path).exists():
@@ -91,24 +91,24 @@ def load_generator(path: str | None) -> Loads:
 
 
 def counts_of(loads: Loads, name: str, devices: int, experts: int, seed: int) -> Int64:
-    """Counts `[devices, experts]` of one of `KINDS`; the last step of those that have several."""
+    """Counts `[devices, experts]` of one of `KINDS`; the last step if the kind has several."""
     settings = dict(KINDS[name])
     counts = loads(settings.pop("kind"), devices, experts, 4096, top_k(experts), seed, **settings)
     return counts[-1] if counts.ndim == 3 else counts
 
 
 def noisy_loads(loads: Loads, devices: int, experts: int, seed: int) -> Int64:
-    """Counts `[steps, devices, experts]` that drift and jump."""
+    """Counts `[steps, devices, experts]` that drift slowly and sometimes jump."""
     return loads("drift", devices, experts, 4096, top_k(experts), seed, **NOISY)
 
 
 def top_k(experts: int) -> int:
-    """As in the anchors' figures."""
+    """Experts per token, by the rule that the figures of ANCHORS use."""
     return 8 if experts >= 256 else 4
 
 
 def nodes(devices: int) -> Topology:
-    """Nodes of 8."""
+    """Topology with 8 devices per node."""
     return Topology(devices, min(NODE, devices))
 
 
@@ -131,7 +131,7 @@ def even_imbalance(counts: Int64, placement: Placement, topology: Topology) -> f
 
 
 def known_loads(report: Report, loads: Loads) -> None:
-    """Copies and crossings for loads that are known: the anchors' table."""
+    """Copies and crossings for known loads, as in the table of ANCHORS."""
     cases = [(64, 256, name, slots, "copies") for name in KINDS for slots in (2, 1)]
     cases += [(256, 256, "zipf 1.2", 2, "copies")]
     cases += [(devices, 256, "zipf 1.2", 4, "crossings") for devices in (64, 256)]
@@ -156,7 +156,7 @@ def known_loads(report: Report, loads: Loads) -> None:
 
 
 def plan_times(report: Report, loads: Loads) -> None:
-    """Milliseconds for one layer's plan: the copies and who computes how much, and all with the quota per source."""
+    """Milliseconds for one layer's plan: without and with the quota per source device."""
     for devices, repeats in ((64, 200), (256, 50), (1024, 10)):
         topology, owners = nodes(devices), initial_owners(256, devices)
         start, limits = Placement.from_owners(owners, devices), CopyLimits.of(topology, 2)
@@ -183,7 +183,7 @@ def _holder_loads(total: Int64, copies: Callable[[], Placement]) -> Int64:
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Time of a call: the median of each of five batches, and of these the least, since others use the machine too."""
+    """Time of a call: the smallest of five medians, each of one batch of calls, since the machine is shared."""
     medians = []
     for _ in range(5):
         times = []
@@ -196,13 +196,13 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def windows(history: Int64, every: int = 1) -> Iterator[tuple[Int64, Int64]]:
-    """(the steps before, the step) for each step that has a whole window before it."""
+    """Pairs (steps before, step) for each step that has a whole window before it."""
     for step in range(WINDOW, len(history), every):
         yield history[step - WINDOW : step], history[step]
 
 
 def ahead(report: Report, loads: Loads) -> None:
-    """Imbalance left by copies planned from the 5 steps before, on one network."""
+    """Imbalance that is left with copies planned from the 5 steps before, without node limits."""
     for devices, experts in ((8, 64), (32, 64), (64, 256)):
         topology, owners = nodes(devices), initial_owners(experts, devices)
         left: dict[str, list[float]] = {}
@@ -214,7 +214,7 @@ def ahead(report: Report, loads: Loads) -> None:
 
 
 def ahead_methods(past: Int64, counts: Int64, owners: Int64, topology: Topology) -> Iterator[tuple[str, float]]:
-    """(method, imbalance left) of every way to plan from `past`."""
+    """(method, remaining imbalance) for every way to plan from `past`."""
     mean = predict(past)
     start = Placement.from_owners(owners, topology.num_devices)
     yield "plain EP", plain_imbalance(counts, owners)
@@ -231,7 +231,7 @@ def ahead_methods(past: Int64, counts: Int64, owners: Int64, topology: Topology)
 
 
 def ahead_across_nodes(report: Report, loads: Loads) -> None:
-    """The same in nodes of 8 that few foreign experts may enter."""
+    """The same for nodes of 8 devices that only a few experts of other nodes may enter."""
     for devices, experts in ((32, 64), (64, 256)):
         topology, owners = nodes(devices), initial_owners(experts, devices)
         for foreign in (0, 1, 2):
@@ -265,7 +265,7 @@ def policies(report: Report, loads: Loads) -> None:
 
 
 def policy_rows(report: Report, setting: str, topology: Topology, histories: list[Int64]) -> None:
-    """Each policy planned ahead and calibrated as the engine does it, for experts as large as those of GPT-MoE-S."""
+    """Every policy as the engine calls it, planning ahead and calibrating, for experts of the size of GPT-MoE-S."""
     weights, width = 4 * 768**2, 768
     cost = LayerCost(CostModel(), 2 * weights, 2 * weights, 6 * weights, 2 * width, 8 * width**2)
     layer = LayerSetting(topology, cost, 2, 1.02, "auto", "pays", 4096)
@@ -282,7 +282,7 @@ def policy_rows(report: Report, setting: str, topology: Topology, histories: lis
 
 
 def resharding(report: Report, loads: Loads) -> None:
-    """Experts moved, and the largest device load without the t hottest experts, of 12 layers."""
+    """For 12 layers: experts moved, and the largest device load without the t hottest experts."""
     topology, degrees = nodes(32), [4] * 12
     layers = [counts_of(loads, "zipf 1.2", 32, 64, seed).sum(axis=0) for seed in range(12)]
     start = [initial_owners(64, 32, layer * 64) for layer in range(12)]
@@ -303,7 +303,7 @@ def resharding(report: Report, loads: Loads) -> None:
 
 
 def predictors(report: Report, setting: str, history: Int64) -> None:
-    """How far each predictor is from the next loads, and the imbalance its copies leave."""
+    """The error of each predictor on the next loads, and the imbalance that remains with its copies."""
     devices, experts = history.shape[1:]
     topology, owners = Topology(devices, devices), initial_owners(experts, devices)
     every = max(1, len(history) // 100)
@@ -325,7 +325,7 @@ def predictors(report: Report, setting: str, history: Int64) -> None:
 
 
 def measured(report: Report, claim: Claim) -> float:
-    """The figure a claim is about."""
+    """The measured figure that a claim refers to."""
     found = [
         row.value
         for row in report.rows
@@ -337,7 +337,7 @@ def measured(report: Report, claim: Claim) -> float:
 
 
 def print_tables(report: Report) -> None:
-    """The tables, then what was to be shown; the latter also becomes rows."""
+    """Print the tables, then the claims beside the measured figures; claims are added to the report as rows."""
     for metric in dict.fromkeys(row.metric for row in report.rows):
         print(report.table(metric), end="\n\n")
     for claim in CLAIMS:
@@ -348,7 +348,7 @@ def print_tables(report: Report) -> None:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Bars of the imbalance that each way to plan ahead leaves, mean and worst."""
+    """Bar plot of the remaining imbalance, mean and worst, for each way to plan ahead."""
     import matplotlib
 
     matplotlib.use("Agg")

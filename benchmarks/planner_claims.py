@@ -1,4 +1,4 @@
-"""What the planner has to show (issue and ANCHORS, section 2), and the figures published there for other systems."""
+"""Claims that the planner must meet, and published figures of other systems (ANCHORS, section 2)."""
 
 from __future__ import annotations
 

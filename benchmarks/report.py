@@ -21,8 +21,8 @@ class Row:
     """One figure.
 
     Attributes:
-        setting: the workload in words.
-        subject: the policy, system or kernel measured; "to show" for what was asked.
+        setting: the workload, in words.
+        subject: the policy, system or kernel that was measured; "to show" for a required figure.
         metric: what was measured.
         value: the figure.
         unit: "" for ratios and counts.
@@ -57,7 +57,7 @@ class Report:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
     def table(self, metric: str) -> str:
-        """Settings down, subjects across, the cells of one metric."""
+        """A table of one metric, with a row per setting and a column per subject."""
         rows = [row for row in self.rows if row.metric == metric]
         subjects = list(dict.fromkeys(row.subject for row in rows))
         cells = {(row.setting, row.subject): f"{row.value:.4g}" for row in rows}
@@ -73,7 +73,7 @@ class Report:
 
 
 def machine() -> dict[str, object]:
-    """The hardware in words: CPU, cores in use, system and, where torch finds one, the GPU."""
+    """The hardware in words: CPU, cores in use, operating system and, if torch finds one, the GPU."""
     found: dict[str, object] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -86,7 +86,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed ones of the packages that matter."""
+    """Versions of Python and of relevant packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def _command() -> list[str]:
-    """The command line, as it is typed: `python -m benchmarks.name ...`."""
+    """The command line as a user would type it: `python -m benchmarks.name ...`."""
     name = Path(sys.argv[0]).stem
     return ["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.steps --json FILE [key=value ...]     # keys of conf/config.yaml: model=..., devices=4
 
-All trainers live in the same processes and take steps in turns, so that whatever else the machine does slows all of
-them. Compared are steps of one round; a ratio is the median over the rounds.
+All trainers run in the same processes and take steps in turn, so that other load on the machine slows all of them
+alike. Step times are compared within a round; a ratio is the median over all rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hecate.train.loop import Trainer
 from hecate.train.settings import Settings, conf_dir
 
 CEILING = "ceiling"
-WARM_UP = 15  # rounds that do not count: caches fill, and loads become history
+WARM_UP = 15  # rounds that are not measured, while caches and the load history fill
 EXPONENT = 1.2  # of the Zipf law of the skewed router
 METRICS = ("imbalance_before", "imbalance_after", "copies")
 
@@ -91,22 +91,22 @@ def _trainer(config: Mapping[str, Any], world: World, policy: str, picks: Picks 
 
 
 def _choose(picks: Picks, layer: int, gate: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> Routing:
-    """A forward hook: other experts, weighted with what the gate gave to its own."""
+    """A forward hook on the gate: replaces its experts by others, with the weights that it computed for its own."""
     assert isinstance(gate, TopKGate)
     index = picks(gate, layer, routing.expert_index.shape[0])
     return routing._replace(expert_index=index.to(routing.expert_index.device))
 
 
 def zipf(gate: TopKGate, layer: int, tokens: int) -> Tensor:
-    """`[T, k]` experts, drawn in proportion to `rank ** -EXPONENT`; in every layer others are hot."""
+    """`[T, k]` experts drawn in proportion to `rank ** -EXPONENT`; each layer has different hot experts."""
     ranks = torch.randperm(gate.num_experts, generator=torch.Generator().manual_seed(layer)) + 1
     scores = -EXPONENT * ranks.log().expand(tokens, -1)
-    # From the global generator, so that a recomputation draws the same. Gumbel noise: without replacement.
+    # Drawn from the global generator, so that recomputation draws the same; by Gumbel noise, without replacement.
     return (scores - torch.empty(tokens, gate.num_experts).exponential_().log()).topk(gate.top_k, dim=1).indices
 
 
 def even(gate: TopKGate, layer: int, tokens: int) -> Tensor:
-    """`[T, k]` experts, all equally often."""
+    """`[T, k]` experts, each used equally often."""
     return torch.arange(tokens * gate.top_k).view(tokens, gate.top_k) % gate.num_experts
 
 
@@ -119,7 +119,7 @@ def summarize(
     routers: Mapping[str, Picks | None],
     policies: Sequence[str],
 ) -> Report:
-    """Ratios of step times, and what the policies did."""
+    """Report ratios of step times, and the policies' copies and imbalance."""
     report = Report()
     size = f"{settings.devices} processes, {settings.batch_size * settings.sequence_length} tokens each"
     ceiling = steps[CEILING, CEILING]

@@ -1,4 +1,4 @@
-"""Process groups that live as long as the test session, one per world size, each serving many tests."""
+"""Process groups that are kept for the whole test session, one per world size, each used by many tests."""
 
 from __future__ import annotations
 

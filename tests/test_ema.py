@@ -1,4 +1,4 @@
-"""An average of weights under FSSDP is that of the plain model, whoever owns the experts."""
+"""A moving average of weights under FSSDP equals that of the plain model, also after experts changed owners."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def _averaged(dense: str) -> int:
-    """Returns how many slots of this device got another expert."""
+    """Train; returns how many slots of this device got another expert."""
     plain, engine = _pair(dense=dense)
     average = ExpertAverage(engine, DECAY)
     expected = {name: p.detach().clone() for name, p in plain.named_parameters()}
@@ -66,7 +66,7 @@ def _averaged(dense: str) -> int:
         if step == 2:
             kept = average.state_dict()
             _assert_close(kept, expected)
-            average.update()  # to be undone
+            average.update()  # undone by load_state_dict below
             average.load_state_dict(kept)
     own = engine.full_state_dict()
     with average.apply():

@@ -1,4 +1,4 @@
-"""Holds the import rule: a folder imports only what stands above it, nothing in a circle, and planning needs no process
+"""Checks the import rules: a folder imports only those before it, there are no cycles, and planning needs no process
 group.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hecate"
-# One line each: nobody imports a name that stands below its own.
+# In order: a name imports only names on lines before its own.
 ORDER = (
     "placement",
     "cost",
@@ -57,7 +57,7 @@ NATIVE = "_native"  # the C++ extension imports nothing
 
 
 def modules() -> dict[str, Path]:
-    """Module name without `hecate.` -> file; the package itself is the empty name."""
+    """Module name without `hecate.` -> file; the package itself has the empty name."""
     names = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -87,7 +87,7 @@ def own_imports(name: str) -> set[str]:
 
 
 def reachable(start: str) -> dict[str, str]:
-    """Every module of ours that `start` imports, directly or not -> the one that imports it."""
+    """Every module of hecate that `start` imports, directly or indirectly -> the module that imports it."""
     found, todo = {start: ""}, [start]
     while todo:
         name = todo.pop()
@@ -120,7 +120,7 @@ Graph = dict[str, set[str]]
 
 
 def circles(graph: Graph) -> list[set[str]]:
-    """Sets of nodes that all reach each other."""
+    """Strongly connected components with more than one node."""
 
     def reached(start: str) -> set[str]:
         found: set[str] = set()
@@ -142,7 +142,7 @@ def by_file() -> Graph:
 
 
 def by_folder() -> Graph:
-    """Files directly in a folder, and its subfolders as one node each."""
+    """The import graph of a folder: its files, and each subfolder as one node."""
 
     def node(name: str) -> str:
         return ".".join(name.split(".")[:2])

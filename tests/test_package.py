@@ -1,4 +1,4 @@
-"""The built wheel and the editable install, each used from elsewhere: the extension and conf/ are found."""
+"""The built wheel and the editable install find the extension and conf/ when used from another folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_wheel_holds_configuration_and_kernels(wheel: Path) -> None:
 def test_wheel_works_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     python("-m", "pip", "install", "-q", "--no-deps", "--no-index", "-t", str(target), str(wheel), cwd=tmp_path)
-    # -S drops the editable install of this environment; the dependencies come in by path, behind the wheel.
+    # -S disables this environment's editable install; dependencies are found by path, after the wheel.
     import torch
 
     packages = Path(torch.__file__).parents[1]

@@ -1,4 +1,4 @@
-"""`Placement` and `Topology`: sets of (expert, device) pairs, and what they refuse."""
+"""`Placement` and `Topology`: operations on sets of (expert, device) pairs, and invalid arguments."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class WorkerError(AssertionError):
-    """At least one rank raised; the message holds every rank's traceback."""
+    """At least one rank raised; the message contains the traceback of every rank that did."""
 
 
 class Group:
@@ -42,7 +42,7 @@ class Group:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*args)` on every rank; what each returned. WorkerError if any raised."""
+        """Run `function(*args)` on every rank; returns each rank's result. WorkerError if any rank raised."""
         for pipe in self.pipes:
             pipe.send((function, args))
         answers = [_receive(pipe) for pipe in self.pipes]
@@ -62,7 +62,7 @@ class Group:
 
 
 class Groups:
-    """Groups by world size, started when first asked for; one that failed is replaced."""
+    """Groups by world size, started on first use; a group that failed is replaced."""
 
     def __init__(self) -> None:
         self._running: dict[int, Group] = {}
@@ -73,7 +73,7 @@ class Groups:
         return Groups._Guard(self, world_size)
 
     def discard(self, world_size: int) -> None:
-        """Ranks may be stuck after an error: start afresh next time."""
+        """End a group after an error, since ranks may be stuck; the next use starts a new one."""
         self._running.pop(world_size).close()
 
     def close(self) -> None:
@@ -113,8 +113,8 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
             return
         if task is None:
             return
-        _destroy_subgroups()  # of the function before, which all ranks have ended
-        gc.freeze()  # a collection that looks at all imported modules takes a second on five ranks
+        _destroy_subgroups()  # those of the previous function, which all ranks have finished
+        gc.freeze()  # a collection that examines all imported modules takes a second on five ranks
         function, args = task
         try:
             pipe.send((True, function(*args)))
@@ -123,7 +123,7 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
 
 
 def _destroy_subgroups() -> None:
-    """Every gloo group has a thread that wakes a hundred times a second: a thousand of them stop a machine."""
+    """Every gloo group has a thread that wakes up a hundred times per second; a thousand of them overload a machine."""
     gc.collect()
     for group in list(distributed_c10d._world.pg_map):  # there is no public list
         if group is not dist.group.WORLD and not group.group_desc.startswith("mesh_"):  # DTensor keeps those by name

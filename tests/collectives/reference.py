@@ -1,4 +1,4 @@
-"""Slow, obvious numpy versions of the two collectives, and data whose right answer every rank can compute."""
+"""Slow, obvious numpy versions of the two collectives, and input data that every rank can compute for all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hecate.placement import Placement, Topology
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `src` has one device an expert, `dst` is any placement; the reduction goes from `dst` to `src`."""
+    """One call: `src` has one device per expert, `dst` is any placement; the reduction goes from `dst` to `src`."""
 
     src: Placement
     dst: Placement
@@ -24,7 +24,7 @@ class Case:
 
     @classmethod
     def random(cls, devices: int, per_node: int, seed: int) -> Case:
-        """Owners without experts, experts held by nobody but their owner, by all, and now and then by others only."""
+        """Random cases with devices that own nothing, and experts held by their owner only, by all, or by others only."""
         rng = np.random.default_rng([devices, per_node, seed])
         experts = int(rng.integers(1, 9))
         src = Placement.from_owners(rng.integers(0, devices, experts), devices)
@@ -35,7 +35,7 @@ class Case:
         return cls(src, Placement(dst), Topology(devices, per_node), chunk, seed)
 
     def row(self, expert: int, device: int, dtype: torch.dtype) -> Tensor:
-        """What `device` holds of `expert`; of very different magnitudes, so that the order of a sum shows."""
+        """The row of `expert` on `device`. Magnitudes differ widely, so that a wrong order of summation changes the result."""
         rng = np.random.default_rng([self.seed, expert, device])
         values = rng.standard_normal(self.chunk) * 10.0 ** rng.integers(-3, 4, self.chunk)
         return torch.as_tensor(values if dtype.is_floating_point else values * 100).to(dtype)

@@ -33,7 +33,7 @@ def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def left_behind(launcher: subprocess.Popen[str]) -> list[str]:
-    """Namespaces, links and cgroups of this launcher's cluster; links outside its namespaces have no business to be."""
+    """Namespaces, links and cgroups of this launcher's cluster, including links that are wrongly outside of them."""
     name = f"hecate-{launcher.pid}"
     spaces = [p.name for p in Path("/run/netns").glob(f"{name}*")]
     groups = [str(p) for p in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}"))]
@@ -149,7 +149,7 @@ def test_next_launcher_removes_what_a_killed_one_left() -> None:
 
 @pytest.fixture
 def cgroup2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root of a fake cgroup tree of version 2, which the launcher takes for this machine's."""
+    """The root of a fake cgroup tree of version 2, which the launcher uses in place of the machine's."""
     root = tmp_path / "cgroup"
     root.mkdir()
     (root / "cgroup.controllers").write_text("cpuset cpu io memory\n")
@@ -169,7 +169,7 @@ def test_quota_under_cgroup_version_2(cgroup2: Path) -> None:
 
 
 def test_removal_under_cgroup_version_2(cgroup2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that left its session and namespace is in its cgroup still."""
+    """A process that left its session and namespace is still in its cgroup."""
     stale = subprocess.Popen(["sleep", "100"], start_new_session=True)
     procs = cluster._make_cgroup(cgroup2, "hecate-0", 0, 0.5)
     procs.write_text(f"{stale.pid}\n")

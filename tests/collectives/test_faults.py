@@ -1,4 +1,4 @@
-"""A rank that is killed while collectives are under way is an error on all others within the group's timeout."""
+"""If a rank is killed during collectives, all others raise an error within the group's timeout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VICTIM = 1
 
 
 def make(kind: type[Transport]) -> Transport:
-    """On a group of its own: the timeout is for collectives, not for the start of the processes."""
+    """Use a separate group, so that its timeout applies to collectives and not to starting the processes."""
     world = dist.get_world_size()
     group = dist.new_group(timeout=TIMEOUT)
     topology = Topology(world, 2 if world == 4 else world)
@@ -39,7 +39,7 @@ def make(kind: type[Transport]) -> Transport:
 
 
 def start_gather(transport: Transport, numel: int) -> Work:
-    """An expert a rank, to all."""
+    """Gather one expert per rank to all ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     moves = moves_between(Placement.even(world, world), Placement([[True] * world] * world))
     sent: Rows = {rank: torch.zeros(numel)}
@@ -47,7 +47,7 @@ def start_gather(transport: Transport, numel: int) -> Work:
 
 
 def start_reduce(transport: Transport, numel: int) -> Work:
-    """The mirror."""
+    """The reverse reduction."""
     world, rank = dist.get_world_size(), dist.get_rank()
     moves = moves_between(Placement.even(world, world), Placement([[True] * world] * world)).reversed
     contributed: Rows = {e: torch.zeros(numel) for e in range(world)}
@@ -55,7 +55,7 @@ def start_reduce(transport: Transport, numel: int) -> Work:
 
 
 def survive(kind: type[Transport], collectives: Callable[[Transport], None]) -> str:
-    """What a survivor's collectives raised."""
+    """The errors that a surviving rank's collectives raised."""
     transport = make(kind)
     start_gather(transport, SMALL).wait()  # all are connected
     dist.barrier()
@@ -67,7 +67,7 @@ def survive(kind: type[Transport], collectives: Callable[[Transport], None]) -> 
 
 
 def large_ones(transport: Transport) -> None:
-    """The victim dies in the first; it has no part in the others any more."""
+    """The killed rank dies in the first collective and does not start the others."""
     works = [start_gather(transport, LARGE)]
     if dist.get_rank() == VICTIM:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +77,7 @@ def large_ones(transport: Transport) -> None:
 
 
 def many_small_ones(transport: Transport) -> None:
-    """The victim dies when the clock says so, in the middle of any of them."""
+    """The killed rank dies after a fixed time, in the middle of any of the collectives."""
     if dist.get_rank() == VICTIM:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
     while True:

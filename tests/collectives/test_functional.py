@@ -66,7 +66,7 @@ def test_bool_travels_but_has_no_sum(groups: Groups) -> None:
 
 
 def check_overlapping_works(devices: int) -> None:
-    """Several calls under way at once, waited for in another order than they were issued."""
+    """Several calls in progress at once, waited for in a different order than they were issued."""
     rank = dist.get_rank()
     cases = [Case.random(devices, 2, seed) for seed in range(6)]
     works = []
@@ -84,7 +84,7 @@ def test_works_may_be_waited_for_in_any_order(groups: Groups) -> None:
 
 
 def check_gradients(devices: int, per_node: int, async_op: bool) -> None:
-    """The gradient of each is the other, applied to what came from above."""
+    """The gradient of each collective is the other one, applied to the incoming gradient."""
     rank, dtype = dist.get_rank(), torch.float64
     for seed in SEEDS:
         case = Case.random(devices, per_node, seed)
@@ -155,7 +155,7 @@ def message_of(call: Callable[[], object]) -> str:
 
 
 def disagree(what: str) -> str:
-    """Rank 1 calls with something else; the message that every rank gets."""
+    """Rank 1 passes something else; returns the error message, which must be the same on every rank."""
     odd = dist.get_rank() == 1
     src = Placement.from_owners([0, 1, 2], 3)
     dst = Placement(np.eye(3) if odd and what == "placement" else np.ones((3, 3)))
@@ -192,7 +192,7 @@ def test_a_rank_that_differs_is_named_on_all(groups: Groups, what: str, message:
 
 
 def disagree_on_known_chunks() -> list[str]:
-    """Both shapes were agreed on before."""
+    """Both shapes were checked across ranks in earlier calls."""
     rank = dist.get_rank()
     src, dst = Placement.from_owners([0], 2), Placement([[True, True]])
     for numel in (1000, 1001):

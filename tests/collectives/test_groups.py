@@ -1,4 +1,4 @@
-"""Which transport a process group gets, and that it goes with the group."""
+"""Which transport a process group gets, and that it is freed with the group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = "cpu:gloo,cuda:nccl"
 
 
 class FourRanks:
-    """As much of a process group as transports need to be made."""
+    """A stand-in for a process group with what is needed to make transports."""
 
     def size(self) -> int:
         return 4
@@ -89,7 +89,7 @@ def queue_threads() -> set[threading.Thread]:
 
 
 def pass_on(transport: Transport, ranks: int) -> None:
-    """A gather whose pieces are handed on, so that it needs the queue's thread on some rank."""
+    """A gather whose pieces are relayed, so that it needs the queue's thread on some rank."""
     rank, numel = dist.get_rank(), 1 << 18
     src, dst = Placement.from_owners([0], ranks), Placement([[True] * ranks])
     row = torch.full((numel,), 7.0)

@@ -1,4 +1,4 @@
-"""What the routed transport allocates, by torch's own allocations: nothing to gather, and a bounded part to reduce."""
+"""Counts torch allocations of the routed transport: gathers need none, reductions a bounded amount."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tests.workers import Groups
 
 TOPOLOGY = Topology(4, 2)
 CLUSTER = Links(600_000_000, 900_000_000, 48_000_000, 48_000_000, 200_000, 400_000)
-"""About what `benchmarks.collectives` measures on its emulated cluster."""
+"""Links about as `benchmarks.collectives` measures them on its emulated cluster."""
 SIZES = (1 << 15, 50_001, 1 << 17)  # elements of a chunk; pieces have at least 64 KiB
 KINDS = (RoutedOnHost, Rounds)
 
 
 class Allocations(TorchDispatchMode):
-    """Storages that operations of this thread make and that are still there."""
+    """Records storages that operations of this thread allocate and that are not freed yet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Allocations(TorchDispatchMode):
 
 
 class Inline(Executor):
-    """Runs what it is given at once, where `Allocations` sees it."""
+    """An executor that runs tasks immediately in this thread, where `Allocations` records them."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         done: Future = Future()
@@ -85,7 +85,7 @@ def transport_of(kind: type[Routed]) -> Routed:
 
 
 def gather(transport: Routed, case: Case, numel: int, seen: Allocations) -> int:
-    """Hops that this rank hands on."""
+    """Hops that this rank relays."""
     rank = dist.get_rank()
     sent = {e: torch.full((numel,), float(e)) for e in case.src.held_by(rank).tolist()}
     received = {e: torch.empty(numel) for e in (case.dst - case.src).held_by(rank).tolist()}
@@ -119,7 +119,7 @@ def reduce(transport: Routed, case: Case, numel: int, wire: torch.dtype, seen: A
 
 
 class Staged:
-    """Pieces that were received, or are being received, and not added yet; by peer."""
+    """Pieces, by peer, that were or are being received and are not added yet."""
 
     def __init__(self) -> None:
         self._now: Counter[int] = Counter()
@@ -143,8 +143,8 @@ class Staged:
 
 
 def sums_under_way(parts: tuple[Part, ...]) -> int:
-    """Most sums that one rank has open at once: from the round that brings the first contribution on until the round
-    after the one that carries the sum away, or in which the owner's is complete.
+    """The largest number of sums that a rank has open at once. A sum is open from the round that brings its first
+    contribution until the round after the one that carries it away, or in which the owner's result is complete.
     """
     first: dict[tuple[int, int, bool], int] = {}
     last: dict[tuple[int, int, bool], int] = {}
@@ -207,10 +207,10 @@ class Taken(Staging):
 
 
 def check_staging(owners: Placement, holders: Placement, topology: Topology, links: Links, numel: int) -> None:
-    """All that a reduction stages, sums under way included, on every rank: two pieces a peer in accumulation dtype.
+    """What a reduction stages on every rank, unfinished sums included, is at most two pieces per peer.
 
-    A peer is who brings pieces, and who gets sums. Where contributions are narrower than sums, one sum and one result
-    may take five pieces.
+    Pieces are counted in accumulation dtype; peers are ranks that send pieces or receive sums. If contributions are
+    narrower than sums, one sum and one result may need five pieces.
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     for wire, result in ((fp32, fp32), (bf16, fp32), (bf16, bf16)):
@@ -271,4 +271,4 @@ def check_changing_placements(kind: type[Routed]) -> list[int]:
 def test_changing_placements_share_memory(groups: Groups, kind: type[Routed]) -> None:
     for made in groups(4).run(check_changing_placements, kind):
         assert made[0] > 0
-        assert made[-1] == 0  # buffers only grow, so this comes
+        assert made[-1] == 0  # buffers only grow, so in the end no more are needed

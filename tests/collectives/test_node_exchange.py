@@ -1,4 +1,4 @@
-"""The exchange that knows nodes gives what the plain one gives: outputs and gradients, within rounding."""
+"""The node-aware exchange gives the same outputs and gradients as the plain one, within rounding."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_equals_the_plain_exchange(groups: Groups, devices: int, per_node: int) 
 
 
 def crossing(devices: int, per_node: int) -> tuple[int, int]:
-    """Rows that leave this node by the plain exchange, and by the one that knows nodes."""
+    """Number of rows that leave this node in the plain exchange, and in the node-aware one."""
     rank = dist.get_rank()
     plan, picks, topology = setting(devices, per_node, 1)
     comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)

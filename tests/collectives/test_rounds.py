@@ -1,4 +1,4 @@
-"""The way of CUDA without it: its rounds over gloo, its group calls under NCCL's rules, its streams by their record."""
+"""Tests the CUDA code path without CUDA: rounds over gloo, group calls in a simulation of NCCL, streams by a fake."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.workers import Groups
 
 
 class Rounds(RoutedOnStream):
-    """On CPU what is done on CUDA, the host in place of the side stream."""
+    """The transport for CUDA run on CPU, with the host in place of the side stream."""
 
     def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
         run()
@@ -40,14 +40,14 @@ class Rounds(RoutedOnStream):
 
 
 class OneWork:
-    """Of all operations of a batch, as NCCL has it."""
+    """One work object for all operations of a batch, as NCCL returns it."""
 
     def __init__(self, works: list[dist.Work]) -> None:
         self.wait = lambda: [work.wait() for work in works]
 
 
 def compare(devices: int, per_node: int, dtype: torch.dtype) -> int:
-    """How many batches there were, all under one work each."""
+    """The number of batches, each with one work object."""
     topology, batch, batches = Topology(devices, per_node), dist.batch_isend_irecv, 0
 
     def coalesced(operations: list[dist.P2POp]) -> list[OneWork]:
@@ -76,13 +76,13 @@ def test_same_bits_as_plain_sends(groups: Groups, devices: int, per_node: int, d
     assert devices == 1 or max(batches) > 0
 
 
-# Group calls: a rank is in one until the other half of each of its messages is in one that its peer has entered.
+# Group calls: a rank's call ends when the other half of each of its messages is in a call that the peer has entered.
 
 Call = tuple[list[Hop], list[Hop]]
 
 
 class Recorder(RoutedOnStream):
-    """One rank's group calls, with nobody to talk to."""
+    """Records one rank's group calls without communicating."""
 
     def __init__(self, rank: int, topology: Topology) -> None:
         self._rank, self.topology, self._stream = rank, topology, None
@@ -95,7 +95,7 @@ class Recorder(RoutedOnStream):
 
 
 def group_calls(devices: int, per_node: int, seed: int) -> list[list[Call]]:
-    """Of every rank, over a sequence of gathers and reductions between random placements."""
+    """The group calls of every rank for a sequence of gathers and reductions between random placements."""
     topology, rng = Topology(devices, per_node), np.random.default_rng([devices, per_node, seed])
     recorders = [Recorder(rank, topology) for rank in range(devices)]
     for _ in range(3):
@@ -195,7 +195,7 @@ def test_messages_of_a_tag_are_received_in_the_order_they_are_sent_in(
 
 
 class FakeStream:
-    """Writes down what it is told."""
+    """Records the calls made on it."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log

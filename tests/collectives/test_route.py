@@ -1,4 +1,4 @@
-"""Routes are executed by a slow simulator in numpy, which knows only what has arrived in earlier rounds."""
+"""Checks routes with a slow simulator in numpy, in which a device can send only what arrived in earlier rounds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rounds(route: Route) -> list[list[Hop]]:
 
 
 def delivered(route: Route, owners: Placement) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """(expert, device) -> pieces that came, by a gather in which nobody sends what it has not."""
+    """(expert, device) -> pieces that arrived in a gather; checks that devices send only what they have."""
     has = {(e, d): {(0, 1): -1} for e, d in enumerate(owners.owners.tolist())}
     came: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, hops in enumerate(rounds(route)):
@@ -85,7 +85,7 @@ Sum = list[list[int]]
 
 
 class Device:
-    """What a device of the reduction has added up."""
+    """The sums of one device in a reduction."""
 
     def __init__(self, rank: int, topology: Topology) -> None:
         self.rank, self.topology = rank, topology

@@ -1,4 +1,4 @@
-"""The routed transport gives the bits of the plain one, whatever the links make of the route."""
+"""The routed transport gives the same bits as the plain one, whatever route the links lead to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hecate.private_torch import default_store
 from tests.collectives.reference import Case
 from tests.workers import Groups
 
-# Free messages: as many pieces as there may be, everything that can be handed on is.
+# Messages without a fixed cost, so that routes have as many pieces and relays as possible.
 FINE = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**7, message_ns=0, relay_ns=0)
 PORTS = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**8, message_ns=0, relay_ns=0)
 CHUNK = (8, 12345)
@@ -52,7 +52,7 @@ def start_reduce(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[
 
 
 def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> int:
-    """Hops that carry less than a chunk; so that the test knows it saw some."""
+    """Number of hops that carry less than a chunk, to check that the test covers some."""
     topology = Topology(devices, per_node)
     plain = PointToPoint(dist.group.WORLD, topology)
     routed = transport_of(dist.group.WORLD, "cpu", topology, links)
@@ -85,7 +85,7 @@ def test_same_bits_as_plain_sends(
 
 
 def overlap(devices: int, nodes_of: tuple[int, ...]) -> None:
-    """Every case and topology at once, waited for backwards."""
+    """Start every case and topology at once, and wait for them in reverse order."""
     calls = [
         (Topology(devices, per_node), case_of(devices, per_node, seed), start)
         for seed in range(4)
@@ -110,7 +110,7 @@ def test_many_under_way_at_once(groups: Groups, nodes_of: tuple[int, ...]) -> No
 
 
 def hand_on_without_waiting() -> None:
-    """Half of rank 2's copy goes through rank 1, which does not wait for its own before rank 2 has all."""
+    """Half of rank 2's copy is relayed by rank 1, which waits for its own result only after rank 2 has everything."""
     topology = Topology(3, 3)
     routed = transport_of(dist.group.WORLD, "cpu", topology, FINE)
     case = Case(Placement.from_owners([0], 3), Placement(np.ones((1, 3))), topology, CHUNK, 0)

@@ -1,9 +1,9 @@
-"""A user's training script that saves in the background and destroys its process group at a random moment of that.
+"""A training script that saves in the background and destroys its process group at a random moment of the save.
 
     torchrun --nproc-per-node 2 -m tests.faults.destroyed FOLDER SEED
 
-Goes on from `FOLDER/checkpoint`, whose weights must be those that were to be saved, and writes beside it, for each step
-that it saves, the weights: `FOLDER/step-<number>.pt`.
+It resumes from `FOLDER/checkpoint` and checks the weights in it. For each step that it saves, it also writes the
+weights to `FOLDER/step-<number>.pt`, for comparison.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hecate
 from hecate.models import GPTMoE, ModelConfig
 
 LONGEST_SECONDS = 0.15
-"""About as long as a save takes."""
+"""Seconds; about as long as a save takes."""
 
 
 def make() -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
@@ -33,7 +33,7 @@ def make() -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
 
 
 def resume(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Load the checkpoint, if there is one; the step it is of."""
+    """Load the checkpoint, if there is one; returns its step."""
     if not (folder / "checkpoint").exists():
         return 0
     step = int(engine.load(folder / "checkpoint", optimizer)["step"])
@@ -45,7 +45,7 @@ def resume(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer, folder: Path)
 
 
 def train(folder: Path, seed: int) -> None:
-    """Some steps, each saved in the background; then, at a random moment, the end."""
+    """Make some steps, each saved in the background; then end at a random moment."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     engine, optimizer = make()

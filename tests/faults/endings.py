@@ -2,7 +2,8 @@
 
     python -m tests.faults.endings RANK PORT PATH HOW
 
-A good checkpoint of step 1 is written to PATH, then that of step 2 in the background, slowly, and the script ends: HOW.
+A complete checkpoint of step 1 is written to PATH, then that of step 2 slowly in the background; meanwhile the script
+ends in the way that HOW names.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(rank: int, port: int, path: Path, how: str) -> None:
 
 
 def train(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer) -> None:
-    """One step."""
+    """Make one step."""
     tokens = torch.randint(31, (2, 9))
     engine.model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
     optimizer.step()
@@ -59,7 +60,7 @@ def train(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer) -> None:
 
 
 def slowly(begun: threading.Event, dies: int | None) -> Any:
-    """The writer, which takes a while; rank 1 does not survive it if `dies` says so."""
+    """A slowed-down `write_data`; if `dies` is 1, it kills this process before it writes."""
     write = ProvingWriter.write_data
 
     def write_data(*args: Any) -> Any:
@@ -73,7 +74,7 @@ def slowly(begun: threading.Event, dies: int | None) -> Any:
 
 
 def end(how: str, save: Callable[[], object], handle: Any) -> None:
-    """The last line of the script."""
+    """End the script in the way `how`."""
     if how == "destroy":
         dist.destroy_process_group()
     elif how == "destroy, then save":

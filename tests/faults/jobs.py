@@ -1,4 +1,4 @@
-"""Trainers as processes that a test may signal or kill, and what their runs leave behind."""
+"""Starts trainers as processes that a test can signal or kill, and reads the files of their runs."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ TINY = (
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 POLL_SECONDS = 0.005
 PATIENCE = 300
-"""Seconds after which whatever a test waits for is not going to happen."""
+"""Seconds after which a test gives up waiting."""
 MARK = "HECATE_TEST_JOB"
-"""Environment variable that all processes of a job have, wherever a launcher has put them."""
+"""Environment variable set in all processes of a job, by which they are found again."""
 
 
 def write_text(root: Path) -> Path:
-    """A small text to learn."""
+    """Write a small text to train on."""
     (root / "text").mkdir()
     for i in range(12):
         (root / "text" / f"{i}.txt").write_text(f"The {i}. file of {i * i} words. " * 40)
@@ -59,12 +59,12 @@ def write_text(root: Path) -> Path:
 
 
 def own_environment() -> dict[str, str]:
-    """Without this process's torchrun variables: a rank of a job is a process of the job's own group."""
+    """The environment without torchrun's variables: the ranks of a job form a group of their own."""
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
 
 
 def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Of `hecate.train` in the folder `root`, which has the text; to be given to subprocess."""
+    """Arguments for subprocess that run `hecate.train` in the folder `root`, which contains the text."""
     start = (sys.executable, *launcher, "-m", "hecate.train", f"data.path={root / 'text'}", *TINY, *overrides)
     return {"args": start, "cwd": root, "env": own_environment(), "text": True}
 
@@ -73,7 +73,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root: str, *overrides: str) -> AnyTrainer:
-    """On every rank of a test group; the run's folder is in `root`, which has the text."""
+    """Run the trainer on every rank of a test group; the run's folder is in `root`, which contains the text."""
     plain = config(*TINY, f"data.path={root}/text", f"output={root}", *overrides)
     settings = Settings.from_config(plain)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -85,12 +85,12 @@ def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root:
 
 
 class Job:
-    """A trainer with its processes; all that are left are killed at the end of the `with` block.
+    """A trainer and its processes; those still running at the end of the `with` block are killed.
 
     Args:
-        root: folder that it runs in.
-        name: of the run.
-        start: what subprocess needs, see `command`.
+        root: the folder that it runs in.
+        name: the name of the run.
+        start: arguments for subprocess, see `command`.
     """
 
     def __init__(self, root: Path, name: str, start: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Job:
     ) -> None:
         while left := marked(self._mark):
             for pid in left:
-                with suppress(ProcessLookupError):  # it has ended
+                with suppress(ProcessLookupError):  # the process has ended
                     os.kill(pid, signal.SIGKILL)
             self.process.poll()
             time.sleep(POLL_SECONDS)
@@ -119,11 +119,11 @@ class Job:
         self.process.stdout.close()
 
     def wait_for_step(self, step: int) -> None:
-        """Return when that step has been logged."""
+        """Wait until that step has been logged."""
         self.wait_until(lambda: last_step(self.run) >= step, f"step {step}")
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        """Return when something has happened. AssertionError if the job ends before, or it never does."""
+        """Wait until a condition holds. AssertionError if the job ends first, or if it takes too long."""
         end = time.monotonic() + PATIENCE
         while not happened():
             assert self.process.poll() is None, f"{what}: the job ended\n{self.process.communicate()[0]}"
@@ -136,33 +136,33 @@ class Job:
         return sorted(found)
 
     def end(self, expect: int) -> str:
-        """Wait for the exit code `expect`; what was printed."""
+        """Wait until the job ends and check its exit code; returns what was printed."""
         output, _ = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == expect, output
         return output
 
 
 def descendants(parent: int) -> list[int]:
-    """Process ids below `parent`."""
+    """Process ids of all descendants of `parent`."""
     try:
         children = [int(c) for c in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    except FileNotFoundError:  # it has ended
+    except FileNotFoundError:  # the process has ended
         return []
     return [pid for child in children for pid in (child, *descendants(child))]
 
 
 def marked(mark: str) -> list[int]:
-    """Ids of the processes with that `MARK` in their environment."""
+    """Ids of the processes that have this `MARK` in their environment."""
     found, own = [], f"{MARK}={mark}".encode()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is not ours
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if own in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
     return found
 
 
 def is_rank(pid: int) -> bool:
-    """Whether it was spawned by torch.multiprocessing, or runs the trainer under a launcher."""
+    """Whether the process was spawned by torch.multiprocessing, or runs the trainer under a launcher."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:
@@ -171,18 +171,18 @@ def is_rank(pid: int) -> bool:
 
 
 def last_step(run: Path) -> int:
-    """The last one logged; 0 before the first."""
+    """The last step that was logged; 0 before the first."""
     log = run / "metrics.jsonl"
     return max((m["step"] for m in read_metrics(log)), default=0) if log.exists() else 0
 
 
 def losses(run: Path) -> list[float]:
-    """Of all steps."""
+    """The losses of all steps."""
     return [m["loss"] for m in read_metrics(run / "metrics.jsonl")]
 
 
 def validation(run: Path) -> float:
-    """Bits per byte at the end."""
+    """Validation bits per byte at the end."""
     return float(json.loads((run / "summary.json").read_text())["val_bits_per_byte"])
 
 
@@ -194,7 +194,7 @@ def final_state(run: Path) -> dict[str, Tensor]:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All of a checkpoint, read by torch alone."""
+    """All entries of a checkpoint, read with torch only."""
     reader = dcp.FileSystemReader(path)
     entries = reader.read_metadata().state_dict_metadata.items()
     state = {
@@ -203,13 +203,13 @@ def tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended here
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """What is not bit for bit the same in two finished runs."""
+    """Names of everything that is not bit for bit the same in two finished runs."""
     left, right = final_state(run), final_state(other)
     found = [f"tensor {n}" for n in left.keys() | right.keys() if not _equal(left.get(n), right.get(n))]
     found += ["losses"] * (losses(run) != losses(other))

@@ -1,16 +1,16 @@
-"""End runs over and over at random moments, while checkpoints are written, and see that nothing is lost.
+"""Repeatedly end runs at random moments, while checkpoints are written, and check that nothing is lost.
 
     python -m tests.faults.kill_cycles --cycles 60 --how kill,ctrl-c,sigterm,destroy
 
-Each cycle starts `hecate.train` on two processes, which write a checkpoint in the background after every step, and at a
-random moment ends it: `kill` (SIGKILL to one rank, or to all processes), `ctrl-c` (SIGINT to the process group, as a
-terminal does), `sigterm` (to the parent). `destroy` is a training script of its own instead, which destroys its process
-group in the middle of a save (`tests.faults.destroyed`).
+Each cycle starts `hecate.train` on two processes, which write a checkpoint in the background after every step, and ends
+it at a random moment: `kill` (SIGKILL to one rank, or to all processes), `ctrl-c` (SIGINT to the process group, as a
+terminal does), `sigterm` (to the parent). `destroy` runs a different training script instead, which destroys its
+process group in the middle of a save (`tests.faults.destroyed`).
 
-After each cycle every checkpoint that passes for complete must be complete (files, checksums, and chunks of every
+After each cycle every checkpoint that is marked as complete must be complete (files, checksums, and chunks of every
 tensor), the newest one must not be older than before, and a run that was asked to stop must have saved its last step.
-After the last cycle the run goes on to its end: weights, optimizer state, planner state, all losses and the validation
-must be bit for bit those of a run that nobody disturbed.
+After the last cycle the run continues to its end: weights, optimizer state, planner state, all losses and the validation
+result must be bit for bit those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from tests.faults.wholeness import missing
 WAYS = ("kill", "ctrl-c", "sigterm", "destroy")
 EXIT_CODES = {"ctrl-c": 130, "sigterm": 85}
 LONGEST = 4
-"""Most steps that are waited for in a cycle."""
+"""A cycle waits for at most this many steps."""
 STEPS_A_CYCLE = 20
-"""Of the run: more than a fast machine makes in a cycle."""
+"""Steps of the run: more than a fast machine makes in a cycle."""
 COMMON = ("timeout_seconds=30", "fssdp.reshard_interval=7", "threads=1")
 SAVING = ("save_async=true", "save_interval=1", "save_keep=2")
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One end of a run.
+    """How one cycle ended.
 
     Attributes:
-        how: of `WAYS`.
+        how: a name in `WAYS`.
         code: exit code.
-        step: last one that was made.
-        kept: that of the newest complete checkpoint.
-        wrong: what is not as it must be.
+        step: the last step that was made.
+        kept: the step of the newest complete checkpoint.
+        wrong: descriptions of what is wrong.
     """
 
     how: str
@@ -76,25 +76,25 @@ class Cycle:
 
     @property
     def lost(self) -> int:
-        """Steps that the next start makes again."""
+        """Number of steps that the next start has to repeat."""
         return self.step - self.kept
 
 
 @dataclass(frozen=True)
 class Result:
-    """All cycles, and what is different at the end from a run that nobody disturbed."""
+    """All cycles, and the differences at the end from an uninterrupted run."""
 
     cycles: tuple[Cycle, ...]
     different: tuple[str, ...]
 
     @property
     def good(self) -> bool:
-        """Nothing is wrong or different."""
+        """Whether nothing is wrong or different."""
         return not self.different and not any(cycle.wrong for cycle in self.cycles)
 
 
 def end_trainer(root: Path, steps: int, how: str, chance: random.Random) -> Cycle:
-    """Start the run, end it, and see what is left."""
+    """Start the run, end it, and check what is left."""
     log = root / "runs" / "ended" / "metrics.jsonl"
     old = log.stat().st_ino if log.exists() else 0
     with Job(root, "ended", command(root, "name=ended", f"steps={steps}", *COMMON, *SAVING)) as job:
@@ -134,7 +134,7 @@ def send(job: Job, how: str, chance: random.Random) -> None:
 
 
 def whole(run: Path) -> dict[int, Path]:
-    """Checkpoints that pass for complete, by step; by their names, which the trainer does not look at."""
+    """Checkpoints that are marked as complete, by step. The step is taken from the name, which the trainer ignores."""
     named = [
         (re.fullmatch(r"step-(\d+)", path.parent.name), path.parent) for path in run.glob("checkpoints/*/manifest.json")
     ]
@@ -147,7 +147,7 @@ def newest(run: Path) -> int:
 
 
 def end_script(root: Path, seed: int) -> Cycle:
-    """One run of `tests.faults.destroyed`, and what it leaves."""
+    """Run `tests.faults.destroyed` once, and check what it leaves."""
     folder = root / "destroyed"
     folder.mkdir(exist_ok=True)
     start = {
@@ -177,7 +177,7 @@ def end_script(root: Path, seed: int) -> Cycle:
 
 
 def check_script(folder: Path, path: Path) -> tuple[int, list[str]]:
-    """The step of the checkpoint `path`, and what of it is not what was to be saved."""
+    """The step of the checkpoint `path`, and the names of tensors that differ from what was to be saved."""
     wrong, record = missing(path), read_record(path)
     if wrong or record is None:
         return 0, wrong or [f"{path}: has no record"]
@@ -189,12 +189,12 @@ def check_script(folder: Path, path: Path) -> tuple[int, list[str]]:
 
 
 def saved_weights(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """By step, as `tests.faults.destroyed` wrote them."""
+    """The weights by step, as `tests.faults.destroyed` wrote them."""
     return {int(path.stem.split("-")[1]): torch.load(path) for path in folder.glob("step-*.pt")}
 
 
 def run_cycles(root: Path, cycles: int, seed: int, how: Sequence[str] = WAYS) -> Result:
-    """`cycles` of them, the ways in turn, in the folder `root`, which has the text."""
+    """Run `cycles` cycles, the ways in turn, in the folder `root`, which contains the text."""
     chance, done = random.Random(seed), list[Cycle]()
     order = [how[number % len(how)] for number in range(cycles)]
     trained = len([way for way in order if way != "destroy"])
@@ -206,11 +206,11 @@ def run_cycles(root: Path, cycles: int, seed: int, how: Sequence[str] = WAYS) ->
                 done.append(end_script(root, own_seed))
             else:
                 done.append(end_trainer(root, steps, way, random.Random(own_seed)))
-        except Exception as error:  # whatever it is, the other cycles are to be made
+        except Exception as error:  # whatever it is, the other cycles must still be run
             done.append(Cycle(way, 0, 0, 0, (f"{type(error).__name__}: {error}",)))
         cycle = done[-1]
         if way == "destroy" and cycle.wrong:
-            shutil.rmtree(root / "destroyed")  # what one has lost is not to be counted again
+            shutil.rmtree(root / "destroyed")  # so that a loss is not counted again in the next cycle
         verdict = f"{len(cycle.wrong)} WRONG: {'; '.join(cycle.wrong)}" if cycle.wrong else "good"
         print(
             f"cycle {number}/{cycles}, seed {own_seed}: {way} after step {cycle.step}, exit {cycle.code}, "
@@ -222,7 +222,7 @@ def run_cycles(root: Path, cycles: int, seed: int, how: Sequence[str] = WAYS) ->
 
 
 def finish(root: Path, steps: int) -> list[str]:
-    """What is different between the run that was ended over and over and one that was not."""
+    """Differences between the run that was ended repeatedly and an uninterrupted one."""
     runs = [root / "runs" / name for name in ("ended", "undisturbed")]
     for run in runs:
         overrides = (f"name={run.name}", f"steps={steps}", f"save_interval={steps}", *COMMON)
@@ -235,7 +235,7 @@ def finish(root: Path, steps: int) -> list[str]:
 
 
 def report(result: Result, seed: int) -> str:
-    """A table by way, and the verdict."""
+    """A table with a row per way, and the verdict."""
     lines = [f"{'how':<10}{'cycles':>7}{'wrong':>7}{'steps lost: mean':>18}{'most':>6}  exit codes"]
     for way in dict.fromkeys(cycle.how for cycle in result.cycles):
         own = [cycle for cycle in result.cycles if cycle.how == way]
@@ -257,13 +257,13 @@ def ways(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Exit code 1 if something is wrong."""
+    """Run the command line; exit code 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--how", type=ways, default=WAYS, help=f"of {','.join(WAYS)}; in turn")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leave nothing behind then, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that clean-up also runs then
     with tempfile.TemporaryDirectory() as folder:
         result = run_cycles(write_text(Path(folder)), arguments.cycles, arguments.seed, arguments.how)
     print(report(result, arguments.seed))

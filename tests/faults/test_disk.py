@@ -1,4 +1,4 @@
-"""A full disk, a read-only one, a damaged file: an error on all ranks, and what was there stays."""
+"""A full disk, a read-only disk, or a damaged file is an error on all ranks, and existing checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.workers import Groups
 
 Full = dict[str, Tensor]
 LEFT = 64 << 10
-"""Bytes free on a full disk; a checkpoint takes more."""
+"""Bytes that are free on the "full" disk; less than a checkpoint needs."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
+    """A small separate file system."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
@@ -46,7 +46,7 @@ def set_read_only(disk: Path, yes: bool) -> None:
 
 
 def fill(disk: Path) -> None:
-    """Leave `LEFT`. On rank 0; the others wait."""
+    """Fill the disk up to `LEFT` free bytes, on rank 0; the others wait."""
     if dist.get_rank() == 0:
         free = os.statvfs(disk)
         (disk / "filling").write_bytes(bytes(free.f_bavail * free.f_frsize - LEFT))
@@ -54,7 +54,7 @@ def fill(disk: Path) -> None:
 
 
 def save_fill_save(disk: str, in_background: bool) -> tuple[str, Full, list[float]]:
-    """The error of the second save, what the first one has, and the losses of the steps after."""
+    """The error of the second save, the content of the first checkpoint, and the losses of the following steps."""
     run = Run()
     run.train(0, 1)
     run.engine.save(Path(disk) / "checkpoint", run.optimizer)
@@ -104,7 +104,7 @@ class Filling(Trainer):
 
 
 def train_until_full(disk: str) -> tuple[str, str]:
-    """The error of the last save, and what was printed of those before."""
+    """The error of the last save, and what was printed about the saves before."""
     trainer = make_trainer(Filling, disk, "name=full", "steps=7", "save_interval=2", "save_keep=1")
     printed = io.StringIO()
     with pytest.raises(OSError, match="No space left on device") as error, redirect_stderr(printed):
@@ -125,7 +125,7 @@ def test_trainer_goes_on_with_a_full_disk(groups: Groups, disk: Path) -> None:
 
 
 def resume_from_damaged(folder: str) -> tuple[Position, str]:
-    """Where it resumes with the newest one damaged, and the error with both."""
+    """The step at which a run resumes if the newest checkpoint is damaged, and the error if both are."""
     run = make_trainer(Trainer, folder, "name=damaged", "steps=4", "save_interval=2")
     run.train()
     position = damage_and_resume(folder, "step-00000004").position
@@ -166,7 +166,7 @@ def test_read_only_disk(groups: Groups, disk: Path, in_background: bool) -> None
     messages = groups(2).run(error_of_save, str(disk), in_background)
     assert messages[0] == messages[1]
     assert str(disk) in messages[0]
-    groups(2).run(loaded, str(disk))  # reading needs no more
+    groups(2).run(loaded, str(disk))  # loading needs no free space
 
 
 def save_only(disk: str) -> None:

@@ -1,4 +1,4 @@
-"""A job that ends while a checkpoint is written: that is complete afterwards, or the old one is kept and it says so."""
+"""If a job ends while it writes a checkpoint, the checkpoint is completed, or the old one kept and this reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(path: Path, how: str) -> tuple[list[int], list[str]]:
-    """Exit codes and what was printed to stderr, of both ranks."""
+    """The exit codes of both ranks, and what they printed to stderr."""
     port = str(free_port())
     processes = [
         subprocess.Popen(
@@ -41,7 +41,7 @@ def run(path: Path, how: str) -> tuple[list[int], list[str]]:
 
 
 def step_of(path: Path) -> int:
-    """Of the checkpoint there, which is read into every weight."""
+    """The step of the checkpoint in that folder. All weights are NaN before, so that each must be loaded."""
     engine = hecate.fully_shard(GPTMoE(TINY))
     optimizer = torch.optim.AdamW(engine.model.parameters())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written in the background is reported at the next step, and the next one is written."""
+"""If a background save fails, that is reported at the next step, and the next checkpoint is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.005
 
 
 class Obstructed(Trainer):
-    """There is a file in the place of the checkpoints' folder when the first one is written, after step 2."""
+    """When the first checkpoint is written, after step 2, a file is in the place of the checkpoints' folder."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -44,7 +44,7 @@ class Obstructed(Trainer):
 
 
 def train_obstructed(root: str) -> list[str]:
-    """What was printed before each step."""
+    """Returns what was printed before each step."""
     trainer = make_trainer(Obstructed, root, "name=obstructed", f"steps={STEPS}", "save_interval=2")
     # One rank that knows is enough.
     known = Checkpoints.failed if dist.get_rank() == 0 else lambda self: False

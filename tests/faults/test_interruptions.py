@@ -1,4 +1,4 @@
-"""A run that is signalled, killed or requeued ends as the one that was not: same losses, weights, optimizer."""
+"""A run that is signalled, killed or requeued ends with the losses, weights and optimizer of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of this module are: a text to learn, and `unbroken`, a finished run."""
+    """The folder of this module's runs, with a text to train on and `unbroken`, a finished run."""
     folder = write_text(tmp_path_factory.mktemp("interruptions"))
     with Job(folder, "unbroken", command(folder, "name=unbroken", *RUN)) as job:
         job.end(expect=0)
@@ -95,7 +95,7 @@ def test_second_ctrl_c_ends_at_once(root: Path) -> None:
         ranks = job.ranks()
         for _ in range(2):
             press_ctrl_c(job, "the terminal")
-            time.sleep(0.05)  # two that come at once are one
+            time.sleep(0.05)  # two signals at the same time would be delivered as one
         output = job.end(expect=130)
         assert not set(ranks) & set(job.ranks())
     assert "Traceback" not in output
@@ -128,7 +128,7 @@ def test_ctrl_c_under_torchrun_saves(root: Path) -> None:
 def test_second_trainer_is_refused_and_the_first_goes_on(root: Path) -> None:
     with Job(root, "shared", command(root, "name=shared", *RUN)) as job:
         job.wait_for_step(1)
-        for rank in job.ranks():  # they must not end before the other has started
+        for rank in job.ranks():  # they must not end before the other job has started
             os.kill(rank, signal.SIGSTOP)
         before = sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
         with Job(root, "shared", command(root, "name=shared", "resume=false", *RUN)) as other:
@@ -197,7 +197,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
 """
 
 
-# As much of the trainer as the script sees.
+# A stand-in for the trainer, with the behaviour that the batch script sees.
 TRAINER = """#!/usr/bin/env bash
 trap 'touch "saving$RANK"; while [ ! -e saved ]; do sleep 0.01; done; exit 85' USR1
 touch "ready$RANK"
@@ -206,7 +206,7 @@ while true; do sleep 0.01; done
 
 
 def slurm(root: Path, restarts: int) -> dict[str, Any]:
-    """`command` for the batch script, with the job's variables and stand-ins for srun and scontrol."""
+    """Like `command`, for the batch script: with SLURM's variables, and stand-ins for srun and scontrol."""
     bin_folder = root / "bin"
     bin_folder.mkdir(exist_ok=True)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -266,7 +266,7 @@ def test_slurm_job_that_was_cancelled_stays_so(tmp_path: Path, signals: list[sig
 
 
 def wait_for_files(job: Job, pattern: str) -> None:
-    """Of both tasks."""
+    """The process ids of both tasks."""
     while len(list(job.root.glob(pattern))) < 2:
         assert job.process.poll() is None
         time.sleep(POLL_SECONDS)

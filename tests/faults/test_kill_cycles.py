@@ -1,4 +1,4 @@
-"""A few cycles of the script that ends runs over and over, and what it finds in checkpoints."""
+"""Runs a few cycles of `kill_cycles`, and tests that it finds damaged checkpoints."""
 
 from __future__ import annotations
 

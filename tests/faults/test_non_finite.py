@@ -1,4 +1,4 @@
-"""The trainer meets NaN: it skips the step on all ranks together, or all of them stop, and the log names the expert."""
+"""If the trainer finds NaN, all ranks skip the step together, or all stop, and the log names the expert."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ KINDS = ("weight before a router", "weight after the last router", "gradient")
 
 @dataclass(frozen=True)
 class End:
-    """Of a run on one rank.
+    """How a run ended on one rank.
 
     Attributes:
-        error: that ended it, or None.
-        position: reached.
+        error: the error that ended it, or None.
+        position: the position in the data that it reached.
         state: weights and buffers.
         optimizer: state tensors of this rank.
     """
@@ -47,7 +47,7 @@ class End:
 
 
 class Accidental(Trainer):
-    """Something of one expert, on the rank that owns it, is NaN in step `BAD`, or from then on."""
+    """Makes a tensor of one expert NaN, on the rank that owns it, in step `BAD` or from then on."""
 
     def __init__(self, kind: str, lasting: bool, *args: Any) -> None:
         super().__init__(*args)
@@ -75,7 +75,7 @@ class Accidental(Trainer):
 
 
 class BadValidation(Trainer):
-    """A weight of one expert, on the rank that owns it, is NaN in each validation but the last."""
+    """Makes a weight of one expert NaN, on the rank that owns it, in each validation but the last."""
 
     def __init__(self, kind: str, *args: Any) -> None:
         super().__init__(*args)
@@ -94,7 +94,7 @@ class BadValidation(Trainer):
 
 
 class Recorder:
-    """A logger that says how it was closed."""
+    """A logger that records how it was closed."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path = folder / "closed"
@@ -107,12 +107,12 @@ class Recorder:
 
 
 def run(kind: str, lasting: bool, root: str, *overrides: str) -> End:
-    """A run in the processes of the test group."""
+    """Make a run in the processes of the test group."""
     return end_of(make_trainer(partial(Accidental, kind, lasting), root, f"steps={STEPS}", *overrides))
 
 
 def run_with_validation(kind: str, root: str, *overrides: str) -> End:
-    """Likewise, but for what is NaN."""
+    """Make a run in which weights are NaN during validation."""
     return end_of(make_trainer(partial(BadValidation, kind), root, f"steps={STEPS}", *overrides))
 
 
@@ -129,7 +129,7 @@ def end_of(trainer: Trainer) -> End:
 
 
 def names(kind: str) -> str:
-    """What the log has to say."""
+    """What the log must contain."""
     if kind == KINDS[2]:
         return f"gradient of blocks.0.moe.experts.up, expert {EXPERT}"
     return f"blocks.{KINDS.index(kind)}.moe.experts.up, expert {EXPERT}"
@@ -192,7 +192,7 @@ def test_validation_is_logged_by_layer_and_training_goes_on(groups: Groups, tmp_
         assert all(math.isnan(metrics[step - 1]["validation_loss"]) for step in found)
         assert [m["step"] for m in metrics if "loss" in m] == list(range(1, STEPS + 1))
     before, after = ([m["loss"] for m in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("run0", "run1"))
-    assert before == after  # where a pass raised, nothing is left of it
+    assert before == after  # a pass that raised leaves nothing behind
     assert math.isfinite(json.loads((tmp_path / "run0" / "summary.json").read_text())["val_bits_per_token"])
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint that passes for complete is complete, found without the code that loads it."""
+"""Checks whether a checkpoint that is marked as complete is complete, without using the code that loads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["missing"]
 
 
 def missing(path: Path) -> list[str]:
-    """What is damaged, lacking or there twice in the checkpoint `path`; empty if it is whole."""
+    """What is damaged, missing or duplicated in the checkpoint `path`; empty if it is complete."""
     try:
         verify(path, 0, 1)
         metadata = dcp.FileSystemReader(path).read_metadata()
@@ -28,7 +28,7 @@ def missing(path: Path) -> list[str]:
 
 
 def _not_covered(name: str, entry: TensorStorageMetadata) -> list[str]:
-    """Each element of the tensor is in one chunk."""
+    """Faults if elements of the tensor are in no chunk or in several."""
     times = torch.zeros(entry.size, dtype=torch.int32)
     for chunk in entry.chunks:
         times[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
@@ -37,7 +37,7 @@ def _not_covered(name: str, entry: TensorStorageMetadata) -> list[str]:
 
 
 def _not_stored(path: Path, name: str, entry: TensorStorageMetadata, metadata: Metadata) -> list[str]:
-    """Each chunk is in a file."""
+    """Faults if chunks are in no file."""
     found = []
     for chunk in entry.chunks:
         place = (metadata.storage_data or {}).get(MetadataIndex(name, chunk.offsets))

@@ -37,7 +37,7 @@ def pair_loads(quota: Int64, placement: Placement) -> Int64:
 
 
 def placed_counts(quota: Int64, placement: Placement) -> Int64:
-    """Counts `[devices, experts]` that the quota places."""
+    """Counts `[devices, experts]` recovered from the quota."""
     counts = np.zeros((placement.num_devices, placement.num_experts), dtype=np.int64)
     for pair, expert in enumerate(np.nonzero(placement.matrix)[0]):
         counts[:, expert] += quota[:, pair]
@@ -55,7 +55,7 @@ def locality(quota: Int64, placement: Placement, topology: Topology) -> tuple[in
 
 
 def lp_min_max(loads: Int64, placement: Placement) -> float:
-    """The least largest device load with fractional tokens, by HiGHS: variables are the pairs' tokens and the load."""
+    """The smallest maximum device load with fractional tokens, by HiGHS; variables: tokens per pair, and the load."""
     expert, device = np.nonzero(placement.matrix)
     pairs, index = len(expert), np.arange(len(expert))
     every = np.arange(placement.num_devices)
@@ -74,9 +74,9 @@ def lp_min_max(loads: Int64, placement: Placement) -> float:
 def lp_locality(
     counts: Int64, placement: Placement, topology: Topology, limit: int, own_value: float, node_value: float
 ) -> float:
-    """The largest value of tokens on their own device plus value of tokens on their own node, no load above `limit`.
+    """The largest total value of tokens that stay on their device or in their node, with no load above `limit`.
 
-    Variables are the quota itself, `[source, pair]`, so nothing of the planner's reasoning is repeated here.
+    The variables are the quota itself, `[source, pair]`, so that this does not repeat the planner's reasoning.
     """
     expert, device = np.nonzero(placement.matrix)
     sources, pairs = placement.num_devices, len(expert)
@@ -107,7 +107,7 @@ def even_dispatch(counts: Int64, placement: Placement, topology: Topology) -> ND
 
 
 def fewest_copies(loads: Int64, owners: Int64, num_devices: int, slots: int, target: int) -> int | None:
-    """The least number of copies that brings every device to `target`, by trying all sets; None: impossible."""
+    """The least number of copies with which no device exceeds `target`, by trying all sets; None if impossible."""
     start = Placement.from_owners(owners, num_devices).matrix
     free = np.argwhere(~start)
     for size in range(min(len(free), slots * num_devices) + 1):
@@ -122,10 +122,10 @@ def fewest_copies(loads: Int64, owners: Int64, num_devices: int, slots: int, tar
 
 
 def least_load(loads: Int64, start: Placement, slots: int | Int64) -> int:
-    """The least largest load that any copies beyond `start` within the slots allow, by trying all maximal sets.
+    """The smallest maximum load that any copies in addition to `start` allow, by trying all maximal sets of copies.
 
-    `slots` is for every device, or int64 `[num_devices]`. A set of copies is worth what its fullest group of devices
-    must compute: the tokens of the experts that nobody else has, shared evenly.
+    `slots` is one number per device, or int64 `[num_devices]`. The maximum load of a set of copies is that of its
+    fullest group of devices: the tokens of experts that only the group holds, divided by the devices of the group.
     """
     devices = start.num_devices
     holders = (start.matrix << np.arange(devices)).sum(axis=1)[None]  # bit masks, [sets, experts]

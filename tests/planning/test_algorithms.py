@@ -1,4 +1,4 @@
-"""The paper's algorithms against their obvious versions, and what ours add: robust copies, fewer moves, calibration."""
+"""The paper's algorithms against obvious versions; our own: robust copies, fewer moves, calibration."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_calibration_only_adds_and_reaches_the_dial(seed: int) -> None:
 
 
 def small_case(rng: np.random.Generator) -> tuple[np.ndarray, Placement, int | np.ndarray, Topology]:
-    """Loads, holders, slots and a topology small enough to try all copies; every other one with copies made already."""
+    """Loads, holders, slots and a topology, small enough to try all copies; every second case already has copies."""
     slots, devices = int(rng.integers(1, 3)), int(rng.integers(2, 5))
     experts = int(rng.integers(3, 9 if slots == 1 or devices < 4 else 7))
     loads = [
@@ -192,7 +192,7 @@ def test_least_load_is_that_of_linear_programs() -> None:
 @pytest.mark.parametrize("name", ["zipf", "hot", "drift"])
 @pytest.mark.parametrize("devices", [8, 32])
 def test_one_slot_reaches_any_dial(devices: int, name: Literal["zipf", "hot", "drift"]) -> None:
-    """Too large to try all copies, but whoever gives a whole room may have one itself: the mean is in reach."""
+    """Too large to try all copies, but the mean is reachable if a device that gives tokens may itself be filled again."""
     loads = synthetic_loads(name, devices, 64, 1024, 4, seed=0, steps=2).reshape(-1, devices, 64)[-1].sum(axis=0)
     start, topology = Placement.from_owners(initial_owners(64, devices), devices), Topology(devices, 8)
     mean = -(-int(loads.sum()) // devices)

@@ -1,4 +1,4 @@
-"""`hecate.plan`: what it promises for any input, how few copies it needs, and what it refuses."""
+"""`hecate.plan`: its guarantees for any input, how few copies it needs, and invalid arguments."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ NAMES = get_args(PolicyName)
 
 
 def setting(topology: Topology, model: CostModel | None = None, **changes: Any) -> LayerSetting:
-    """A layer of 1 M parameters an expert and 2048 tokens a device."""
+    """A layer with 1 M parameters per expert and 2048 tokens per device."""
     cost = LayerCost(model or CostModel(), 2**21, 2**21, 6 * 2**20, 2048, 2**24)
     return replace(LayerSetting(topology, cost, 2, 1.02, "auto", "pays", 2048), **changes)
 

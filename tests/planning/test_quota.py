@@ -1,4 +1,4 @@
-"""The exact quota against HiGHS, the even one against its definition, and what both must never do."""
+"""The exact quota against HiGHS, the even one against its definition, and invariants of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An error of one rank reaches all, whatever class it is of."""
+"""An error on one rank is raised on all ranks, whatever its class."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.workers import Groups
 
 
 class TwoArgumentsError(Exception):
-    """Pickles, but does not unpickle: `Exception` keeps the message only."""
+    """An exception that can be pickled but not unpickled, since `Exception` keeps only the message."""
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__(f"{name} has {count}")
 
 
 class OtherTextError(ValueError):
-    """Unpickles, as another exception."""
+    """An exception that is unpickled as a different one."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text.upper() + "!")

@@ -1,4 +1,4 @@
-"""Ranks act together as they were when asked; an error of one is an error of all."""
+"""Functions in which all ranks take part: an error on one rank is an error on all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAKES = {"current": Ranks.current, "private": PrivateRanks.make}
 
 
 class UnsendableError(Exception):
-    """Its pickle cannot be read."""
+    """An exception whose pickle cannot be read."""
 
     def __init__(self, one: str, other: str) -> None:
         super().__init__(f"{one} {other}")
@@ -79,7 +79,7 @@ def test_rank_0_gives_and_takes(groups: Groups) -> None:
 
 
 def go_on_without_a_process_group() -> tuple[list[int], list[int]]:
-    """While a thread waits for the others, the process group is destroyed."""
+    """The process group is destroyed while a thread waits for the other ranks."""
     private, current = PrivateRanks.make(), Ranks.current()
     found: list[list[int]] = []
     thread = threading.Thread(target=lambda: found.append(private.gather(private.rank)))
@@ -102,7 +102,7 @@ def test_destroyed_process_group() -> None:
 
 
 def leave_halfway() -> str:
-    """Rank 1 does not answer in task 1, and begins task 2."""
+    """Rank 1 does not answer in task 1, and then begins task 2."""
     ranks = PrivateRanks.make()
     ranks = replace(ranks, task=1 if ranks.rank == 0 else 2)
     if ranks.rank == 1:

@@ -1,4 +1,4 @@
-"""Values that differ between ranks are one error, the same on all of them."""
+"""If values differ between ranks, the same error is raised on all of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def values_of(case: str) -> dict[str, object]:
 
 
 def agree_on_values(case: str) -> list[str]:
-    """Twice, so that what is left of the first call would show."""
+    """Calls twice, to check that the first call leaves nothing behind."""
     return [message_of(lambda: agree_on("f", lambda: values_of(case), dist.group.WORLD)) for _ in range(2)]
 
 

@@ -1,7 +1,8 @@
 """Random settings and patterns of use against the plain model, in float64.
 
 `python -m tests.runtime.fuzz --cases 500 --seed 0` draws case after case and prints each one that fails, with the
-command that repeats it: `python -m tests.runtime.fuzz --only SEED`. A seed decides everything, also how many devices.
+command that repeats it: `python -m tests.runtime.fuzz --only SEED`. The seed determines everything, also the number of
+devices.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 
 @dataclass(frozen=True)
 class FuzzCase:
-    """One run: settings of the engine, of the model, of the data, and a pattern of use for each step.
+    """One run: settings of engine, model and data, and a pattern of use per step.
 
     Attributes:
-        seed: that it was drawn from.
-        devices: how many.
-        settings: of `FSSDPConfig`; `cost` is a name in `COSTS`.
-        model: of `ModelConfig`.
+        seed: the seed that it was drawn from.
+        devices: number of devices.
+        settings: fields of `FSSDPConfig`; `cost` is a name in `COSTS`.
+        model: fields of `ModelConfig`.
         mesh: (replicas, devices that share experts), or None.
-        per_node: devices of a node.
-        batch, length: sequences of each rank and tokens of each, by rank.
-        accumulate: micro-batches a step.
+        per_node: devices per node.
+        batch, length: number of sequences, and tokens per sequence, by rank.
+        accumulate: micro-batches per step.
         optimizer: see `_optimizers`.
         keep_zeros: gradients are set to zero rather than None.
         frozen: for each step, a name in `FROZEN`.
@@ -145,7 +146,7 @@ def _is_expert(name: str) -> bool:
 
 
 class Run:
-    """Both models of a case; each method does to the plain one what it does to that under FSSDP."""
+    """Both models of a case; each method does the same to the plain model and to the one under FSSDP."""
 
     def __init__(self, case: FuzzCase, folder: str) -> None:
         self.case, self.folder = case, folder
@@ -163,7 +164,7 @@ class Run:
         return self.model, self.plain
 
     def batch(self, number: int, of: int) -> tuple[Tensor, Tensor]:
-        """A micro-batch of one rank; ranks take turns with the batch sizes."""
+        """A micro-batch of one rank; the batch sizes rotate over the ranks."""
         case = self.case
         shape = case.batch[(of + self.step) % case.devices], case.length[of] + 1
         generator = torch.Generator().manual_seed(case.seed * 7919 + 1000 * self.step + 10 * of + number)
@@ -257,7 +258,7 @@ def _joint(run: Run) -> None:
 
 
 def _retained(run: Run) -> None:
-    """Each graph is run backward twice, for half of the gradient each."""
+    """Two backward passes per graph, each for half of the gradient."""
     for number in range(run.case.accumulate):
         loss = run.loss(number) / 2
         if loss.requires_grad:
@@ -266,7 +267,7 @@ def _retained(run: Run) -> None:
 
 
 def _dropped(run: Run) -> None:
-    """A further pass before each, whose loss nobody uses."""
+    """Before each pass, another forward pass whose loss is not used."""
     for number in range(run.case.accumulate):
         kept = run.loss(100 + number)
         _backward(run.loss(number))
@@ -279,7 +280,7 @@ def _backward(loss: Tensor) -> None:
 
 
 def _evaluate(run: Run) -> None:
-    """Without gradients; the plain model gives the same."""
+    """A forward pass without gradients; its loss must equal the plain model's."""
     with torch.no_grad():
         ours, plain = (model(*run.batch(200, rank())).logits for model in run.both)
     close(f"step {run.step}: evaluation", ours, plain, 1e-8)
@@ -301,12 +302,12 @@ ORDERS: dict[str, Callable[[Run], None]] = {
 
 
 def _drop(run: Run) -> None:
-    """A pass with gradients whose output is dropped."""
+    """A forward pass with gradients enabled whose output is not used."""
     run.loss(300)
 
 
 def _edit(run: Run) -> None:
-    """Weights change under no_grad: noise, averaging."""
+    """Change weights under no_grad, as adding noise or averaging does."""
     with torch.no_grad():
         for model in run.both:
             for parameter in model.parameters():
@@ -314,7 +315,7 @@ def _edit(run: Run) -> None:
 
 
 def _save_and_load(run: Run) -> None:
-    """A checkpoint is written, two passes change nothing in it, and the same engine reads it back."""
+    """Save a checkpoint, change the model, and load the checkpoint into the same engine."""
     path = str(Path(run.folder) / f"step-{run.step}")
     optimizers = run.optimizers[0]
     optimizer = optimizers[0] if len(optimizers) == 1 else None
@@ -328,7 +329,7 @@ def _save_and_load(run: Run) -> None:
 
 
 def _snapshot(run: Run) -> None:
-    """A state dict is kept and loaded again after a change."""
+    """Keep a state dict, and load it again after a change."""
     kept = copy.deepcopy(run.model.state_dict())
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -337,7 +338,7 @@ def _snapshot(run: Run) -> None:
 
 
 def _skip(run: Run) -> None:
-    """A step whose gradients are thrown away."""
+    """A step whose gradients are dropped."""
     _backward(run.loss(400))
     run.engine.skip_step()
     for parameter in run.plain.parameters():
@@ -365,7 +366,7 @@ def _node_of(devices: int) -> Iterator[None]:
 
 
 def run_case(case: FuzzCase, folder: str) -> None:
-    """On every rank of a group of `case.devices`; AssertionError says what differs."""
+    """Run a case on every rank of a group of `case.devices`; AssertionError says what differs."""
     warnings.filterwarnings("ignore")
     with _node_of(case.per_node):
         run = Run(case, folder)
@@ -375,7 +376,7 @@ def run_case(case: FuzzCase, folder: str) -> None:
 
 
 def run_cases(cases: list[FuzzCase], folder: str) -> list[str]:
-    """Several cases in one call; texts of those that fail on this rank without stopping the others."""
+    """Run several cases in one call; returns the error texts of those that failed on this rank."""
     failed = []
     for case in cases:
         try:
@@ -398,7 +399,7 @@ class Pool:
         self._idle: dict[int, Queue[Group]] = {n: Queue() for n in range(1, 5)}
 
     def run(self, case: FuzzCase) -> str:
-        """What went wrong; empty if nothing did."""
+        """The error text; empty if the case passed."""
         idle = self._idle[case.devices]
         group = idle.get() if not idle.empty() else Group(case.devices)
         try:

@@ -1,4 +1,4 @@
-"""What the tests of the runtime share: small models beside their plain twins, in float64."""
+"""Helpers shared by the tests of the runtime: small models and their plain counterparts, in float64."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ WIDTH = 8
 FREE = CostModel(
     intra_node_bandwidth=10**15, inter_node_bandwidth=10**15, message_ns=0, flops=1000, hidden_permille=1000
 )
-"""Copying always pays."""
+"""A cost model by which copying always pays."""
 
 SLOW_NODES = CostModel(
     intra_node_bandwidth=10**14, inter_node_bandwidth=10**6, message_ns=0, flops=1000, hidden_permille=1000
 )
-"""Tokens had better cross a node border once."""
+"""A cost model by which the node-aware exchange pays: each token crosses a node border once."""
 
 
 def settings(**changes: Any) -> hecate.FSSDPConfig:
-    """Copies wherever there is load to balance."""
+    """Settings that make copies whenever the load is uneven."""
     given = {"memory_slots": 2, "overlap_degree": 4, "calibrate": "always", "cost": FREE, "max_imbalance": 1.0}
     return hecate.FSSDPConfig(**(given | changes))
 
 
 class Net(nn.Module):
-    """MoE layers on a residual stream of floats: differentiable twice, with layers of any number of experts."""
+    """MoE layers with residual connections on float inputs; twice differentiable, any number of experts per layer."""
 
     def __init__(self, experts: Sequence[int] = (4, 4), top_k: int = 2) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Net(nn.Module):
             nn.init.normal_(moe.gate.weight, std=2.0)
 
     def forward(self, x: Tensor, layers: int | None = None) -> Tensor:
-        """`[T, WIDTH]` to `[T, 1]`; through the first `layers` of the MoE layers, or all."""
+        """`[T, WIDTH]` to `[T, 1]`, through the first `layers` MoE layers, or all."""
         x = self.first(x)
         for moe in self.moes[:layers]:
             x = x + moe(x)[0]
@@ -64,11 +64,11 @@ class Net(nn.Module):
 
 
 class Pair:
-    """A model under FSSDP and the plain one that it must equal.
+    """A model under FSSDP, and the plain model that it must equal.
 
     Attributes:
-        plain, model: the plain model, and the one that is trained by all ranks.
-        engine: of `model`.
+        plain, model: the plain model, and the model under FSSDP that all ranks train.
+        engine: the engine of `model`.
     """
 
     def __init__(self, plain: nn.Module, mesh: tuple[int, ...] | None = None, **changes: Any) -> None:
@@ -82,7 +82,7 @@ class Pair:
         return self.model, self.plain
 
     def backward(self, loss_of: Callable[[nn.Module, int], Tensor]) -> None:
-        """Gradients of the mean over ranks of `loss_of(model, rank)`: each rank its own, the plain model all."""
+        """Compute gradients of the mean of `loss_of(model, rank)` over ranks; the plain model computes all losses."""
         loss_of(self.model, rank()).backward()
         self.backward_plain(loss_of)
 
@@ -91,11 +91,11 @@ class Pair:
             (loss_of(self.plain, r) / world()).backward()
 
     def optimizers(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-        """One for each of `both`."""
+        """One optimizer for each of the two models."""
         return [make(list(m.parameters())) for m in self.both]
 
     def warm_up(self, loss_of: Callable[[nn.Module, int], Tensor]) -> None:
-        """A step that changes nothing but the load history: the next one has copies."""
+        """Make a step that changes only the load history, so that the next step has copies."""
         loss_of(self.model, rank()).backward()
         torch.optim.SGD(self.model.parameters(), lr=0.0).step()
         self.model.zero_grad()
@@ -113,7 +113,7 @@ class Pair:
 
 
 def close(what: str, actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    """Within `rtol` of the norm of what is right."""
+    """Assert that the error is at most `rtol` times the norm of the expected tensor."""
     error = float((actual.double() - expected.double()).norm())
     norm = float(expected.double().norm())
     assert error <= rtol * norm + 1e-15, f"{what}: error {error:.3g}, norm {norm:.3g}"
@@ -128,7 +128,7 @@ def world() -> int:
 
 
 def gpt(config: ModelConfig = SMALL, seed: int = 0) -> nn.Module:
-    """With a router that prefers some experts."""
+    """A small GPT with a router that prefers some experts."""
     model = GPTMoE(config).double()
     model.init_weights(seed=seed)
     with torch.no_grad():
@@ -145,13 +145,13 @@ def net(experts: Sequence[int] = (4, 4), seed: int = 0) -> nn.Module:
 
 
 def tokens(seed: int, of: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets `[2, 8]` of one rank."""
+    """One rank's inputs and targets, `[2, 8]` each."""
     drawn = torch.randint(17, (2, 9), generator=torch.Generator().manual_seed(100 * seed + of))
     return drawn[:, :-1], drawn[:, 1:]
 
 
 def floats(seed: int, of: int) -> Tensor:
-    """`[6, WIDTH]` of one rank."""
+    """One rank's inputs, `[6, WIDTH]`."""
     return torch.randn(6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * seed + of))
 
 
@@ -176,7 +176,7 @@ def error_of(act: Callable[[], object]) -> str:
 
 @contextmanager
 def case(name: object) -> Iterator[None]:
-    """Say which of several cases failed."""
+    """Adds the name of the case to an error raised in the block."""
     try:
         yield
     except Exception as error:

@@ -27,13 +27,13 @@ class Case:
     """One training run to compare.
 
     Attributes:
-        config: of FSSDP.
-        model: of the model.
-        dtype: float64 within 1e-10 relative, float32 within 1e-5.
-        accumulate: micro-batches a step.
+        config: configuration of FSSDP.
+        model: configuration of the model.
+        dtype: float64 (compared within 1e-10, relative) or float32 (within 1e-5).
+        accumulate: micro-batches per step.
         use_no_sync: skip the dense reduction in all micro-batches but the last.
         mesh: shape of the device mesh; None: all ranks.
-        batch: sequences of each rank, by rank; the last number serves all further ranks.
+        batch: number of sequences, by rank; the last number is used for all further ranks.
         router: "learned", "one" (all tokens on expert 0) or "unpicked" (nobody picks expert 3).
         steps: optimizer steps.
         joint_backward: one backward pass over the sum of all micro-batches' losses.
@@ -123,7 +123,7 @@ def _model(case: Case) -> nn.Module:
 
 
 def _bend(gate: Tensor, bias: Tensor, router: str) -> None:
-    """Skew the router. A norm's output sums to the sum of its bias, so a constant row is a constant logit."""
+    """Skew the router: a norm's output sums to the sum of its bias, so a constant weight row gives a constant logit."""
     gate.mul_(20)
     if router != "learned":
         bias.fill_(1.0)

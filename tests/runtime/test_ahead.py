@@ -40,7 +40,7 @@ def test_uses_what_was_begun_where_nothing_changed() -> None:
     layers = [_Layer(2), _Layer(3)]
     ahead = PlanAhead(layers, processes=1)  # type: ignore[arg-type]
     ahead.start()
-    layers[1].value = 5  # a micro-batch came after all
+    layers[1].value = 5  # as if one more micro-batch had come
     assert _experts(ahead) == [2, 5]
     assert layers[0].planned == [2]
     assert 5 in layers[1].planned

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the setting, both values and the rule, on every rank, before anything hangs."""
+"""Bad input raises an error on every rank instead of a hang; the error names the setting, both values and the rule."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_config(setting: str, value: object, rule: str) -> None:
 
 
 def _copies_memory(memory_slots: int, rematerialize: bool, param_dtype: torch.dtype | None) -> tuple[int, int]:
-    """Bytes that copies took at most in three steps, and the copies that the first layer made in the last."""
+    """The peak bytes of copies over three steps, and the number of copies of the first layer in the last step."""
     config = hecate.FSSDPConfig(
         memory_slots=memory_slots, rematerialize=rematerialize, param_dtype=param_dtype, calibrate="always"
     )
@@ -91,7 +91,7 @@ def _copies_memory(memory_slots: int, rematerialize: bool, param_dtype: torch.dt
 def test_more_slots_than_experts_take_no_more_memory(
     groups: Groups, rematerialize: bool, param_dtype: torch.dtype | None
 ) -> None:
-    """A device can have no more copies than there are experts that it does not own: half of them here."""
+    """A device can hold at most as many copies as there are experts that it does not own: half of them here."""
     for slots in (1000, 2**31 - 1):
         many = groups(2).run(_copies_memory, slots, rematerialize, param_dtype)
         assert many == groups(2).run(_copies_memory, TINY.num_experts // 2, rematerialize, param_dtype)

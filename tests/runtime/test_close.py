@@ -1,4 +1,4 @@
-"""An engine gives back what it took: process groups, threads, file descriptors, hooks."""
+"""`close()` frees what an engine uses: process groups, threads, file descriptors, hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSSDP computes what the dense model computes in one process; a covering set over the settings that interact."""
+"""FSSDP computes what the dense model computes in one process, for a set of cases that covers interacting settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hecate.cost import CostModel
 from tests.runtime.reference import TINY, Case, compare, run_twice
 from tests.workers import Groups
 
-# Links so fast that copying always pays: what is tested is what moves, not whether it should.
+# Links so fast that copying always pays, so that experts move in every test.
 FREE = CostModel(
     intra_node_bandwidth=10**15, inter_node_bandwidth=10**15, message_ns=0, flops=1000, hidden_permille=1000
 )

@@ -1,4 +1,4 @@
-"""NaN and infinity are named by layer and expert on all ranks, and a step that is skipped leaves no trace."""
+"""NaN and infinity are reported with layer and expert on all ranks, and a skipped step has no effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def row_of_expert(run: Run, layer: int, tensor: Callable[[torch.nn.Parameter], Tensor | None]) -> Tensor | None:
-    """That expert's part of `tensor(parameter)` on its owner; None elsewhere."""
+    """The part of `tensor(parameter)` that belongs to the expert, on its owner; None on other ranks."""
     pool = run.engine.pools[0]
     owned = pool.owned(layer).tolist()
     if EXPERT not in owned:
@@ -42,7 +42,7 @@ def row_of_expert(run: Run, layer: int, tensor: Callable[[torch.nn.Parameter], T
 
 @contextmanager
 def weight_is(run: Run, layer: int, value: float) -> Iterator[None]:
-    """One weight of one expert, on the rank that owns it."""
+    """Change one weight of one expert, on the rank that owns it."""
     run.evaluate()  # experts move in the first forward pass of a step
     row = row_of_expert(run, layer, lambda parameter: parameter)
     before = None if row is None else row.clone()
@@ -106,7 +106,7 @@ def backward_that_raises(run: Run) -> list[str]:
 
 
 def router_of_one_rank(run: Run) -> list[str]:
-    """Nothing is raised where other replicas would wait for this one; the norm tells all of them."""
+    """One replica must not raise while the others wait for it: instead the norm shows the NaN to all replicas."""
     rank = dist.get_rank()
     handle = run.model.blocks[1].moe.register_forward_pre_hook(
         lambda module, args: (args[0] * (NAN if rank == 0 else 1.0), *args[1:])
@@ -128,7 +128,7 @@ ACCIDENTS: dict[Callable[[Run], list[str]], list[str]] = {
 
 
 def with_accident(accident: Callable[[Run], list[str]] | None, settings: dict[str, object]) -> tuple[object, ...]:
-    """Names of what was not finite in an additional third step, then everything of the steps around it."""
+    """Names of what was not finite in an additional third step, and the results of the other steps."""
     run = Run(**settings)  # type: ignore[arg-type]
     losses, names = run.train(0, 3), []
     if accident is not None:

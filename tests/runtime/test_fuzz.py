@@ -1,4 +1,4 @@
-"""Thirty random cases of `tests.runtime.fuzz`; a failing one says how to repeat it."""
+"""Thirty random cases of `tests.runtime.fuzz`; if one fails, the message has the command that repeats it."""
 
 from __future__ import annotations
 

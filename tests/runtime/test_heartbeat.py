@@ -1,4 +1,4 @@
-"""A rank that dies is named by those that live on."""
+"""If a rank dies, the others report which one."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ with heart.naming_missing_ranks():
     [("raises", 1, "rank 2 ended, last uncaught exception: ValueError: bad data"), ("exits", 0, "rank 2 ended")],
 )
 def test_says_why_a_rank_ended(how: str, code: int, why: str) -> None:
-    """Although the time-out is an hour, and that rank has a collective under way."""
+    """The dead rank is reported although the timeout is an hour and a collective with it is in progress."""
     port = str(free_port())
     ranks = [
         subprocess.Popen([sys.executable, "-c", ENDING_RANK, str(rank), port, how], stderr=subprocess.PIPE, text=True)

@@ -219,7 +219,7 @@ def test_one_device_without_process_group() -> None:
 
 
 def _backward_that_raises(dense: str) -> None:
-    """Nothing of a backward pass that failed half-way reaches the next step."""
+    """A backward pass that failed half-way has no effect on the next step."""
     reference, model, engine = _pair(dense=dense)
     _step(engine, torch.optim.SGD(model.parameters(), lr=0.0), seed=5)  # so that there are copies
 
@@ -245,7 +245,7 @@ def test_a_backward_pass_that_raises_leaves_nothing(groups: Groups, dense: str) 
 
 
 class _Opaque:
-    """An output that nobody can look into."""
+    """An output type in which Hecate finds no tensors."""
 
     def __init__(self, loss: Tensor) -> None:
         self.loss = loss
@@ -277,7 +277,7 @@ def test_output_that_cannot_be_looked_into(groups: Groups, rematerialize: bool) 
 
 
 def _state_after_a_pass_without_end(path: str) -> None:
-    """Its plain leaves, in another dtype, must not be taken for the parameters."""
+    """After a pass without backward, the pass's plain tensors of another dtype must not be taken for the parameters."""
     model = _Wrapped(GPTMoE(TINY).double())
     replicate = config("balanced", dense="replicate", param_dtype=torch.bfloat16)
     engine = hecate.fully_shard(model, None, replicate)

@@ -1,4 +1,4 @@
-"""State dicts of optimizers: what they hold, and what is refused by name. How they resume: tests/checkpoint."""
+"""State dicts of optimizers: what they contain, and what is refused. tests/checkpoint tests resuming from them."""
 
 from __future__ import annotations
 

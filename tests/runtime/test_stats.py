@@ -1,4 +1,4 @@
-"""`FSSDP.stats()`: bytes on the device, as the first steps of a process have them, wherever the run is by then."""
+"""`FSSDP.stats()` measures device memory in the first steps of a process, also if the run was resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens that travel in bfloat16: what is rounded, what is not; the layer computes the same within rounding."""
+"""Tokens sent in bfloat16: what is rounded and what is not; the layer's result is the same within rounding."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def travel(
 
 
 def compare(devices: int, per_node: int, dtype: torch.dtype) -> None:
-    """Both exchanges with and without bfloat16 on the wire; twice with it."""
+    """Run both exchanges without bfloat16 on the wire once, and with it twice."""
     changed = torch.zeros(2)
     for seed in range(3):
         case = setting(devices, per_node, seed)
@@ -78,7 +78,7 @@ def test_equal_within_rounding(groups: Groups, devices: int, per_node: int, dtyp
 
 
 def payloads(devices: int, per_node: int, wire: torch.dtype | None) -> dict[str, set[tuple[int, torch.dtype]]]:
-    """(Width, dtype) of all that an exchange sends, by exchange."""
+    """(width, dtype) of everything that an exchange sends, by exchange."""
     sent: dict[str, set[tuple[int, torch.dtype]]] = {}
     send = dist.all_to_all_single
     for way in (direct_dispatch, node_dispatch):
@@ -126,7 +126,7 @@ def test_dispatch_hands_the_wire_on(groups: Groups) -> None:
 
 
 def chosen(inter: int) -> str:
-    """Which record the cost model asks for; its wire must be what was asked for."""
+    """The kind of record that the cost model chooses; its wire dtype must be the configured one."""
     rank = dist.get_rank()
     plan, picks, topology = setting(2, 1, 1)
     comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)

@@ -1,4 +1,4 @@
-"""Gradients of replicated parameters reach them whatever a loss is made of."""
+"""Replicated parameters get their gradients whatever the loss is computed from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.workers import Groups
 
 
 def _early_loss(model: nn.Module, of: int) -> Tensor:
-    """Of a hidden state before the first expert; the output is dropped."""
+    """A loss of a hidden state before the first expert; the model's output is not used."""
     kept: list[Tensor] = []
     handle = model.first.register_forward_hook(lambda module, args, output: kept.append(output))
     model(floats(0, of))
@@ -20,7 +20,7 @@ def _early_loss(model: nn.Module, of: int) -> Tensor:
 
 
 def _weight_loss(model: nn.Module, of: int) -> Tensor:
-    """Of a weight that the pass holds, and of no token: a penalty on the weights."""
+    """A loss that depends on weights but on no token: a penalty on a weight as it is during the pass."""
     kept: list[Tensor] = []
     handle = model.head.register_forward_hook(lambda module, args, output: kept.append(module.weight))
     model(floats(0, of))
@@ -52,7 +52,7 @@ def test_losses_that_reach_neither_experts_nor_the_output(groups: Groups) -> Non
 
 
 def _accumulated() -> None:
-    """Beside a loss of the output, in one step and inside `no_sync`."""
+    """Such losses together with one of the output, in one step and inside `no_sync`."""
     pair = Pair(net(), dense="replicate")
     with pair.engine.no_sync():
         pair.backward(_early_loss)
@@ -67,7 +67,7 @@ def test_losses_accumulate(groups: Groups) -> None:
 
 
 def _after_a_refused_pass() -> None:
-    """A pass that is refused leaves the parameters of the optimizer in place."""
+    """After a pass that raised, the model has the optimizer's parameters again."""
     pair = Pair(gpt(), dense="replicate")
     parameter = pair.model.head.weight
     handle = next(iter(pair.engine.pools[0].parameters.values())).register_hook(lambda grad: grad)

@@ -1,4 +1,4 @@
-"""The states of a layer's copies: what may be done in which, and the memory that they take."""
+"""The states of a layer's copies: which operations each state allows, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _states(rematerialize: bool) -> None:
     copies.launch()
     refused(copies.parts, gathering, held)
     refused(lambda: copies.reduce({}), gathering, held)
-    copies.launch()  # is under way
+    copies.launch()  # the gather is now in progress
     copies.extend(Placement(all_))
     copies.ensure_held()
     refused(lambda: copies.extend(Placement(all_)), held, gathering)
@@ -46,13 +46,13 @@ def _states(rematerialize: bool) -> None:
     copies.release()
     assert layer.memory.now == before
     refused(copies.parts, sharded, held)
-    copies.ensure_held()  # gathers again, all at once
+    copies.ensure_held()  # gathers all of them again
     _check_rows(pair, copies)
     copies.release()
 
 
 def _check_rows(pair: Pair, copies: LayerCopies) -> None:
-    """Every expert held here has the plain model's weights."""
+    """Check that every expert held here has the plain model's weights."""
     experts = pair.plain.moes[0].experts
     seen = []
     for positions, weights in copies.parts():

@@ -1,4 +1,4 @@
-"""Layers with different numbers of experts, evenly sharded together or one by one, train as the plain model."""
+"""Layers with different numbers of experts train as the plain model, whether they share pools or each has its own."""
 
 from __future__ import annotations
 

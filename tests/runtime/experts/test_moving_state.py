@@ -1,4 +1,4 @@
-"""Optimizer state moves with the experts, in whatever optimizers it is, or is refused before the first row moves."""
+"""The state of any kind of optimizer moves with the experts, or is refused before the first row moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.workers import Groups
 
 
 class Slow(torch.optim.Optimizer):
-    """Wraps SGD, and pulls weights back to an average of its own."""
+    """An optimizer that wraps SGD and pulls weights towards an average that it keeps itself."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self.base = torch.optim.SGD(params, lr=0.1, momentum=0.9)
@@ -35,7 +35,7 @@ class Slow(torch.optim.Optimizer):
 
 
 class Flat(torch.optim.Optimizer):
-    """Keeps its momentum flattened, as blockwise optimizers do."""
+    """An optimizer that keeps its momentum flattened, as blockwise optimizers do."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, {})
@@ -74,7 +74,7 @@ def _batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _ways(made: str) -> str:
-    """What the refusal said, or "equal": to the plain model, after owners moved."""
+    """The message of the refusal, or "equal" if the result equals the plain model's after owners moved."""
     world = dist.get_world_size()
     torch.manual_seed(0)
     plain = GPTMoE(TINY).double()

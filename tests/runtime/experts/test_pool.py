@@ -1,4 +1,4 @@
-"""A parameter that no pass has reached has no gradient, on any mesh: optimizers leave it alone, as the plain one."""
+"""A parameter that no pass reached has no gradient, on any mesh, so optimizers skip it as in the plain model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.workers import Groups
 
 
 def _unreached_layer(meshes: tuple[tuple[int, ...], ...]) -> None:
-    """The first step goes through both layers, further ones through the first alone; a second layer must not decay."""
+    """The first step runs both layers, later steps only the first layer; the second layer's weights must not decay."""
     for mesh in meshes:
         for dense in ("fsdp", "replicate"):
             with case(f"{mesh}, {dense}"):

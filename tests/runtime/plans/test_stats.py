@@ -1,4 +1,4 @@
-"""What `FSSDP.stats()` says of plans: how even they are, how even they could be, and what stands in the way."""
+"""What `FSSDP.stats()` reports about plans: imbalance, the least possible imbalance, and what limits it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTING = LayerSetting(TOPOLOGY, COST, 1, 1.0, "auto", "always", 4)
 
 
 def plan_of(loads: list[int], copies: list[tuple[int, int]]) -> Plan:
-    """Every device routes the same to each expert; `copies` are (expert, device)."""
+    """A plan in which every device routes the same counts; `copies` are (expert, device) pairs."""
     matrix = Placement.from_owners(OWNERS, 4).matrix.copy()
     for expert, device in copies:
         matrix[expert, device] = True
@@ -46,7 +46,7 @@ def test_even_loads_are_limited_by_nothing() -> None:
 
 
 def test_crossings_are_nodes_that_hold_a_foreign_expert() -> None:
-    """Expert 0 lives in node 0: a copy there crosses nothing, two in node 1 cross once."""
+    """The owner of expert 0 is in node 0: a copy in node 0 does not cross nodes, two copies in node 1 cross once."""
     assert entry(plan_of([64, 0, 0, 0], [(0, 1)]))["crossings"] == 0
     assert entry(plan_of([64, 0, 0, 0], [(0, 1), (0, 2)]))["crossings"] == 1
     report = entry(plan_of([64, 0, 0, 0], [(0, 1), (0, 2), (0, 3)]))
@@ -55,7 +55,7 @@ def test_crossings_are_nodes_that_hold_a_foreign_expert() -> None:
 
 
 def test_lower_bound_is_what_the_slots_allow() -> None:
-    """Without slots a device computes all that its experts get; with one, the hottest expert can be everywhere."""
+    """Without slots a device computes all tokens of its experts; with one slot, the hottest can be on every device."""
     plan = plan_of([64, 0, 0, 0], [])
     assert entry(plan, replace(SETTING, memory_slots=0))["lower_bound"] == 4.0
     assert entry(plan)["lower_bound"] == 1.0

@@ -1,4 +1,4 @@
-"""What users do with autograd graphs: `inputs=`, `autograd.grad`, gradients of gradients; right or refused by name."""
+"""Uses of autograd graphs (`inputs=`, `autograd.grad`, gradients of gradients) are right, or refused with an error."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _named(model: nn.Module, wanted: Callable[[str], bool]) -> list[nn.Parameter
 
 
 def _inputs(dense: str) -> None:
-    """`backward(inputs=...)` gives those a gradient and nothing else; a second one adds the others'.
+    """`backward(inputs=...)` gives a gradient to these inputs only; a second call adds those of the others.
 
-    The model holds other parameters during a pass than between passes under FSDP2 and as replicas: an output tells the
-    experts alone.
+    Only experts are used as inputs: under FSDP2 and with replicas, the dense part has other parameters during a pass
+    than between passes.
     """
     choices: dict[str, Callable[[str], bool]] = {
         "experts": lambda name: ".experts." in name,
@@ -72,7 +72,7 @@ def test_backward_of_chosen_experts(groups: Groups, dense: str) -> None:
 
 
 def _inputs_without_experts() -> None:
-    """An input of the model is all that gets a gradient."""
+    """Only an input of the model gets a gradient."""
     for changes in SETTINGS:
         with case(changes):
             pair = Pair(net(), **changes)
@@ -91,7 +91,7 @@ def test_backward_of_an_input_alone(groups: Groups) -> None:
 
 
 def _saliency() -> None:
-    """`autograd.grad` of an activation, then the backward pass of the same graph."""
+    """`autograd.grad` with respect to an activation, then the backward pass of the same graph."""
     for changes in SETTINGS:
         with case(changes):
             pair = Pair(gpt(), **changes)
@@ -113,7 +113,7 @@ def test_gradient_of_an_activation(groups: Groups) -> None:
 
 
 def _gradients_of_experts() -> list[str]:
-    """Two errors: of `autograd.grad`, and of gradients of experts that are to be differentiated."""
+    """Two errors: of `autograd.grad` for expert parameters, and of differentiating their gradients again."""
     errors = []
     for act in (
         lambda loss, pair: torch.autograd.grad(loss, _named(pair.model, lambda name: ".experts." in name)),
@@ -146,7 +146,7 @@ class _Checkpointed(Net):
 
 
 def _penalty(model: nn.Module, of: int) -> Tensor:
-    """The mean square of (norm of the gradient of the output by the input, less 1), as WGAN-GP has it."""
+    """The gradient penalty of WGAN-GP: mean of (norm of d output / d input - 1) squared."""
     x = floats(1, of).requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     return (gradient.norm(dim=1) - 1).square().mean()

@@ -1,4 +1,4 @@
-"""Hooks on parameters: an optimizer in the backward pass trains as the plain one; hooks that never run are refused."""
+"""Hooks on parameters: an optimizer in the backward pass trains as in the plain model; useless hooks are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hecate.values.local import local_tensor
 from tests.runtime.helpers import Pair, case, close, error_of, gpt, lm_loss, rank
 from tests.workers import Groups
 
-TOKENS = 2 * 8 * 2  # of one rank in one pass, times top-k
+TOKENS = 2 * 8 * 2  # tokens of one rank in one pass, times top-k
 SHARDED: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "replicate": {"dense": "replicate", "pools": "layer"},
@@ -26,8 +26,8 @@ MESHES: dict[str, dict[str, Any]] = {
 
 
 def _step_in_backward(model: nn.Module) -> list[str]:
-    """An SGD per parameter, which steps when its gradient is complete; returns the names that have stepped, a list
-    that grows.
+    """Make an SGD per parameter, which steps when the gradient is complete. Returns a list of the names of parameters
+    that have stepped, which grows later.
     """
     stepped: list[str] = []
     for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ def _optimizer_in_backward(cases: dict[str, dict[str, Any]]) -> None:
             pair.check_state()
             lm_loss(3)(pair.model, rank())  # the third step has ended when the fourth begins
             assert pair.engine.stats()["step"] == 3
-            shared = 2  # ranks in a row of the mesh
+            shared = 2  # ranks per row of the mesh
             assert pair.engine.stats()["layers"][0]["loads"].sum() % (TOKENS * shared) == 0
             assert pair.engine.stats()["layers"][0]["loads"].sum() > 0
             assert any(layer["copies"] for layer in pair.engine.stats()["layers"])
@@ -72,7 +72,7 @@ def test_optimizer_in_backward_on_a_mesh(groups: Groups) -> None:
 
 
 def _gradients_at_hook_time(dense: str) -> None:
-    """Each hook sees the gradient that is there after the backward pass, that of earlier micro-batches included."""
+    """Each hook sees the same gradient as after the backward pass, including that of earlier micro-batches."""
     pair = Pair(gpt(), dense=dense, pools="layer")
     pair.warm_up(lm_loss(9))
     seen: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def test_gradients_are_complete_when_hooks_run(groups: Groups, dense: str) -> No
 
 
 def _hooks_on_gradients() -> list[str]:
-    """One error for a pool, one for a replicated parameter; and none once the hook is taken away."""
+    """Errors for a pool and for a replicated parameter; no error after the hook has been removed."""
     pair = Pair(gpt(), dense="replicate")
     errors = []
     for name in ("hecate_pool_0_up", "head.weight"):

@@ -1,4 +1,4 @@
-"""The states of a micro-batch: every allowed change, and every other one refused by name."""
+"""The states of a micro-batch: every allowed transition works, and every other one raises an error that names it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ALLOWED = {
     ("forward", "waiting"),
     ("forward", "ended"),  # without gradients, or after a pass that raised
     ("waiting", "backward"),
-    ("waiting", "ended"),  # its graph went
+    ("waiting", "ended"),  # its graph was dropped
     ("backward", "ended"),
-    ("ended", "backward"),  # of a retained graph
+    ("ended", "backward"),  # again, through a retained graph
 }
 
 

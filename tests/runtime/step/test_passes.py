@@ -1,4 +1,4 @@
-"""Several passes: retained graphs, outer checkpoints, passes in flight, losses dropped, two models."""
+"""Combinations of passes: retained graphs, outer checkpoints, passes in flight, unused losses, two models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.runtime.helpers import SMALL, Pair, case, gpt, lm_loss, rank, tokens, world
 from tests.workers import Groups
 
-TOKENS = 2 * 8 * 2  # of one rank in one pass, times top-k
+TOKENS = 2 * 8 * 2  # tokens of one rank in one pass, times top-k
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"rematerialize": True, "reshard_interval": 1},
@@ -32,7 +32,7 @@ def _in_all_settings(act: Callable[[Pair], None], model: Callable[[], nn.Module]
 
 
 def _end_step(pair: Pair, passes: int) -> None:
-    """The optimizer steps; loads are those of so many passes."""
+    """Make an optimizer step and check that the loads are those of this number of passes."""
     for optimizer in pair.optimizers(lambda p: torch.optim.SGD(p, lr=0.1)):
         optimizer.step()
         optimizer.zero_grad()
@@ -73,7 +73,7 @@ def test_three_backward_passes_of_one_graph(groups: Groups) -> None:
 
 
 def _outer_loss(seed: int) -> Callable[[nn.Module, int], Tensor]:
-    """The whole model in a reentrant checkpoint: its first forward pass has no gradients, its second is in backward."""
+    """The whole model in a reentrant checkpoint: the first forward pass has no gradients, the second is in backward."""
 
     def loss_of(model: nn.Module, of: int) -> Tensor:
         start = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -98,7 +98,7 @@ def test_outer_reentrant_checkpoint(groups: Groups) -> None:
 
 
 def _three_in_flight(pair: Pair) -> None:
-    """Backward passes in another order than their forward passes, an evaluation between them."""
+    """Backward passes in a different order than their forward passes, with an evaluation between them."""
     losses = [lm_loss(seed)(pair.model, rank()) for seed in range(3)]
     for seed in (1, 2, 0):
         losses[seed].backward()
@@ -120,7 +120,7 @@ def test_passes_in_flight(groups: Groups) -> None:
 
 
 def _dropped(pair: Pair) -> None:
-    """One loss of three is dropped, first, in the middle or last: a skipped sample."""
+    """The first, second or third of three losses is not used, as if a sample was skipped."""
     for dropped in range(3):
         kept = []
         for seed in range(3):
@@ -139,7 +139,7 @@ def test_losses_dropped(groups: Groups) -> None:
 
 
 def _distilled(first: Pair, second: Pair) -> None:
-    """Teacher and student with one loss that trains both."""
+    """Two models, teacher and student, with one loss that trains both."""
     for of, models, share in [(rank(), (first.model, second.model), 1.0)] + [
         (r, (first.plain, second.plain), 1 / world()) for r in range(world())
     ]:

@@ -1,4 +1,4 @@
-"""`requires_grad` changed after sharding, at any moment: gradual unfreezing and freezing, as the plain model has it."""
+"""`requires_grad` may change at any time after sharding, as in the plain model: gradual freezing and unfreezing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _train_only(model: nn.Module, choice: str) -> None:
 
 
 def _phases(pair: Pair, choices: tuple[str, ...]) -> None:
-    """Two steps in each phase; one optimizer over all parameters, whose weight decay must leave frozen ones alone."""
+    """Two steps per phase; one optimizer has all parameters, and its weight decay must not change frozen ones."""
     optimizers = pair.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
     for seed, choice in enumerate(c for c in choices for _ in range(2)):
         for model in pair.both:
@@ -69,7 +69,7 @@ def test_frozen_and_unfrozen_in_phases(groups: Groups, dense: str) -> None:
 
 
 def _between_forward_and_backward(dense: str) -> None:
-    """Autograd asks for a gradient as the graph was built, and a frozen leaf gets none."""
+    """Freeze between forward and backward: the graph still computes the gradient, but a frozen leaf gets none."""
     pair = Pair(gpt(), dense=dense)
     pair.warm_up(lm_loss(9))
     loss = lm_loss(0)(pair.model, rank())

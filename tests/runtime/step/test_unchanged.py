@@ -1,4 +1,4 @@
-"""A model that was changed after it was sharded is refused by name, on all ranks, before anything is sent."""
+"""A model changed after sharding is refused on all ranks, before anything is sent; the error names the change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 class Adapted(nn.Module):
-    """A linear layer with a low-rank adapter beside it."""
+    """A linear layer with a low-rank adapter."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Forward passes that no backward pass follows: they leave parameters, memory and loads as a plain model does."""
+"""Forward passes without a backward pass do not change parameters, memory and loads, as in a plain model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.runtime.helpers import Pair, case, error_of, gpt, lm_loss, rank, tokens, world
 from tests.workers import Groups
 
-TOKENS = 2 * 8 * 2  # of one rank in one pass, times top-k
+TOKENS = 2 * 8 * 2  # tokens of one rank in one pass, times top-k
 
 
 def _evaluate(pair: Pair, seed: int = 50) -> None:
@@ -28,7 +28,7 @@ def _evaluate_with_grad(pair: Pair) -> None:
 
 
 def _evaluate_in_forward_of_training(pair: Pair) -> None:
-    """Between the forward and the backward pass of another micro-batch, whose gradients nobody uses."""
+    """Evaluate between the forward and the backward pass of another micro-batch, whose gradients are not used."""
     loss = lm_loss(50)(pair.model, rank())
     _evaluate(pair)
     loss.backward()
@@ -72,7 +72,7 @@ def test_evaluation_before(groups: Groups, what: str, dense: str) -> None:
 
 
 def _generation(dense: str) -> None:
-    """Token by token, as `generate()` calls the model, before the optimizer is made and between steps."""
+    """Call the model token by token, as `generate()` does, before the optimizer is made and between steps."""
     pair = Pair(gpt(), dense=dense)
     for step in range(2):
         given = tokens(70 + step, rank())[0][:, :3]
@@ -137,7 +137,7 @@ def _loads_of(pair: Pair) -> list[int]:
 
 
 def _not_booked() -> None:
-    """Only what is trained on counts: of a step, and in the history that the next one is planned from."""
+    """Only passes with a backward pass count, in the loads of the step and in the history for the next plan."""
     for changes in ({}, {"rematerialize": True}, {"dense": "replicate"}):
         with case(changes):
             pair = Pair(gpt(), **changes)
@@ -161,7 +161,7 @@ def test_passes_without_backward_are_not_booked(groups: Groups) -> None:
 
 
 def _backbone() -> list[str]:
-    """A part of the model called by itself, before any pass, after an evaluation and after a step."""
+    """Call a part of the model alone: before any pass, after an evaluation, and after a step."""
 
     def call(pair: Pair) -> Any:
         return lambda: pair.model.blocks[0](torch.zeros(1, 8, 8, dtype=torch.float64))
