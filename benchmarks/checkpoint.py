@@ -55,7 +55,7 @@ def build(gigabytes: float) -> tuple[hecate.FSSDP, torch.optim.Optimizer]:
 
 
 def held(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This process's part of the state; the tensors share its memory."""
+    """Tensors of this process's part of the state, sharing its memory."""
     tensors = {}
     for name, parameter in engine.model.named_parameters():
         tensors[name] = local_tensor(parameter)

@@ -38,7 +38,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class MissingError(RuntimeError):
-    """This machine lacks something that an emulated cluster needs."""
+    """Something that an emulated cluster needs is missing on this machine."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ Graph = dict[str, set[str]]
 
 
 def circles(graph: Graph) -> list[set[str]]:
-    """Strongly connected components with more than one node."""
+    """Strongly connected components that contain a cycle."""
 
     def reached(start: str) -> set[str]:
         found: set[str] = set()

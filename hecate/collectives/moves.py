@@ -1,6 +1,6 @@
 """Which expert goes from which device to which, for a pair of placements. Pure: no process group.
 
-A reduction's moves are the gather's, reversed: whoever sent a chunk gets its sum back.
+A reduction's moves are those of the gather, reversed: the device that sent a chunk gets the sum back.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Moves:
     """Transfers that turn placement `src` into placement `dst`; none depends on another.
 
     Attributes:
-        src: who holds what before.
-        dst: who holds what afterwards.
-        transfers: by expert, then by the device that gets it.
+        src: the placement before.
+        dst: the placement afterwards.
+        transfers: ordered by expert, then by receiving device.
     """
 
     src: Placement

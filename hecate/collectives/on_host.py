@@ -1,7 +1,7 @@
 """Routes followed from the host: gloo, rows in the CPU's memory.
 
-A rank that hands nothing on starts all its messages in the call itself. Any other call runs in the group's thread, one
-after the other, so that pieces are handed on while the caller computes.
+If a rank relays nothing, it starts all its messages in the call itself. Otherwise the call runs in the group's thread,
+after earlier ones, so that pieces are relayed while the caller computes.
 """
 
 from __future__ import annotations

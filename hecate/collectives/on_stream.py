@@ -1,9 +1,9 @@
 """Routes followed on a CUDA side stream: NCCL, each round one group call; the host waits for nothing.
 
-Why group calls cannot wait for each other in a circle: NCCL ends a group call when all its peers have entered the one
-with the other half of each message; on first use of a connection the host waits for that too. Both halves of a hop are
-in the group call of the same collective and round, and every rank enters the ones it takes part in by ascending
-(collective, round). So among all that have not ended, the lowest one has been entered by all its ranks, and ends.
+Why group calls cannot deadlock: NCCL ends a group call when, for each of its messages, the peer has entered the group
+call with the other half; on first use of a connection the host also waits for that. Both halves of a hop are in group
+calls of the same collective and round, and every rank enters its group calls in ascending order of (collective, round).
+So among the group calls that have not ended, the lowest one has been entered by all its ranks, and therefore ends.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class RoutedOnStream(Routed):
         return self._on_stream(lambda: self._gather_in_rounds(parts, rows), next(iter(rows.values())).device)
 
     def _start_reduce(self, parts: Sequence[Part], state: ReductionState, device: torch.device) -> Work:
-        # No receive ahead of its round: it would keep the stream from the sends of the rounds before.
+        # Receives are not started before their round: they would block the sends of earlier rounds on the stream.
         return self._on_stream(lambda: self._run_reduction(parts, state, ahead=0), device)
 
     def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
-        """Call `run` with the side stream as current one, behind everything on the caller's stream.
+        """Call `run` with the side stream as the current one, after everything queued on the caller's stream.
 
         The caller's stream owns the memory of the rows: once they are freed, its next tensors may lie there, whatever
         the side stream still does with them. So the work holds the rows, through `run`, until `wait()`.
@@ -66,7 +66,7 @@ class RoutedOnStream(Routed):
         return Work(finish)
 
     def _gather_in_rounds(self, parts: Sequence[Part], rows: Rows) -> None:
-        """One group call per round; the next round is behind it on the stream."""
+        """One group call per round; the stream runs them one after the other."""
         for part in parts:
             sends, receives = ([(h, piece_of(rows[h.expert], h)) for h in hops] for hops in (part.sends, part.receives))
             for wait in self._post(sends, receives):

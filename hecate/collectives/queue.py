@@ -1,4 +1,4 @@
-"""One queue per process group: messages between two ranks match in the order they start in, so that must not vary."""
+"""One queue per process group: messages of two ranks match in starting order, which must be equal on all ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HostQueue:
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was started has ended: what starts now overtakes nothing. False once closed."""
+        """Whether everything that was started has ended, so that a new task need not be queued. False once closed."""
         return not self._closed and (self._last is None or self._last.done())
 
     def start(self, run: Callable[[], None]) -> Work:
@@ -71,7 +71,7 @@ class HostQueue:
 class _DaemonThread(Executor):
     """One thread, started when first needed. It ends with this object, and does not keep the interpreter alive.
 
-    `ThreadPoolExecutor` is joined at exit: a process that fails would wait there for peers, who wait for it, until the
+    A `ThreadPoolExecutor` is joined at exit: there a failed process and its peers would wait for each other until the
     process group's timeout.
     """
 

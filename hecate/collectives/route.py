@@ -1,8 +1,9 @@
 """How chunks travel: placements, topology and links -> frozen rounds of hops (docs/design.md, decision 7).
 
-A gather hands pieces on inside nodes, so that an expert crosses each node border once; a reduction adds on the way, in
-the order of `collectives.summation`. The search is C++ (csrc/collectives) and pure: every rank finds the same route. It
-takes the shape that is fastest by its model of the links. Plain sends are one of the shapes, so none chosen is slower.
+A gather relays pieces inside nodes, so that an expert crosses each node border once; a reduction sums on the way, in
+the order of `collectives.summation`. The search is in C++ (csrc/collectives) and deterministic: every rank finds the
+same route. It chooses the shape that is fastest by its model of the links. Plain sends are one of the shapes, so the
+chosen one is never slower than these in the model.
 """
 
 from __future__ import annotations

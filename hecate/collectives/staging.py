@@ -1,4 +1,4 @@
-"""Memory for pieces that are on their way."""
+"""Memory for pieces that are being sent or received."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Staging"]
 class Staging:
     """A pool of buffers that are used again: on CPU, fresh memory costs a page fault every few KiB.
 
-    It holds at most as many buffers as pieces were ever on their way at once, none larger than the largest of them.
-    Buffers only grow, so calls that repeat soon allocate nothing.
+    It has at most as many buffers as pieces were ever in use at once, none larger than the largest piece. Buffers only
+    grow, so repeated calls soon allocate nothing.
     """
 
     def __init__(self) -> None:

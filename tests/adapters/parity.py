@@ -24,9 +24,9 @@ class Precision:
     """What a comparison computes in.
 
     Attributes:
-        dtype: of the model; parameters that its class keeps in float32 then are.
-        param_dtype: of the config; the plain model computes in it as one made in it does, from master weights in
-            `dtype`, which its optimizer steps.
+        dtype: dtype of the model, except for parameters that its class keeps in float32.
+        param_dtype: of the config. The plain model computes as a model made in this dtype, with weights cast from
+            master weights in `dtype`, which the optimizer updates.
         steps: optimizer steps.
         tolerance: relative, of logits, losses, gradients, norms and parameters.
     """
@@ -49,7 +49,7 @@ BF16_COMPUTE = Precision(param_dtype=torch.bfloat16, steps=2, tolerance=BF16_TOL
 
 @dataclass(frozen=True)
 class Plain:
-    """The model in one process: `model` is trained, `twin` computes; both are one without a `param_dtype`."""
+    """The model in one process: `model` is trained, `twin` computes; without `param_dtype` they are the same model."""
 
     model: nn.Module
     twin: nn.Module
@@ -138,7 +138,7 @@ def train(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def close(what: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Relative to the largest value, with room for rounding where all values are tiny."""
+    """Assert equality relative to the largest value, with tolerance for rounding if all values are tiny."""
     actual, expected = actual.double(), expected.double()
     error = (actual - expected).norm()
     allowed = tolerance * max(float(expected.norm()), 1e-2 * math.sqrt(max(1, expected.numel())))

@@ -1,4 +1,4 @@
-"""What an adapter accepts as an MoE layer, and what it says of one that does not fit."""
+"""What an adapter accepts as an MoE layer, and its error for one that does not fit."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_names_of_what_is_no_stacked_parameter(name: str, value: Tensor | None, 
 
 
 class DenseExperts(nn.Module):
-    """Looks like experts to a reader, not to an adapter."""
+    """A module that looks like experts to a reader, but not to an adapter."""
 
     def __init__(self) -> None:
         super().__init__()

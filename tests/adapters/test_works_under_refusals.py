@@ -1,4 +1,4 @@
-"""What is refused, by name and before anything hangs: other parallelism, fp16, models whose experts do not fit."""
+"""What is refused with an error before anything hangs: other parallelism, fp16, models whose experts do not fit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_other_parallel_dimensions_of_a_mesh(groups: Groups) -> None:
 
 
 def tensor_parallel() -> list[str]:
-    """Only rank 0's model is; all ranks must learn it."""
+    """Only rank 0's model is tensor parallel; all ranks must raise."""
     models = [tiny_model("mixtral") for _ in range(2)]
     if dist.get_rank() == 0:
         models[0]._tp_size = 2  # as a tp_plan leaves it

@@ -139,7 +139,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def in_groups(model: nn.Module) -> torch.optim.Optimizer:
-    """Groups by name: experts learn slower, vectors do not decay. The pools keep the names of the weight kinds."""
+    """Groups by name: experts have a lower learning rate, vectors no decay. Pool names contain the kind of weight."""
     experts, vectors, others = [], [], []
     for name, p in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
@@ -153,7 +153,7 @@ def in_groups(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def by_layer(model: nn.Module) -> torch.optim.Optimizer:
-    """Layers learn the faster the later, experts included: layer i has the parameters of pool i."""
+    """Later layers have a higher learning rate, experts included: layer i has the parameters of pool i."""
     rates: dict[str, list[nn.Parameter]] = {"0": [], "1": [], "": []}
     for name, p in model.named_parameters():
         match = re.search(r"layers\.(\d)\.|hecate_pool_(\d)_", name)

@@ -101,14 +101,14 @@ def compare_way(way: Way) -> None:
 
 
 def compare_gradients(where: str, gradients: Mapping[str, Tensor], plain: nn.Module, tolerance: float) -> None:
-    """All of them; what is frozen or was not reached has none."""
+    """All gradients; frozen parameters and those that were not reached have none."""
     for name, p in plain.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
         close(f"{where}: gradient of {name}", gradients[name], expected, tolerance)
 
 
 def micro_batches(way: Way, step: int, rank: int) -> list[Tensor]:
-    """Of one rank, the same wherever they are made."""
+    """The tokens of one rank, the same wherever they are made."""
     return [batch(10 * step + i, rank) for i in range(way.micro_batches)]
 
 
@@ -120,7 +120,7 @@ def loss_of(model: Callable[..., Any], tokens: Tensor) -> Tensor:
 
 
 def error_of(call: Callable[[], object]) -> str:
-    """What `call` raises, in words; "no error" if nothing."""
+    """The error that `call` raises, as text; "no error" if none."""
     try:
         call()
     except (ValueError, RuntimeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints that say of themselves that they are whole, and are not what `FSSDP.save` wrote."""
+"""Makes manipulated checkpoints whose manifest is consistent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hecate.checkpoint.manifest import MANIFEST, METADATA, FileProof, manifest_t
 
 
 def forge_metadata(path: Path, change: Callable[[Metadata], None]) -> None:
-    """Change what `.metadata` says, and let the manifest agree."""
+    """Change `.metadata`, and the manifest accordingly."""
     metadata = pickle.loads((path / METADATA).read_bytes())
     change(metadata)
     forge(path, METADATA, pickle.dumps(metadata))
 
 
 def forge(path: Path, name: str, data: bytes) -> None:
-    """Replace a file, or add one, and let the manifest agree, if there is one."""
+    """Replace or add a file, and change the manifest accordingly, if there is one."""
     (path / name).write_bytes(data)
     if (path / MANIFEST).exists():
         files = dict(read_files(path) or {})

@@ -1,4 +1,4 @@
-"""The plain model in one process, trained as `Run` trains: what state dicts at any ownership are compared with."""
+"""The plain model in one process, trained as `Run` trains; state dicts at any ownership are compared with its own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TOLERANCE = {"rtol": 1e-8, "atol": 1e-12}
 
 @dataclass(frozen=True)
 class Way:
-    """A configuration in which ownership moves in every step.
+    """A configuration in which experts change owners in every step.
 
     Attributes:
-        experts: of a layer.
-        mesh: shape; None: all ranks.
-        pools, dense: of the config.
+        experts: number of experts per layer.
+        mesh: shape of the device mesh; None: all ranks.
+        pools, dense: fields of `FSSDPConfig`.
         optimizer: see `make_optimizer`.
     """
 
@@ -46,7 +46,7 @@ class Way:
 
 
 class Trained(Run):
-    """A run that reduces gradients itself if `dense="none"` leaves them to the caller."""
+    """A run that reduces dense gradients itself if `dense="none"`."""
 
     def step(self, number: int) -> float:
         loss = self.loss(number)
@@ -93,7 +93,7 @@ class Plain:
 
 
 def assert_same(run: Run, plain: Plain) -> None:
-    """All parameters and buffers agree."""
+    """Assert that all parameters and buffers agree."""
     state, expected = run.engine.full_state_dict(), plain.model.state_dict()
     assert list(state) == list(expected)
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""Training runs that stop, save, load and go on; functions that every rank of a test group runs."""
+"""Training runs that stop, save, load and continue; functions that every rank of a test group runs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
 from tests.runtime.reference import TINY as REFERENCE
 
-# The load-balance loss is not linear in the tokens of a rank: with it, losses depend on the world size.
+# No load-balance loss: it is not linear in the tokens of a rank, so that losses would depend on the world size.
 TINY = replace(REFERENCE, aux_weight=0.0)
 
-# Much to save: ownership moves in every step, and compute of this speed hides two copies, which fill both slots.
+# Experts change owners in every step, and compute at this speed hides two copies, which fill both slots.
 BALANCED = hecate.FSSDPConfig(memory_slots=2, reshard_interval=1, cost=CostModel(flops=3_200_000_000_000))
-SEQUENCES = 12  # a step, shared by all ranks: a batch is the same at any world size
+SEQUENCES = 12  # per step, divided among all ranks, so that a batch is the same at any world size
 
 
 class Run:
-    """A tiny GPT-MoE on the ranks of the group, or on one device; `plans` has each step's ahead-of-time placements."""
+    """A tiny GPT-MoE on the group's ranks, or on one device; `plans` has the placements planned before each step."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Run:
         self.plans: list[object] = []
 
     def train(self, first: int, last: int) -> list[float]:
-        """Steps `first` to `last - 1`; mean losses."""
+        """Run steps `first` to `last - 1`; returns mean losses."""
         return [self.step(number) for number in range(first, last)]
 
     def step(self, number: int) -> float:
@@ -88,7 +88,7 @@ class Run:
 
 
 def plain_model(config: ModelConfig = TINY, seed: int = 1) -> GPTMoE:
-    """In float64, with a skewed router and a buffer."""
+    """A small model in float64, with a skewed router and a buffer."""
     model = GPTMoE(config).double()
     model.init_weights(seed=seed)
     model.register_buffer("numbers", torch.full((3,), float(seed)))

@@ -1,4 +1,4 @@
-"""A checkpoint written while training goes on is the one of the step it was asked for in."""
+"""A checkpoint written in the background has the state of the step in which `save` was called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.workers import Groups
 
 
 def save_during_steps(path: str) -> tuple[Full, Full, list[float]]:
-    """Training goes on before the first byte is written. State and losses from there, and the state loaded."""
+    """Training continues before the first byte is written. Returns state and losses then, and the loaded state."""
     run, go = Run(), Event()
     run.train(0, 2)
     expected = run.engine.full_state_dict()
@@ -51,7 +51,7 @@ def test_steps_after_it_do_not_show(groups: Groups, tmp_path: Path) -> None:
 
 
 def overlapping_saves(path: str) -> None:
-    """One after another, the last one stays; loading waits for it."""
+    """Saves run one after another, and the last one is kept; loading waits for it."""
     run = Run()
     for step in range(3):
         run.train(step, step + 1)
@@ -70,7 +70,7 @@ def test_saves_do_not_overlap(groups: Groups, tmp_path: Path) -> None:
 
 
 def failing_save(folder: str) -> str:
-    """Raised once, by the handle or else by the next call, on all ranks although one notices."""
+    """The error of one rank is raised once on all ranks, by the handle or else by the next call."""
     run, wrong, right = Run(), Path(folder) / "file" / "checkpoint", Path(folder) / "checkpoint"
     run.engine.save(wrong, async_op=True)
     with pytest.raises(OSError, match="file"):
@@ -103,7 +103,7 @@ def test_copy_shares_nothing(tmp_path: Path) -> None:
 
 
 def after_the_process_group(path: str) -> list[str]:
-    """Errors of a rank that finds no process group, but has a model on two ranks."""
+    """Errors if the model is on two ranks, but the process group has been destroyed."""
     run, errors = Run(), []
     run.engine.save(path)
     fresh = Run()

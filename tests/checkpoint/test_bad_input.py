@@ -1,4 +1,4 @@
-"""What cannot be loaded or written is refused by name, and nothing is overwritten."""
+"""If something cannot be loaded or written, the error names it, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.workers import Groups
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one device, after 2 steps."""
+    """A checkpoint of one device, after 2 steps."""
     path = tmp_path_factory.mktemp("saved") / "checkpoint"
     run = Run()
     run.train(0, 2)
@@ -33,12 +33,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the checkpoint, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
 def assert_refused(run: Run, path: Path, match: str) -> None:
-    """ValueError, and model, optimizer and planner stay as they are."""
+    """Assert that loading raises ValueError and leaves model, optimizer and planner unchanged."""
     before = everything(run)
     with pytest.raises(ValueError, match=match):
         run.engine.load(path, run.optimizer)
@@ -160,7 +160,7 @@ def test_extra_that_is_not_json(saved: Path, checkpoint: Path) -> None:
 
 
 def test_full_disk_leaves_the_one_before(saved: Path, checkpoint: Path) -> None:
-    """A limit on the size of files stands for the disk's."""
+    """A limit on the size of files stands in for a full disk."""
     run = Run()
     run.train(0, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,7 +196,7 @@ def test_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_files_of_the_folder_stay(checkpoint: Path) -> None:
-    """A whole project, if somebody saves into its folder."""
+    """Saving into a folder with other files must not delete them: it could be a whole project."""
     (checkpoint / "code").mkdir()
     (checkpoint / "code" / "train.py").write_text("mine")
     (checkpoint / "__7_0.distcp").write_text("of a larger world")
@@ -258,7 +258,7 @@ def test_crash_before_a_rename(saved: Path, checkpoint: Path, renames: int, monk
 
 
 def assert_like(path: Path, other: Path) -> None:
-    """Both load, to the same."""
+    """Both checkpoints load and give the same state."""
     runs = Run(), Run()
     for run, where in zip(runs, (path, other), strict=True):
         run.engine.load(where, run.optimizer)

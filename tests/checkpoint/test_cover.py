@@ -1,4 +1,4 @@
-"""Boxes that fill a tensor exactly are told from those that do not."""
+"""Tests the check whether boxes fill a tensor exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(size: tuple[int, ...], boxes: list[Box]) -> None:
 
 
 def split(size: tuple[int, ...], chance: random.Random) -> list[Box]:
-    """A random tiling, by cuts of boxes."""
+    """A random tiling, made by repeatedly cutting boxes."""
     boxes: list[Box] = [((0,) * len(size), size)]
     for _ in range(chance.randrange(6)):
         offsets, sizes = boxes.pop(chance.randrange(len(boxes)))
@@ -35,7 +35,7 @@ def split(size: tuple[int, ...], chance: random.Random) -> list[Box]:
 
 
 def right(size: tuple[int, ...], boxes: list[Box]) -> bool:
-    """By counting how often each element is in a box."""
+    """The reference: counts how often each element is in a box."""
     count: dict[tuple[int, ...], int] = dict.fromkeys(itertools.product(*map(range, size)), 0)
     for offsets, sizes in boxes:
         if any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):

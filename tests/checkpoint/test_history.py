@@ -1,4 +1,4 @@
-"""The newest whole checkpoint is found by content; old ones are deleted by count."""
+"""The newest complete checkpoint is found by its content; old ones beyond a number are deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.workers import Groups
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1, 2 and 3, with names that say nothing of it."""
+    """Checkpoints of steps 1, 2 and 3, whose names do not show the step."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     run = Run()
     for step, name in enumerate(("c", "a", "b/state"), start=1):
@@ -104,7 +104,7 @@ def test_ranks_agree_although_each_checks_other_files(groups: Groups, folder: Pa
 
 
 def unreadable(file: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    """Opening it, or reading it once it is open (EIO), fails as on a bad disk."""
+    """Opening the file, or reading it once it is open (EIO), fails as on a bad disk."""
     path_open, read_bytes = Path.open, Path.read_bytes
 
     class Broken(io.RawIOBase):
@@ -138,7 +138,7 @@ def test_unreadable_is_passed_over_and_named(
 
 
 def latest_with_a_bad_disk(folder: Path) -> tuple[Path | None, list[str]]:
-    """One rank cannot read the settings, nor the tensors, of the newest."""
+    """One rank can read neither the settings nor the tensors of the newest checkpoint."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if dist.get_rank() == 1:
@@ -169,7 +169,7 @@ def test_folder_that_cannot_be_listed(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_flipped_step_is_not_taken_for_an_older_one(folder: Path) -> None:
-    """Step 3 of the newest reads as 1: it would silently come after the others."""
+    """The step of the newest checkpoint is damaged from 3 to 1, so that it would silently count as older."""
     record = folder / "b/state/hecate.json"
     assert '"step": 3' in record.read_text()
     record.write_text(record.read_text().replace('"step": 3', '"step": 1'))

@@ -1,4 +1,4 @@
-"""A checkpoint that lacks part of a tensor, or says what cannot be, is refused before anything changes."""
+"""A checkpoint that lacks part of a tensor, or has impossible contents, is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the checkpoint, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
@@ -192,7 +192,7 @@ def test_record_of_wrong_types(checkpoint: Path, change: dict[str, Any], match: 
 
 
 def save_with(path: str, change: str) -> str:
-    """The error of a second save in which rank 1 goes wrong unnoticed; the first one stays."""
+    """The error of a second save in which rank 1 fails unnoticed; the first checkpoint is kept."""
     run = Run()
     run.train(0, 1)
     run.engine.save(path, run.optimizer)
@@ -204,7 +204,7 @@ def save_with(path: str, change: str) -> str:
 
 
 def _less(writer: Any, plan: Any, planner: Any) -> Any:
-    """All files, but it says nothing of the last chunk."""
+    """Write all files, but do not report the last chunk."""
     done = FileSystemWriter.write_data(writer, plan, planner)
     if writer.rank == 1:
         done.value().pop()
@@ -212,7 +212,7 @@ def _less(writer: Any, plan: Any, planner: Any) -> Any:
 
 
 def _no_file(writer: Any, plan: Any, planner: Any) -> Any:
-    """As on a disk of its own."""
+    """Remove rank 1's file after writing it, as if that rank wrote to a disk of its own."""
     done = FileSystemWriter.write_data(writer, plan, planner)
     if writer.rank == 1:
         (writer.folder / "__1_0.distcp").unlink()

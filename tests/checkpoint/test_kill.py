@@ -1,4 +1,4 @@
-"""kill -9 while a checkpoint is replaced by the next: what is there afterwards loads, and is one of the two."""
+"""After kill -9 while one checkpoint replaces another, one of the two is there and loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are links, to another file system say: the link stays, and what is behind it is replaced at once."""
+"""If a folder is a link, e.g. to another file system, the link is kept and its target is replaced atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever bit of the manifest or the settings is wrong, it is noticed; SHA-256 where it was asked for."""
+"""Any wrong bit in the manifest or the settings is noticed; SHA-256 is checked if it was requested."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_without_sha256_by_default(tmp_path: Path) -> None:
 
 
 def test_format_1_loads(saved: Path, checkpoint: Path) -> None:
-    """As versions before this one wrote it: no digest."""
+    """A manifest without a digest, as earlier versions wrote it."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     files = {name: values[:2] for name, values in manifest["files"].items()}
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1))

@@ -50,7 +50,7 @@ def test_from_pretrained_reads_it(groups: Groups, tmp_path: Path, world_size: in
 
 
 def saved_by_one(folder: str) -> dict[str, Tensor]:
-    """With a state dict it is the model's own, on the rank that calls it."""
+    """With a state dict, the model's own method runs on the calling rank."""
     engine = trained(tiny_model("qwen3_moe"))
     state = engine.full_state_dict()
     if dist.get_rank() == 0:
@@ -66,7 +66,7 @@ def test_with_a_state_dict_it_stays_the_model_s_own(groups: Groups, tmp_path: Pa
 
 
 def adapters_saved(folder: str) -> None:
-    """Adapters alone, from what all ranks have."""
+    """Saves only the adapters, gathered from all ranks."""
     torch.manual_seed(5)
     base = tiny_model("qwen3_moe")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

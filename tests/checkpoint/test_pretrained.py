@@ -91,7 +91,7 @@ def load_and_save(architecture: str, source: Path, saved: Path, size: str, dense
 
 @torch.no_grad()
 def assert_same_outputs(model: torch.nn.Module, expected: PreTrainedModel) -> None:
-    """So what no file has, such as rotary frequencies, is right too."""
+    """The result also has the right values for what no file contains, such as rotary frequencies."""
     tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
     found = model.eval()(input_ids=tokens).logits
     torch.testing.assert_close(found, expected.eval()(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
@@ -108,7 +108,7 @@ def build(architecture: str, meta: bool = False, config: hecate.FSSDPConfig = EP
 
 
 def shift_owners(engine: hecate.FSSDP) -> None:
-    """Every expert to the next device; its weights are garbage then."""
+    """Move every expert to the next device; its weights are garbage then."""
     for pool in engine.pools:
         owners = [(layer + 1) % pool.num_devices for layer in pool.owners]
         assert pool.fits(owners)
@@ -119,7 +119,7 @@ def shift_owners(engine: hecate.FSSDP) -> None:
 
 
 def weights_of(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """As transformers loads them."""
+    """The tensors as transformers loads them."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     return dict(model.state_dict())
 
@@ -230,7 +230,7 @@ def test_ranks_write_side_by_side_an_expert_at_a_time(groups: Groups, tmp_path: 
 
 
 def record_writes(architecture: str, saved: Path) -> list[tuple[str, int, int]]:
-    """(name, row, elements) of each write of this rank; of experts that are files of their own it writes its own."""
+    """(name, row, elements) of each write of this rank. If each expert is a separate tensor, a rank writes its own."""
     engine = build(architecture)
     records: list[tuple[str, int, int]] = []
     write: Callable[..., None] = files.ShardFile.write
@@ -296,7 +296,7 @@ def test_names_of_the_state_dict(tmp_path: Path) -> None:
 
 
 def test_of_a_model_from_pretrained(groups: Groups, tmp_path: Path) -> None:
-    """Saved in the format it came in."""
+    """A model is saved in the format in which it was loaded."""
     tiny_model("granitemoe").save_pretrained(tmp_path / "source", save_original_format=False)
     groups(2).run(load_with_transformers_and_save, tmp_path / "source", tmp_path / "saved")
     assert tensors_in(tmp_path / "saved") == tensors_in(tmp_path / "source")
@@ -366,7 +366,7 @@ def load_ours(saved: Path) -> dict[str, Tensor]:
 
 
 def test_what_lies_in_the_folder(groups: Groups, tmp_path: Path) -> None:
-    """Of an older model everything is replaced, a tokenizer stays."""
+    """All files of an older model are replaced; a tokenizer in the folder is kept."""
     tiny_model("mixtral", num_hidden_layers=3).save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     (tmp_path / "saved" / "tokenizer.json").write_text("{}")
     groups(2).run(save_new, "mixtral", tmp_path / "saved")

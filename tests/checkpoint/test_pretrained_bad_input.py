@@ -1,4 +1,4 @@
-"""Folders that do not fit are refused by name, and nothing is overwritten."""
+"""If a folder does not fit the model, the error says what is wrong, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.5.w1.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a Mixtral, in one file."""
+    """A folder of a Mixtral, in one file."""
     tiny_model("mixtral", seed=3).save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Of a Mixtral, in several files."""
+    """A folder of a Mixtral, in several files."""
     tiny_model("mixtral", seed=3).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     return tmp_path / "sharded"
 
 
 def change(folder: Path, function: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Let `function` change the tensors of the folder's only file."""
+    """Change the tensors of the folder's only file by `function`."""
     tensors = load_file(folder / files.SINGLE)
     function(tensors)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / files.SINGLE, {"format": "pt"})
@@ -61,7 +61,7 @@ def build(architecture: str = "mixtral", **changes: Any) -> hecate.FSSDP:
 
 
 def assert_refused(engine: hecate.FSSDP, folder: Path, match: str) -> str:
-    """ValueError that names the call, and the model stays as it is; the message."""
+    """Assert a ValueError that names the call, and an unchanged model; returns the message."""
     before = {name: value.clone() for name, value in engine.full_state_dict().items()}
     with pytest.raises(ValueError, match=match) as error:
         engine.load_pretrained(folder)
@@ -126,7 +126,7 @@ def test_one_expert_lacks(folder: Path) -> None:
 
 @pytest.mark.parametrize("original", [True, False])
 def test_another_number_of_experts(tmp_path: Path, original: bool) -> None:
-    """One tensor an expert, or stacked."""
+    """One tensor per expert, or stacked tensors."""
     tiny_model("mixtral", num_experts=6, num_local_experts=6).save_pretrained(tmp_path, save_original_format=original)
     assert_refused(build(), tmp_path, r"\.mlp\.experts\.\w+ has 6 experts in the folder .*, 8 in the model")
 
@@ -165,7 +165,7 @@ def test_quantized(folder: Path) -> None:
 
 
 def test_tied_tensors_that_differ(tmp_path: Path) -> None:
-    """Both may be there if they are equal."""
+    """Both may be in the folder if they are equal."""
     model = tiny_model("ernie4_5_moe", seed=3)
     model.save_pretrained(tmp_path)
     change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
@@ -314,7 +314,7 @@ def test_no_values_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_full_disk_leaves_the_one_before(groups: Groups, folder: Path, processes: int) -> None:
-    """A limit on the size of files stands for the disk's; only one rank has it."""
+    """A limit on the size of files, on one rank only, stands in for a full disk."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     if processes == 1:
         fill_disk(folder)

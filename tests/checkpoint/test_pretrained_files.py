@@ -1,4 +1,4 @@
-"""What `ShardFile` writes piece by piece, safetensors reads; what `WeightFiles` reads are parts of it."""
+"""safetensors reads what `ShardFile` writes piece by piece, and `WeightFiles` reads parts of it."""
 
 from __future__ import annotations
 

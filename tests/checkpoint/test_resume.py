@@ -1,4 +1,4 @@
-"""A run that is saved and goes on elsewhere is the run that was never interrupted."""
+"""A run that is saved and resumed elsewhere equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Unbroken:
     """A run of 6 steps, saved after 3.
 
     Attributes:
-        path: of the checkpoint.
-        losses, plans: of steps 3, 4 and 5.
-        at_save, at_end: all parameters and buffers.
-        copies: in the last step.
-        owners: by layer, when it was saved.
+        path: path of the checkpoint.
+        losses, plans: losses and plans of steps 3, 4 and 5.
+        at_save, at_end: all parameters and buffers at these times.
+        copies: number of copies in the last step.
+        owners: owners by layer when it was saved.
     """
 
     path: str
@@ -93,7 +93,7 @@ def assert_close(left: Full, right: Full) -> None:
 
 
 def assert_same_run(ranks: list[Resumed], ranks_saved: list[Unbroken]) -> None:
-    """Bit by bit, on every rank, and balanced as it would have been."""
+    """The resumed run has the same bits on every rank, and the same plans."""
     for run, saved in zip(ranks, ranks_saved, strict=True):
         assert_equal(run.at_load, saved.at_save)
         assert run.losses == saved.losses
@@ -102,7 +102,7 @@ def assert_same_run(ranks: list[Resumed], ranks_saved: list[Unbroken]) -> None:
 
 
 def assert_similar_run(ranks: list[Resumed], saved: Unbroken) -> None:
-    """All that was saved, and from there on within rounding."""
+    """Everything that was saved is restored exactly; further steps are equal within rounding."""
     for run in ranks:
         assert_equal(run.at_load, saved.at_save)
         assert run.losses == pytest.approx(saved.losses, rel=1e-6)

@@ -1,4 +1,4 @@
-"""A checkpoint folder from somebody else: no code of it runs, and nothing outside of it is read."""
+"""Loading an untrusted checkpoint folder runs no code from it and reads nothing outside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy of the checkpoint, to be changed."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
@@ -69,7 +69,7 @@ def dcp_save(path: Path, state: dict[str, Any]) -> None:
 
 
 def pickles(mark: Path) -> dict[str, bytes]:
-    """Ways to run code, or to spoil classes, by `.metadata`."""
+    """Ways in which `.metadata` could run code or change classes."""
     spoil = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x01\x00\x00\x00xK\x01s\x86b."
     return {
         "command": pickle.dumps(makes(mark)),
@@ -102,7 +102,7 @@ def test_metadata_runs_nothing(checkpoint: Path, tmp_path: Path, way: str, manif
 
 
 def test_the_pickles_are_real(tmp_path: Path) -> None:
-    """Stock unpickling runs the command, and lets the class be spoiled."""
+    """Standard unpickling runs the command, and lets the class be changed."""
     mark = tmp_path / "pwned"
     pickle.loads(pickles(mark)["command"])
     assert mark.exists()
@@ -183,7 +183,7 @@ def test_metadata_of_wrong_types(checkpoint: Path, change: Callable[[Metadata], 
 
 
 def move_weight(checkpoint: Path, path: str) -> None:
-    """Let the metadata say that a weight lies there."""
+    """Change the metadata so that a weight is stored at that path."""
 
     def change(metadata: Metadata) -> None:
         metadata.storage_data[MetadataIndex(WEIGHT, (0, 0))].relative_path = path
@@ -193,7 +193,7 @@ def move_weight(checkpoint: Path, path: str) -> None:
 
 @pytest.mark.parametrize("where", ["absolute", "..", "link", "folder behind a link"])
 def test_paths_that_leave_the_folder(checkpoint: Path, tmp_path: Path, where: str) -> None:
-    """Although the file there is a good one. Without a manifest, which would not name it."""
+    """Refused although the file is valid. There is no manifest, since that would not list the file."""
     outside = tmp_path / "outside"
     outside.mkdir()
     shutil.copy(checkpoint / "__0_0.distcp", outside / "file")

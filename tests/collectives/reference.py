@@ -24,7 +24,7 @@ class Case:
 
     @classmethod
     def random(cls, devices: int, per_node: int, seed: int) -> Case:
-        """Random cases with devices that own nothing, and experts held by their owner only, by all, or by others only."""
+        """Cases with devices that own nothing, and experts held by their owner only, by all, or by others only."""
         rng = np.random.default_rng([devices, per_node, seed])
         experts = int(rng.integers(1, 9))
         src = Placement.from_owners(rng.integers(0, devices, experts), devices)
@@ -35,7 +35,7 @@ class Case:
         return cls(src, Placement(dst), Topology(devices, per_node), chunk, seed)
 
     def row(self, expert: int, device: int, dtype: torch.dtype) -> Tensor:
-        """The row of `expert` on `device`. Magnitudes differ widely, so that a wrong order of summation changes the result."""
+        """The row of `expert` on `device`. Magnitudes differ widely, so that a wrong order of summation shows."""
         rng = np.random.default_rng([self.seed, expert, device])
         values = rng.standard_normal(self.chunk) * 10.0 ** rng.integers(-3, 4, self.chunk)
         return torch.as_tensor(values if dtype.is_floating_point else values * 100).to(dtype)

@@ -233,7 +233,7 @@ NARROW_FLOATS = {
     **dict.fromkeys([torch.float8_e4m3fn, torch.float8_e4m3fnuz], 16),
     **dict.fromkeys([torch.float8_e5m2, torch.float8_e5m2fnuz], 8),
 }
-"""With the least power of two that 1 cannot be added to."""
+"""Each dtype with the least power of two to which adding 1 changes nothing."""
 WIDE_UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 
 

@@ -81,7 +81,7 @@ def test_gather_delivers_every_piece_once_and_in_time(
 
 
 Sum = list[list[int]]
-"""Contributors in the order they were added: devices of a node, then nodes."""
+"""Contributors in the order in which they were added, per node."""
 
 
 class Device:
@@ -92,7 +92,7 @@ class Device:
         self.sums: dict[tuple, list[tuple[int, Sum]]] = defaultdict(list)
 
     def fold(self, key: tuple, own: bool) -> Sum:
-        """Nodes ascending; within the node of what is added, behind what is there of the same node."""
+        """Add up the parts and, if `own`, this device's contribution, node by node."""
         parts = self.sums.pop(key, [])
         if own:
             place = sum(first < self.rank for first, _ in parts)

@@ -9,8 +9,8 @@ process group in the middle of a save (`tests.faults.destroyed`).
 
 After each cycle every checkpoint that is marked as complete must be complete (files, checksums, and chunks of every
 tensor), the newest one must not be older than before, and a run that was asked to stop must have saved its last step.
-After the last cycle the run continues to its end: weights, optimizer state, planner state, all losses and the validation
-result must be bit for bit those of an uninterrupted run.
+After the last cycle the run continues to its end: weights, optimizer state, planner state, all losses and the
+validation result must be bit for bit those of an uninterrupted run.
 """
 
 from __future__ import annotations

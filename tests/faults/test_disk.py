@@ -104,7 +104,7 @@ class Filling(Trainer):
 
 
 def train_until_full(disk: str) -> tuple[str, str]:
-    """The error of the last save, and what was printed about the saves before."""
+    """The error of the last save, and what was printed about earlier saves."""
     trainer = make_trainer(Filling, disk, "name=full", "steps=7", "save_interval=2", "save_keep=1")
     printed = io.StringIO()
     with pytest.raises(OSError, match="No space left on device") as error, redirect_stderr(printed):

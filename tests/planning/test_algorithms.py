@@ -192,7 +192,7 @@ def test_least_load_is_that_of_linear_programs() -> None:
 @pytest.mark.parametrize("name", ["zipf", "hot", "drift"])
 @pytest.mark.parametrize("devices", [8, 32])
 def test_one_slot_reaches_any_dial(devices: int, name: Literal["zipf", "hot", "drift"]) -> None:
-    """Too large to try all copies, but the mean is reachable if a device that gives tokens may itself be filled again."""
+    """Too large to try all copies, but the mean is reachable if a device that gives tokens may be filled again."""
     loads = synthetic_loads(name, devices, 64, 1024, 4, seed=0, steps=2).reshape(-1, devices, 64)[-1].sum(axis=0)
     start, topology = Placement.from_owners(initial_owners(64, devices), devices), Topology(devices, 8)
     mean = -(-int(loads.sum()) // devices)

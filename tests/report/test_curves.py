@@ -1,4 +1,4 @@
-"""A run's picture from its steps one by one: what it shows, and that memory does not grow with the run."""
+"""The plot of a run, made from its steps one by one: what it shows, and that memory does not grow with the run."""
 
 from __future__ import annotations
 

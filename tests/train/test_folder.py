@@ -1,4 +1,4 @@
-"""The folder of a run: what is kept, what is dropped, and whose run it is after a restart."""
+"""The folder of a run: what is kept, what is deleted, and which run it belongs to after a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run folder, one trainer: who gets the lock, who is refused, and when one that was left behind is taken over."""
+"""Only one trainer may use a run folder: tests taking the lock, refusal, and taking over a lock left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hecate.train import lock as module
 from hecate.train.lock import LOCK, FolderInUseError, Holder, RunLock, locked, locks_reach_all_hosts, start_of
 from tests.workers import Groups
 
-FORK = mp.get_context("fork")  # these processes need nothing but the lock
+FORK = mp.get_context("fork")  # fast, and these processes only need the lock
 AGAIN = {"slurm 7": True}
 
 
@@ -35,7 +35,7 @@ def run_lock(folder: Path, launches: Mapping[str, bool] | None = None, patience:
 
 @contextmanager
 def process(function: Callable[..., None], *args: Any) -> Iterator[int]:
-    """One that calls `function`, then stays until the block ends; its id. Entered when `function` has returned."""
+    """Start a process that calls `function` and then waits until the block ends; yields its id after the call."""
     ready = FORK.Event()
 
     def work() -> None:
@@ -55,7 +55,7 @@ def process(function: Callable[..., None], *args: Any) -> Iterator[int]:
 
 
 def kill(pid: int) -> None:
-    """Return when its locks are gone."""
+    """Wait until its locks are gone."""
     os.kill(pid, signal.SIGKILL)
     while start_of(pid) is not None:
         time.sleep(0.01)
@@ -70,7 +70,7 @@ def join(folder: Path) -> None:
 
 
 def leave(folder: Path, holder: Holder | str) -> None:
-    """What a trainer has left behind."""
+    """The files that a trainer left behind."""
     (folder / LOCK).write_text(holder if isinstance(holder, str) else json.dumps(asdict(holder)))
 
 

@@ -1,4 +1,4 @@
-"""Loggers keep what they were given, whatever ends the run."""
+"""Loggers keep everything they were given, however the run ends."""
 
 from __future__ import annotations
 

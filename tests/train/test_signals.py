@@ -1,4 +1,4 @@
-"""Who was asked to stop, by which signal, and when a process ends at once."""
+"""Which signals ask a run to stop, with which exit code, and when a process ends at once."""
 
 from __future__ import annotations
 

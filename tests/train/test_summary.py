@@ -1,4 +1,4 @@
-"""A run in a few numbers, from its steps one by one."""
+"""The summary of a run, computed from its steps one by one."""
 
 from __future__ import annotations
 

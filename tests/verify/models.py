@@ -45,7 +45,7 @@ def sentences(number: int, rank: int) -> dict[str, Tensor]:
 
 
 class DifferentOnRank1(GPTMoE):
-    """Whoever forgets to seed, or to load the same weights everywhere."""
+    """As if the user forgot to seed, or to load the same weights on all ranks."""
 
     def __init__(self) -> None:
         super().__init__(SIZES)
@@ -64,7 +64,7 @@ class NoTwoAlike(GPTMoE):
 
 
 class OwnNoise(GPTMoE):
-    """Draws from a generator of its own, which nobody seeds again."""
+    """Draws from a separate generator that is never seeded again."""
 
     generator = torch.Generator().manual_seed(0)
 
@@ -75,7 +75,7 @@ class OwnNoise(GPTMoE):
 
 
 class ReadsExperts(GPTMoE):
-    """Decays experts by hand: under Hecate their weights are not where it looks."""
+    """Decays experts by hand, and does not find their weights under Hecate."""
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Any:
         output = super().forward(tokens, targets)
@@ -84,7 +84,7 @@ class ReadsExperts(GPTMoE):
 
 
 class LossOfRank(GPTMoE):
-    """Each rank scales its loss: what the same rank computes in the plain run is not what the others compute."""
+    """Each rank scales its loss differently, so that the plain run, in which one rank computes all, differs."""
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Any:
         output = super().forward(tokens, targets)

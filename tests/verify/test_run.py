@@ -1,4 +1,4 @@
-"""`hecate.verify` says yes where training is the plain model's, and says no, and why, where it is not."""
+"""`hecate.verify` passes if training equals the plain model's; otherwise it fails and says why."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_precisions_of_the_config_are_set_aside() -> None:
     assert any("param_dtype=torch.bfloat16" in note for note in report.notes)
 
 
-# It must be able to say no.
+# Cases in which it must fail.
 
 
 def test_ranks_with_different_weights(groups: Groups) -> None:
@@ -132,7 +132,7 @@ def test_optimizer_that_looks_at_its_own_part(groups: Groups) -> None:
     assert "not equal: as configured: weights" in str(report)
 
 
-# And refuse what it cannot use.
+# Arguments that it must refuse.
 
 
 def dense_model() -> nn.Module:
