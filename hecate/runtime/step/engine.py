@@ -119,7 +119,7 @@ class Engine:
         # their gradients would be lost.
         torch.clear_autocast_cache()
         if torch.is_grad_enabled():
-            self.passes.watch_pools()
+            self.passes.gradients.watch_hooks()
         # Ranks may free the graph of a dropped pass at different times. Leave first, so that the dense part starts
         # from the same state on all ranks.
         self._dense.leave_evaluation()

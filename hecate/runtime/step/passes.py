@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
-from hecate.private_torch import at_end_of_backward, in_backward, post_accumulate_hooks, refuse_hooks
+from hecate.private_torch import at_end_of_backward, in_backward
 from hecate.ranks.same import check_same, debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
-from hecate.runtime.experts.copies import LayerCopies, Reduction
+from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
+from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
 from hecate.runtime.step.record import LayerRecord
 from hecate.runtime.tokens.counts import Position, count_tokens
@@ -56,7 +56,6 @@ class Passes:
         rematerialize: bool,
     ) -> None:
         self._layers = tuple(layers)
-        self._pools = tuple(pools)
         self._comms = comms
         self._dense = dense
         self._ahead = ahead
@@ -71,9 +70,7 @@ class Passes:
         self._graphs_gone: deque[int] = deque()  # numbers of micro-batches whose graph Python has freed
         self._in_backward: dict[int, MicroBatch] = {}  # by number: micro-batches of the running backward pass
         self._backward_of: MicroBatch | None = None  # the micro-batch whose backward runs now
-        self._reductions: list[Reduction] = []
-        self._complete: set[int] = set()  # ids of pools whose gradients are complete in the running backward pass
-        self._nodes: dict[int, Node] = {}  # id of a pool's parameter -> its AccumulateGrad node
+        self.gradients = ExpertGradients(pools, comms, dense)
 
     # The forward pass.
 
@@ -86,19 +83,6 @@ class Passes:
         # Under an outer reentrant checkpoint the first forward pass ran without gradients. The one that begins now is
         # then not a recomputation: it builds the graph.
         return bool(self._in_backward) or waits
-
-    def watch_pools(self) -> None:
-        """Complete pools' gradients before autograd runs post-accumulate hooks that users registered on them.
-
-        Raises:
-            RuntimeError: a pool's parameter has a hook from `register_hook`, which would never run.
-        """
-        for pool in self._pools:
-            for kind, parameter in pool.trainable():
-                refuse_hooks(f"expert weights {kind!r} of {pool.specs[0].name}", parameter)
-                if id(parameter) not in self._nodes:
-                    node = self._nodes[id(parameter)] = get_gradient_edge(parameter).node
-                    node.register_prehook(lambda grads, pool=pool, parameter=parameter: self._before(pool, parameter))
 
     def begin_forward(self, step: int, placements: Sequence[Placement], with_grad: bool) -> None:
         """Begin a micro-batch and launch the gather of the first layer's copies. Collective.
@@ -139,20 +123,6 @@ class Passes:
         # With gradients but without such outputs, no hook announces backward, and a recomputation needs the weights
         # that `enter` put in place. So the dense part stays as it is.
         self._leave_forward()
-
-    def _before(self, pool: ExpertPool, parameter: Tensor) -> None:
-        """Runs when all layers of the pool have run backward: complete its gradients if user hooks will read them."""
-        if post_accumulate_hooks(parameter):
-            with self._comms.guard():
-                self._finish_reductions()
-                self._complete_pool(pool)
-
-    def _complete_pool(self, pool: ExpertPool) -> None:
-        if id(pool) in self._complete:
-            return
-        self._complete.add(id(pool))
-        if self._dense.sync and self._comms.replicas is not None:
-            pool.average_gradients(self._comms.replicas)
 
     def _leave_forward(self) -> None:
         """Leave state FORWARD, including after a pass that raised."""
@@ -313,9 +283,7 @@ class Passes:
 
     def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
         """Called after a layer's experts ran backward: reduce their gradients, prefetch the layer that comes next."""
-        with self._comms.guard(), label("reduce", copies.layer.name):
-            self._finish_reductions()
-            self._reductions.append(copies.reduce(grads))
+        self.gradients.send(copies, grads)
         if not self._rematerialize:
             copies.release()
         self._launch_again(copies.layer.index - 1)
@@ -330,14 +298,11 @@ class Passes:
                 record.copies.launch()
 
     def _finish_backward(self) -> None:
-        with self._comms.guard():
-            self._finish_reductions()
+        self.gradients.arrive()
         self._end_backward()
         self._dense.leave()
         self._dense.reduce()
-        for pool in self._pools:
-            self._complete_pool(pool)
-        self._complete.clear()
+        self.gradients.complete()
 
     def _end_backward(self) -> None:
         for number, micro_batch in self._in_backward.items():
@@ -346,19 +311,11 @@ class Passes:
         self._in_backward.clear()
         self._backward_of = None
 
-    def _finish_reductions(self) -> None:
-        for reduction in self._reductions:
-            reduction.finish()
-        self._reductions.clear()
-
     # The end of a step, and failures.
 
     def abandon_backward(self) -> None:
         """Drop all that a backward pass which raised has left, so that none of it reaches the next pass's gradients."""
-        for reduction in self._reductions:
-            reduction.discard()
-        self._reductions.clear()
-        self._complete.clear()
+        self.gradients.discard()
         self._end_backward()
         self._dense.leave()
         self._dense.drop()
