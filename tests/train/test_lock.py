@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from hecate.train import lock as module
 from hecate.train.lock import LOCK, FolderInUseError, Holder, RunLock, locked, locks_reach_all_hosts, start_of
@@ -273,6 +274,7 @@ def use(folder: str, error: str | None) -> list[str]:
     found: list[str] = []
     with suppress(ValueError, SystemExit), locked(Path(folder), {}, patience=0):
         found = sorted(path.name for path in Path(folder).iterdir())
+        dist.barrier()  # rank 0 removes the file at the end; the other ranks look before
         if error == "ValueError":
             raise ValueError
         if error == "SystemExit":
