@@ -46,10 +46,10 @@ def test_papers_models_have_the_papers_size(model: str, billions: float) -> None
     assert size / 1e9 == pytest.approx(billions, abs=0.006)
 
 
-def test_fssdp_section_is_fssdpconfig_with_its_defaults() -> None:
+def test_fssdp_section_is_fssdpconfig_with_its_defaults_but_for_resharding() -> None:
     section = config()["fssdp"]
     assert set(section) == {f.name for f in fields(FSSDPConfig)}
-    assert Settings.from_config(config()).fssdp == FSSDPConfig()
+    assert Settings.from_config(config()).fssdp == FSSDPConfig(reshard_interval=100)
 
 
 def test_policy_seed_and_dtypes_reach_fssdp() -> None:
@@ -74,7 +74,7 @@ def test_policy_seed_and_dtypes_reach_fssdp() -> None:
         ("on_non_finite=ignore", r"on_non_finite='ignore': must be one of skip, stop"),
         ("requeue_exit_code=1", r"requeue_exit_code=1: must be in \[3, 127\]"),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
-        ("+model.layers=3", r"model: layers unknown or missing; the keys are aux_weight"),
+        ("+model.layers=3", r"model: layers unknown or missing; the keys are aux_scope, aux_weight"),
     ],
 )
 def test_wrong_values_are_named_with_the_rule(override: str, message: str) -> None:
