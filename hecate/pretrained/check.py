@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.pretrained.conversion import Step, not_per_expert
+from hecate.pretrained.conversion import Conversion, not_per_expert
 from hecate.pretrained.files import DTYPES
 from hecate.pretrained.reading import Reading
 from hecate.text import listed
@@ -42,8 +42,8 @@ def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str
     Raises:
         ValueError: names, shapes or dtypes do not fit, or the folder has a tied tensor twice with different values.
     """
-    made: dict[str, Step] = {}
-    again: list[tuple[Step, Step]] = []
+    made: dict[str, Conversion] = {}
+    again: list[tuple[Conversion, Conversion]] = []
     for step in reading.steps:
         names = {first.get(name, name) for name in _results(reading, step)}
         again += [(made[name], step) for name in names & made.keys()]
@@ -54,7 +54,7 @@ def checked(reading: Reading, unexpected: Sequence[str], first: Mapping[str, str
     return replace(reading, steps=tuple(dict.fromkeys(made.values())))
 
 
-def _results(reading: Reading, step: Step) -> Iterable[str]:
+def _results(reading: Reading, step: Conversion) -> Iterable[str]:
     """Names of the tensors that `step` makes; checks that they fit the model."""
     if reading.is_expert(step.target):
         _check_experts(reading, step)
@@ -67,7 +67,7 @@ def _results(reading: Reading, step: Step) -> Iterable[str]:
     return results
 
 
-def _check_experts(reading: Reading, step: Step) -> None:
+def _check_experts(reading: Reading, step: Conversion) -> None:
     """ValueError unless the tensors of every expert exist and can be converted one expert at a time."""
     if operation := not_per_expert(step):
         raise ValueError(
@@ -88,7 +88,7 @@ def _check_experts(reading: Reading, step: Step) -> None:
             )
 
 
-def _check_fits(reading: Reading, step: Step, name: str, value: Tensor) -> None:
+def _check_fits(reading: Reading, step: Conversion, name: str, value: Tensor) -> None:
     """ValueError unless a result has the model's shape and kind of dtype (floating point or not)."""
     if name not in reading.entries or reading.is_expert(name) != reading.is_expert(step.target):
         raise ValueError(f"{reading.where}: {listed(step.names)} make {name} too, which the model does not have there")
@@ -124,7 +124,7 @@ def _check_names(
         raise ValueError(f"{reading.where}: the folder " + "; it ".join(parts))
 
 
-def _check_equal(reading: Reading, one: Step, other: Step) -> None:
+def _check_equal(reading: Reading, one: Conversion, other: Conversion) -> None:
     """ValueError unless two steps that make the same tied parameter make equal values."""
     pairs = zip(reading.values(one), reading.values(other), strict=True)
     if not all(torch.equal(first, second) for (_, first), (_, second) in pairs):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hecate.pretrained.versions import converted, copied, loading, renamed, run, used
 
-__all__ = ["Format", "Results", "Step", "format_of", "not_per_expert", "steps_to_read", "steps_to_write"]
+__all__ = ["Conversion", "Format", "Results", "format_of", "not_per_expert", "steps_to_read", "steps_to_write"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Format:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Conversion:
     """Tensors that are converted together.
 
     Attributes:
@@ -106,7 +106,7 @@ class Step:
             raise ValueError(f"{', '.join(results)} become {', '.join(named)}; names must be distinct")
         return named
 
-    def of_expert(self, expert: int) -> Step:
+    def of_expert(self, expert: int) -> Conversion:
         """The step for expert `expert` alone, whose sources are `[1, ...]`; only if `splits`."""
         targets = [pattern.replace("*", str(expert)) for pattern in self.converter.target_patterns]
         return replace(self, target=self.target.replace("*", str(expert)), converter=copied(self.converter, targets))
@@ -152,7 +152,9 @@ def format_of(model: nn.Module) -> Format:
     )
 
 
-def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> tuple[list[Step], list[str], Format]:
+def steps_to_read(
+    form: Format, keys: Iterable[str], names: Collection[str]
+) -> tuple[list[Conversion], list[str], Format]:
     """The steps that make the model's tensors `names` from the tensors `keys` in files.
 
     Returns:
@@ -160,13 +162,13 @@ def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> 
     """
     if form.config is None:
         keys = sorted(keys)
-        return [Step(k, {k: [k]}) for k in keys if k in names], [k for k in keys if k not in names], form
+        return [Conversion(k, {k: [k]}) for k in keys if k in names], [k for k in keys if k not in names], form
     load = loading()
     transforms = deepcopy(form.reads)
     renamings = [t for t in transforms if isinstance(t, load.renaming)]
     converters = [t for t in transforms if isinstance(t, load.converter)]
     present = dict.fromkeys(names, True)
-    steps: dict[str, Step] = {}
+    steps: dict[str, Conversion] = {}
     unexpected = []
     keys = sorted(keys, key=load.natural_key)
     for key in keys:
@@ -180,15 +182,15 @@ def steps_to_read(form: Format, keys: Iterable[str], names: Collection[str]) -> 
     return list(steps.values()), unexpected, replace(form, writes=used(transforms, keys))
 
 
-def steps_to_write(form: Format, names: Iterable[str]) -> list[Step]:
+def steps_to_write(form: Format, names: Iterable[str]) -> list[Conversion]:
     """The steps that make the tensors in files from the model's: `form.writes` reversed, the last one first."""
     if form.config is None:
-        return [Step(name, {name: [name]}) for name in names]
+        return [Conversion(name, {name: [name]}) for name in names]
     load = loading()
     transforms = [t.reverse_transform() for t in form.writes[::-1]]
     renamings = [t for t in transforms if isinstance(t, load.renaming)]
     converters = [t for t in transforms if isinstance(t, load.converter)]
-    steps: dict[str, Step] = {}
+    steps: dict[str, Conversion] = {}
     for name in sorted(names, key=load.natural_key):
         target, pattern = converted(name, converters)
         _add(steps, renamed(name, renamings) if pattern is None else target, name, pattern, converters)
@@ -198,18 +200,20 @@ def steps_to_write(form: Format, names: Iterable[str]) -> list[Step]:
     return list(steps.values())
 
 
-def _add(steps: dict[str, Step], target: str, source: str, pattern: str | None, converters: Sequence[Any]) -> None:
+def _add(
+    steps: dict[str, Conversion], target: str, source: str, pattern: str | None, converters: Sequence[Any]
+) -> None:
     """Add one source to the step that makes `target`."""
     if pattern is None:
         if target in steps:
             raise ValueError(f"{source} and {steps[target].names[0]} both make {target}; only one may")
-        steps[target] = Step(target, {source: [source]})
+        steps[target] = Conversion(target, {source: [source]})
         return
     if target not in steps:
         *_, converter = (
             c for c in converters if pattern in c.source_patterns
         )  # if several match, transformers takes the last
-        steps[target] = Step(target, {}, deepcopy(converter))
+        steps[target] = Conversion(target, {}, deepcopy(converter))
     sources = steps[target].sources
     steps[target] = replace(steps[target], sources={**sources, pattern: [*sources.get(pattern, ()), source]})
 
@@ -218,7 +222,7 @@ def _any_matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
-def not_per_expert(step: Step) -> str | None:
+def not_per_expert(step: Conversion) -> str | None:
     """Description of an operation of `step` that mixes experts; None if all act on each expert separately."""
     for operation in () if step.converter is None else step.converter.operations:
         kind = type(operation).__name__

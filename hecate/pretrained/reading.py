@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.checkpoint.state import Entry
-from hecate.pretrained.conversion import Format, Results, Step
+from hecate.pretrained.conversion import Conversion, Format, Results
 from hecate.pretrained.entries import local_part
 from hecate.pretrained.files import WeightFiles
 
@@ -34,10 +34,10 @@ class Reading:
     files: WeightFiles
     entries: Mapping[str, Entry]
     shapes: Mapping[str, torch.Size]
-    steps: tuple[Step, ...]
+    steps: tuple[Conversion, ...]
     writes: Format
 
-    def values(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+    def values(self, step: Conversion) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (local tensor of the model, its new value on the CPU) made by `step`, one expert at a time."""
         target = self.entries[step.target]
         if isinstance(target, ExpertRows):
@@ -55,7 +55,7 @@ class Reading:
                 local, index = local_part(entry)
                 yield local, value[index]
 
-    def metas(self, step: Step) -> Results:
+    def metas(self, step: Conversion) -> Results:
         """The results of `step` on the meta device; for experts, the results of one expert."""
         stacks = self.is_expert(step.target)
         metas = {}
@@ -66,7 +66,7 @@ class Reading:
             metas[pattern] = [torch.empty(shape, device="meta") for shape in shapes]
         return self.convert(step, metas)
 
-    def convert(self, step: Step, sources: Mapping[str, Sequence[Tensor]]) -> Results:
+    def convert(self, step: Conversion, sources: Mapping[str, Sequence[Tensor]]) -> Results:
         """The results of `step` for source tensors by pattern; for experts, stacks of one expert."""
         return step.run(sources, self.shapes, self.writes.config)
 
@@ -80,7 +80,7 @@ class Reading:
         assert isinstance(rows, ExpertRows), name
         return rows
 
-    def _of_expert(self, step: Step, expert: int) -> dict[str, list[Tensor]]:
+    def _of_expert(self, step: Conversion, expert: int) -> dict[str, list[Tensor]]:
         """The source tensors of one expert by pattern; from stacked sources, its row as `[1, ...]`."""
         sources = {}
         for pattern, keys in step.sources.items():

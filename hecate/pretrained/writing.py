@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.checkpoint.state import Entry
-from hecate.pretrained.conversion import Format, Results, Step, not_per_expert
+from hecate.pretrained.conversion import Conversion, Format, Results, not_per_expert
 from hecate.pretrained.files import ShardFile, TensorMeta
 from hecate.ranks.agree import rank_and_world
 from hecate.text import listed
@@ -47,7 +47,7 @@ class Writing:
     entries: Mapping[str, Entry]
     owners: Mapping[str, NDArray[np.int64]]
     shapes: Mapping[str, torch.Size]
-    steps: tuple[Step, ...]
+    steps: tuple[Conversion, ...]
     form: Format
     group: dist.ProcessGroup | None
     replica: int
@@ -105,7 +105,7 @@ class Writing:
         rank, world = rank_and_world()
         return number % world == rank
 
-    def _experts(self, number: int, step: Step) -> list[int]:
+    def _experts(self, number: int, step: Conversion) -> list[int]:
         """The experts of a step that this rank writes as separate tensors."""
         rows = self.entries[step.names[0]]
         assert isinstance(rows, ExpertRows)
@@ -118,13 +118,13 @@ class Writing:
 
     # Moving data to the writing rank.
 
-    def _write_dense(self, number: int, step: Step, files: Mapping[str, ShardFile]) -> None:
+    def _write_dense(self, number: int, step: Conversion, files: Mapping[str, ShardFile]) -> None:
         whole = {pattern: [self._whole(name) for name in names] for pattern, names in step.sources.items()}
         if self._writes_dense(number):
             for name, value in self._convert(step, whole).items():
                 files[name].write(name, value)
 
-    def _write_stack(self, number: int, step: Step, files: Mapping[str, ShardFile]) -> None:
+    def _write_stack(self, number: int, step: Conversion, files: Mapping[str, ShardFile]) -> None:
         _, writer = self._stack_writer(number)
         for expert in range(len(self.owners[step.names[0]])):
             rows = {p: [self._bring(name, expert, writer) for name in names] for p, names in step.sources.items()}
@@ -154,14 +154,14 @@ class Writing:
         assert isinstance(entry, Tensor)
         return entry.full_tensor().detach() if isinstance(entry, DTensor) else entry.detach()
 
-    def _metas(self, step: Step) -> Results:
+    def _metas(self, step: Conversion) -> Results:
         metas = {
             pattern: [torch.empty(self.shapes[n], dtype=self.entries[n].dtype, device="meta") for n in names]
             for pattern, names in step.sources.items()
         }
         return self._convert(step, metas)
 
-    def _convert(self, step: Step, sources: Mapping[str, list[Tensor]]) -> Results:
+    def _convert(self, step: Conversion, sources: Mapping[str, list[Tensor]]) -> Results:
         return step.run(sources, self.shapes, self.form.config)
 
     def _is_expert(self, name: str) -> bool:
