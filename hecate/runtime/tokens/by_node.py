@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.cost import LayerCost
-from hecate.ops.permute import block_order, invert, permute
+from hecate.ops.permute import invert, permute
 from hecate.placement import Topology
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert
 
 __all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
 
@@ -155,7 +155,7 @@ def node_dispatch(
     at_relay = meant.new_empty(sum(received), index.shape[1])
     dist.all_to_all_single(at_relay, meant, list(received), list(sent), group=comms.tokens)
     inside, by_relay = _inside(plan, at_relay, topology, rank)
-    local_order, sizes = _local_rows(plan, by_relay, rank, local_rows, device)
+    local_order, sizes = order_by_expert(plan, by_relay, rank, local_rows, device)
     return NodeDispatch(across, here, inside, local_order, invert(local_order), sizes, wire, comms)
 
 
@@ -217,22 +217,6 @@ def _inside(plan: Plan, at_relay: Tensor, topology: Topology, rank: int) -> tupl
     received = by_relay[:, holder == rank].sum(axis=1)
     index = taken // at_relay.shape[1]
     return Leg(index, slots.view_as(at_relay), tuple(sent.tolist()), tuple(received.tolist())), by_relay
-
-
-def _local_rows(
-    plan: Plan, by_relay: NDArray[np.int64], rank: int, local_rows: Sequence[int], device: torch.device
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Order of the received rows by (row of the expert here, relay), and rows per expert."""
-    expert, holder = plan.holders.T
-    here = np.flatnonzero(holder == rank)
-    arriving = by_relay[:, here]
-    row_of = {e: i for i, e in enumerate(local_rows)}
-    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
-    source = np.repeat(np.arange(len(by_relay)), len(here))
-    order = block_order(arriving.ravel(), np.lexsort((source, np.tile(row, len(by_relay)))), device)
-    sizes = np.zeros(len(local_rows), dtype=np.int64)
-    sizes[row] = arriving.sum(axis=0)
-    return order, tuple(sizes.tolist())
 
 
 def _gather_slots(rows: Tensor, slots: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hecate.ops.permute import block_order, combine, invert, permute
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
@@ -79,22 +79,16 @@ def direct_dispatch(
     order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]
     sent = np.bincount(holder, weights=to_pair, minlength=num_devices).astype(np.int64)
 
-    here = np.flatnonzero(holder == rank)
-    arriving = plan.quota[:, here]  # [D, experts held here, ascending]
-    row_of = {e: i for i, e in enumerate(local_rows)}
-    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
-    source = np.repeat(np.arange(num_devices), len(here))
-    local_order = block_order(arriving.ravel(), np.lexsort((source, np.tile(row, num_devices))), device)
-    sizes = np.zeros(len(local_rows), dtype=np.int64)
-    sizes[row] = arriving.sum(axis=0)
+    local_order, sizes = order_by_expert(plan, plan.quota, rank, local_rows, device)
+    received = plan.quota[:, holder == rank].sum(axis=1)
     return DirectDispatch(
         order,
         invert(order),
         tuple(sent.tolist()),
-        tuple(arriving.sum(axis=1).tolist()),
+        tuple(received.tolist()),
         local_order,
         invert(local_order),
-        tuple(sizes.tolist()),
+        sizes,
         index.shape[1],
         wire,
         comms,

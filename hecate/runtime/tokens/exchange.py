@@ -6,14 +6,19 @@ Shapes: T tokens of this device, k experts per token, M rows received, d model w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hecate.ops.permute import block_order
+from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 
-__all__ = ["AllToAll", "Dispatch"]
+__all__ = ["AllToAll", "Dispatch", "order_by_expert"]
 
 
 class Dispatch(ABC):
@@ -67,3 +72,30 @@ def _all_to_all(
         rank = comms.rank
         out.narrow(0, sum(received[:rank]), received[rank]).copy_(rows.narrow(0, sum(sent[:rank]), sent[rank]))
     return out
+
+
+def order_by_expert(
+    plan: Plan, arriving: NDArray[np.int64], rank: int, local_rows: Sequence[int], device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
+    """How received rows are sorted by (row of the expert here, sender), and how many there are per expert.
+
+    Args:
+        plan: who holds which expert.
+        arriving: int64 `[D, P]`, rows from each sender for each (expert, device) pair of the plan.
+        rank: this device.
+        local_rows: experts held here, in the order of their rows.
+        device: of the result.
+
+    Returns:
+        int64 `[M]`, and the number of rows per expert held here, in the order of its rows.
+    """
+    expert, holder = plan.holders.T
+    here = np.flatnonzero(holder == rank)
+    rows = arriving[:, here]
+    row_of = {e: i for i, e in enumerate(local_rows)}
+    row = np.array([row_of[e] for e in expert[here].tolist()], dtype=np.int64)
+    source = np.repeat(np.arange(len(rows)), len(here))
+    order = block_order(rows.ravel(), np.lexsort((source, np.tile(row, len(rows)))), device)
+    sizes = np.zeros(len(local_rows), dtype=np.int64)
+    sizes[row] = rows.sum(axis=0)
+    return order, tuple(sizes.tolist())
