@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,22 +18,6 @@ import hecate
 from hecate.checkpoint import folder
 from tests.checkpoint.runs import TINY, Run
 from tests.workers import Groups
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one device, after 2 steps."""
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    run = Run()
-    run.train(0, 2)
-    run.engine.save(path, run.optimizer)
-    return path
-
-
-@pytest.fixture
-def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be damaged."""
-    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
 def assert_refused(run: Run, path: Path, match: str) -> None:

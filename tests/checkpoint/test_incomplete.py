@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,6 @@ from tests.checkpoint.forge import forge, forge_metadata
 from tests.checkpoint.runs import Run
 from tests.checkpoint.test_bad_input import assert_like, assert_refused
 from tests.workers import Groups
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    run = Run()
-    run.train(0, 2)
-    run.engine.save(path, run.optimizer)
-    return path
-
-
-@pytest.fixture
-def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be damaged."""
-    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
 
 
 def refused(path: Path, match: str) -> None:
