@@ -41,7 +41,11 @@ def main() -> None:
     """Parse, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--policies", default="ep,hecate,balanced", help="with commas between")
+    parser.add_argument(
+        "--policies",
+        default="ep,hecate,balanced",
+        help="with commas between; NAME:KEY=VALUE is a policy with a setting of fssdp, as balanced:reshard_interval=20",
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -60,7 +64,11 @@ def _config(overrides: Sequence[str]) -> dict[str, Any]:
 
 def measure(config: Mapping[str, Any], world: World, policies: Sequence[str], rounds: int, file: Path) -> None:
     """One rank's part; rank 0 reports."""
-    routers: dict[str, Picks | None] = {"router's own choice": None, f"Zipf {EXPONENT} router": zipf}
+    routers: dict[str, Picks | None] = {
+        "router's own choice": None,
+        f"Zipf {EXPONENT} router": zipf,
+        "even router": even,  # nothing to balance: no policy may be slower than "ep"
+    }
     trainers = {(CEILING, CEILING): _trainer(config, world, "ep", even)}
     for router, picks in routers.items():
         trainers |= {(router, policy): _trainer(config, world, policy, picks) for policy in policies}
@@ -77,7 +85,7 @@ def measure(config: Mapping[str, Any], world: World, policies: Sequence[str], ro
 
 
 def _trainer(config: Mapping[str, Any], world: World, policy: str, picks: Picks | None) -> Trainer:
-    config = {**config, "fssdp": {**config["fssdp"], "policy": policy}}
+    config = {**config, "fssdp": {**config["fssdp"], **_policy_settings(policy)}}
     settings = Settings.from_config(config)
     trainer = Trainer(settings, world, RunFolder(settings.folder, config, resume=False, launches={}))
     gates = [module for module in trainer.model.modules() if isinstance(module, TopKGate)]
@@ -85,6 +93,12 @@ def _trainer(config: Mapping[str, Any], world: World, policy: str, picks: Picks 
         if picks is not None:
             gate.register_forward_hook(partial(_choose, picks, layer))
     return trainer
+
+
+def _policy_settings(policy: str) -> dict[str, str | int]:
+    """Settings of fssdp in `NAME:KEY=VALUE:KEY=VALUE`; values are integers."""
+    name, *changes = policy.split(":")
+    return {"policy": name} | {key: int(value) for key, value in (change.split("=") for change in changes)}
 
 
 # Routers.

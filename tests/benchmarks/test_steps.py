@@ -32,7 +32,8 @@ def test_routers(top_k: int) -> None:
 
 def test_policies_side_by_side(tmp_path: Path) -> None:
     text = write_text(tmp_path) / "text"
-    options = ["--json", str(tmp_path / "out.json"), "--rounds", "2", "--policies", "ep,balanced"]
+    policies = "ep,balanced,balanced:reshard_interval=3"
+    options = ["--json", str(tmp_path / "out.json"), "--rounds", "2", "--policies", policies]
     words = [sys.executable, "-m", "benchmarks.steps", *options, f"data.path={text}", *TINY]
     done = subprocess.run(
         words, cwd=Path(__file__).parents[2], env=own_environment(), capture_output=True, text=True, check=False
@@ -41,6 +42,9 @@ def test_policies_side_by_side(tmp_path: Path) -> None:
     assert "step time / ceiling" in done.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     found = {(row["setting"].split(",")[0], row["subject"], row["metric"]): row["value"] for row in rows}
+    moved = found["Zipf 1.2 router", "balanced:reshard_interval=3", "imbalance_before"]
+    assert moved < found["Zipf 1.2 router", "balanced", "imbalance_before"]
+    assert found["even router", "balanced", "copies"] == 0
     for router in ("router's own choice", "Zipf 1.2 router"):
         assert found[router, "ep", "step time / ep"] == 1
         assert found[router, "ep", "copies"] == 0 < found[router, "balanced", "copies"]
