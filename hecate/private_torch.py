@@ -5,7 +5,7 @@ No other file of `hecate` uses a name of torch that begins with an underscore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -18,12 +18,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 __all__ = [
     "accumulates",
+    "allow_data_parallel",
     "at_end_of_backward",
     "default_store",
     "forget_step",
     "group_named",
     "in_backward",
     "post_accumulate_hooks",
+    "refuse_data_parallel",
     "refuse_hooks",
     "shard_beside",
     "timeout_of",
@@ -99,6 +101,28 @@ def post_accumulate_hooks(parameter: Tensor) -> list[Callable[[Tensor], None]]:
     FSDP2 reads the same attribute.
     """
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+class _RefusesIteration:
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError(self._message)
+
+
+def refuse_data_parallel(model: nn.Module, message: str) -> None:
+    """Make `DistributedDataParallel(model)` raise TypeError with `message`, before it changes anything.
+
+    Its constructor first reads which parameters it is to leave alone, from an attribute of the model for which there is
+    no public name. Without this, it fails on the mixture of plain tensors and DTensors with an error of `aten.cat`.
+    """
+    model._ddp_params_and_buffers_to_ignore = _RefusesIteration(message)  # type: ignore[assignment]
+
+
+def allow_data_parallel(model: nn.Module) -> None:
+    """Undo `refuse_data_parallel`."""
+    del model._ddp_params_and_buffers_to_ignore
 
 
 def refuse_hooks(name: str, parameter: Tensor) -> None:

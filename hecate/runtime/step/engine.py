@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from hecate.cost import CostModel
 from hecate.labels import label
 from hecate.placement import Placement
+from hecate.private_torch import allow_data_parallel, refuse_data_parallel
 from hecate.ranks.same import check_placements
 from hecate.runtime.comms import Comms, ExposedTime
 from hecate.runtime.dense.base import Dense
@@ -31,6 +32,12 @@ from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.unchanged import Unchanged
 
 __all__ = ["Engine"]
+
+NOT_WRAPPED = (
+    "a model under FSSDP cannot be wrapped in DistributedDataParallel: its gradients are reduced already. "
+    "Use the model itself; with accelerate or Lightning Fabric, prepare everything but the model "
+    "(accelerator.prepare(optimizer, loader), fabric.setup_optimizers(optimizer))"
+)
 
 
 class Engine:
@@ -89,6 +96,7 @@ class Engine:
         # `copy` and `pickle` look these methods up on the instance first. They could not copy the hooks below, which
         # refer to process groups.
         model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign, assignment]
+        refuse_data_parallel(model, NOT_WRAPPED)
         # These hooks run before FSDP2's own: what a failed pass left must be cleared first.
         self._hooks = [
             model.register_forward_pre_hook(lambda module, args: self.before_forward(), prepend=True),
@@ -103,6 +111,7 @@ class Engine:
             hook.remove()
         if self._model is not None:
             del self._model.__deepcopy__, self._model.__reduce_ex__
+            allow_data_parallel(self._model)
             self._model = None
 
     @torch.compiler.disable

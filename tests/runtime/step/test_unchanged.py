@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -78,6 +79,44 @@ def test_copies_are_refused(use: Callable[[nn.Module], object]) -> None:
     engine = hecate.fully_shard(GPTMoE(TINY))
     with pytest.raises(TypeError, match="a model under FSSDP cannot be copied or pickled"):
         use(engine.model)
+
+
+def _wrap() -> None:
+    model = GPTMoE(TINY)
+    engine = hecate.fully_shard(model)
+    before = [p.detach().clone() for pool in engine.pools for p in pool.parameters.values()]
+    with pytest.raises(TypeError, match=r"prepare everything but the model"):
+        nn.parallel.DistributedDataParallel(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.pools[0].parameters.values(), strict=True))
+    engine.close()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_data_parallel_wrappers_are_refused(groups: Groups) -> None:
+    groups(2).run(_wrap)
+
+
+def _prepared() -> tuple[list[float], list[float]]:
+    losses = []
+    for prepare in (lambda optimizer: optimizer, Accelerator(cpu=True).prepare):
+        torch.manual_seed(0)
+        engine = hecate.fully_shard(GPTMoE(TINY), None, hecate.FSSDPConfig(reshard_interval=1))
+        optimizer = prepare(torch.optim.AdamW(engine.model.parameters(), lr=0.1))
+        run = []
+        for _ in range(3):
+            loss = engine.model(TOKENS[:, :-1], TOKENS[:, 1:]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.append(loss.item())
+        losses.append(run)
+    return losses[0], losses[1]
+
+
+def test_an_optimizer_prepared_by_accelerate(groups: Groups) -> None:
+    for plain, prepared in groups(2).run(_prepared):
+        assert prepared == plain
+        assert plain[2] < plain[0]
 
 
 def test_an_optimizer_made_before_is_refused() -> None:
