@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard as fsdp2
 from hecate.adapters.transformers import kept_in_float32
 from hecate.private_torch import forget_step, shard_beside
 from hecate.runtime.dense.base import Dense
+from hecate.runtime.dense.prefetch import Prefetch
 from hecate.runtime.setup import Setup
 
 __all__ = ["ShardedDense"]
@@ -39,6 +40,7 @@ class ShardedDense(Dense):
             _shard(unit, setup, ignored, kept)
         assert isinstance(model, FSDPModule)
         self._model = model
+        self._prefetch = Prefetch(model)
 
     def set_sync(self, sync: bool) -> None:
         """Set it by FSDP2's `set_requires_gradient_sync`."""
@@ -46,10 +48,16 @@ class ShardedDense(Dense):
         self._model.set_requires_gradient_sync(sync)
 
     def enter(self) -> None:
-        """Nothing to do: FSDP2's hooks gather the parameters."""
+        """FSDP2's hooks gather the parameters; here, free those that no block has used."""
+        self._prefetch.settle()
 
     def leave(self) -> None:
         """Nothing to do: FSDP2's hooks reshard the parameters."""
+
+    def await_gradients(self) -> None:
+        """FSDP2 reduces gradients; only the prefetch is told."""
+        super().await_gradients()
+        self._prefetch.begin_backward()
 
     def leave_evaluation(self) -> None:
         """Reshard the root, whose parameters FSDP2 keeps unsharded for a backward pass.
