@@ -36,6 +36,7 @@ ORDER = (
     "checkpoint",
     "pretrained",
     "models",
+    "state",
     "api",
     "ema",
     "verify",

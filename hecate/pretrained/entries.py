@@ -1,20 +1,18 @@
-"""Shapes, local parts and tied names of a model's tensors under FSSDP, for reading and writing files."""
+"""Shapes and local parts of a model's tensors under FSSDP, for reading and writing files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hecate.checkpoint.rows import ExpertRows
 from hecate.checkpoint.state import Entry
-from hecate.names import original_name
 from hecate.values.local import local_tensor
 
-__all__ = ["first_names", "local_part", "shapes_of"]
+__all__ = ["local_part", "shapes_of"]
 
 
 def shapes_of(entries: Mapping[str, Entry]) -> dict[str, torch.Size]:
@@ -32,11 +30,3 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     (chunk,) = tensor.__create_chunk_list__()
     index = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
     return local_tensor(tensor), index
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Original name of each parameter or buffer -> first name of the same tensor (tied tensors have several names)."""
-    first: dict[int, str] = {}
-    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    named = ((original_name(key), tensor) for key, tensor in tensors)
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}

@@ -6,9 +6,10 @@ from collections.abc import Set
 from pathlib import Path
 
 from hecate.checkpoint.state import TrainingState
+from hecate.names import first_names
 from hecate.pretrained.check import checked, refuse_quantized
 from hecate.pretrained.conversion import Format, steps_to_read
-from hecate.pretrained.entries import first_names, shapes_of
+from hecate.pretrained.entries import shapes_of
 from hecate.pretrained.files import WeightFiles
 from hecate.pretrained.reading import Reading
 from hecate.ranks.agree import agree

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from hecate.checkpoint.folder import aside, prepare, replace_folder, resolved, sync
 from hecate.checkpoint.state import TrainingState
+from hecate.names import first_names
 from hecate.pretrained.conversion import Format, steps_to_write
-from hecate.pretrained.entries import first_names, shapes_of
+from hecate.pretrained.entries import shapes_of
 from hecate.pretrained.files import INDEX, SINGLE, ShardFile, TensorMeta, num_bytes
 from hecate.pretrained.writing import Writing
 from hecate.ranks.agree import agree, gather, on_rank_0, rank_and_world

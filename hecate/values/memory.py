@@ -11,20 +11,38 @@ from hecate.values.local import local_tensor
 
 __all__ = ["PeakMemory"]
 
+STEPS_TO_MEASURE = 3
+"""Steps after the start or after loading in which memory is measured: by then all tensors have their final size."""
+
 
 class PeakMemory:
     """The largest measured size of parameters, optimizer state and gradients on this device.
+
+    Args:
+        model: the model.
 
     Attributes:
         peaks: bytes of "owned" (parameters), "optimizer" and "gradients".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.peaks = {"owned": 0, "optimizer": 0, "gradients": 0}
+        self._model = model
+        self._steps_left = STEPS_TO_MEASURE
 
-    def measure(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        """Measure once; call it after a step, before its gradients are dropped."""
-        parameters: list[Tensor] = list(model.parameters())
+    def after_step(self, optimizers: Iterable[Optimizer]) -> None:
+        """Measure in the first steps; call it before the step's gradients are dropped."""
+        if self._steps_left:
+            self._steps_left -= 1
+            self._measure(optimizers)
+
+    def after_loading(self, optimizers: Iterable[Optimizer]) -> None:
+        """Measure now, because no step may follow, and in the next steps."""
+        self._steps_left = STEPS_TO_MEASURE
+        self._measure(optimizers)
+
+    def _measure(self, optimizers: Iterable[Optimizer]) -> None:
+        parameters: list[Tensor] = list(self._model.parameters())
         state: list[object] = [v for o in optimizers for values in o.state.values() for v in values.values()]
         found: dict[str, list[Tensor]] = {
             "owned": parameters,

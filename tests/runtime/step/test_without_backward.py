@@ -123,7 +123,7 @@ def _memory(frozen: bool) -> None:
                     gc.collect()  # passes that garbage keeps alive are released at the beginning of this one
                 assert lm_loss(number)(pair.model, rank()).item() > 0
                 if number in (2, 20):
-                    used.append((_live_bytes(), pair.engine._copies_memory.now))
+                    used.append((_live_bytes(), pair.engine._parts.copies_memory.now))
             assert used[1] <= used[0], used
             assert len(pair.engine._engine.passes._kept) <= 1
             assert pair.engine.stats()["step"] == (not frozen)

@@ -1,0 +1,109 @@
+"""Builds all parts of an engine from a `Setup`, and puts the model on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import nn
+
+from hecate.private_torch import default_store
+from hecate.ranks.heartbeat import Heartbeat
+from hecate.runtime.comms import Comms, make_comms
+from hecate.runtime.dense.base import Dense
+from hecate.runtime.dense.make import make_dense, move_dense
+from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.experts.moving_state import MovingState
+from hecate.runtime.experts.optimizer_states import OptimizerStates
+from hecate.runtime.experts.optimizers import OptimizerWatch
+from hecate.runtime.experts.pool import ExpertPool, make_pools
+from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.layer import LayerPlans, make_plans
+from hecate.runtime.plans.ownership import Resharder
+from hecate.runtime.setup import Setup
+from hecate.runtime.step.engine import Engine
+from hecate.runtime.step.layer import FSSDPExperts
+from hecate.runtime.step.passes import Passes
+from hecate.runtime.step.unchanged import Unchanged
+from hecate.values.initialize import Stack
+
+__all__ = ["Parts", "assemble"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one engine.
+
+    Attributes:
+        comms: process groups and lanes.
+        pools: the pools of owned experts.
+        dense: the rest of the model.
+        experts: the modules that replaced the model's experts modules, one per layer.
+        watch: reports steps of optimizers.
+        ahead: plans the copies of a step.
+        resharder: changes owners between steps.
+        copies_memory: bytes that copies take on this device.
+        engine: runs all of these.
+    """
+
+    comms: Comms
+    pools: list[ExpertPool]
+    dense: Dense
+    experts: tuple[FSSDPExperts, ...]
+    watch: OptimizerWatch
+    ahead: PlanAhead
+    resharder: Resharder
+    copies_memory: CopiesMemory
+    engine: Engine
+
+    def stacks(self) -> list[Stack]:
+        """The rows of stacked weights that this device owns, per experts module."""
+        return [stack for pool in self.pools for stack in pool.stacks()]
+
+
+def assemble(setup: Setup, model: nn.Module) -> Parts:
+    """Move the experts of `model` into pools, shard or replicate the rest, and make what runs them. Collective.
+
+    The model does not run under the engine before `Engine.attach`.
+    """
+    before = [weakref.ref(p) for p in model.parameters()]
+    comms = _connect(setup)
+    copies_memory = CopiesMemory()
+    move_dense(setup, model)
+    pools = make_pools(setup, model, comms.rank)
+    rematerialize = setup.config.rematerialize and setup.num_devices > 1
+    shared = SharedBuffers(copies_memory, setup.device) if rematerialize else None
+    layers = make_plans(setup, model, pools, comms, shared, copies_memory)
+    experts = tuple(FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers)
+    dense = make_dense(setup, model, [p for pool in pools for p in pool.parameters.values()])
+    watch, resharder = _follow_optimizers(setup, model, pools, layers, comms, before)
+    ahead = PlanAhead(layers, comms.topology.devices_per_node)
+    passes = Passes(layers, pools, comms, dense, ahead, rematerialize=rematerialize)
+    unchanged = Unchanged(model, pools)
+    engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, shared, setup.device, unchanged)
+    for module in experts:
+        module.connect(engine)
+    return Parts(comms, pools, dense, experts, watch, ahead, resharder, copies_memory, engine)
+
+
+def _connect(setup: Setup) -> Comms:
+    heart = None if setup.mesh is None else Heartbeat(default_store(), dist.get_rank(), dist.get_world_size())
+    return make_comms(setup.mesh, setup.device, setup.cost, heart)
+
+
+def _follow_optimizers(
+    setup: Setup,
+    model: nn.Module,
+    pools: Sequence[ExpertPool],
+    layers: Sequence[LayerPlans],
+    comms: Comms,
+    before: Sequence[weakref.ref[nn.Parameter]],
+) -> tuple[OptimizerWatch, Resharder]:
+    """What reports steps of optimizers, and what moves their state; `before` are the parameters before sharding."""
+    present = {id(p) for p in model.parameters()}
+    states = OptimizerStates(pools, comms)
+    watch = OptimizerWatch(model, pools, states, [p for p in before if id(p()) not in present])
+    moving = MovingState(pools, states)
+    return watch, Resharder(layers, setup.policy, watch, moving, comms, setup.config.reshard_interval)
