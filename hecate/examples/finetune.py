@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hecate
-from hecate.examples.shared import Text, join, say, tiny_model
+from hecate.examples.shared import Text, say, tiny_model
 from hecate.ranks.agree import rank_and_world
+from hecate.ranks.join import join
 
 
 def main() -> None:

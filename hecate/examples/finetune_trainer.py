@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import hecate
-from hecate.examples.shared import Text, join, say, tiny_model
+from hecate.examples.shared import Text, say, tiny_model
+from hecate.ranks.join import join
 
 STATE = "fssdp"
 """Folder inside each of the Trainer's checkpoints."""

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
 import hecate
-from hecate.examples.shared import Text, join, say, tiny_config
+from hecate.examples.shared import Text, say, tiny_config
 from hecate.ranks.agree import rank_and_world
+from hecate.ranks.join import join
 
 __all__ = ["EachParameter", "train_tiny"]
 

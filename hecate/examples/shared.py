@@ -1,8 +1,7 @@
-"""Common code of the examples: joining the process group, a tiny model, text data."""
+"""Common code of the examples: printing, a tiny model, text data."""
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from pathlib import Path
 
@@ -14,17 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hecate.ranks.agree import rank_and_world
 
-__all__ = ["Text", "join", "say", "tiny_config", "tiny_model"]
-
-
-def join() -> torch.device:
-    """Return the device of this process; under torchrun also join the process group."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo" if device is None else "cuda:nccl,cpu:gloo")
-    return torch.device("cpu") if device is None else device
+__all__ = ["Text", "say", "tiny_config", "tiny_model"]
 
 
 def say(text: str) -> None:

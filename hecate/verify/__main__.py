@@ -6,7 +6,6 @@ Exits with 0 if Hecate trains the model as plain PyTorch does, with 1 if not, wi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from hecate.config import FSSDPConfig
 from hecate.ranks.agree import on_rank_0
+from hecate.ranks.join import join
 from hecate.verify.command import random_batch, read_settings, subject
 from hecate.verify.report import Report
 from hecate.verify.run import verify
@@ -61,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("settings", nargs="+", metavar="key=value")
     words = parser.parse_args().settings
-    device = _join()
+    device = join()
     try:
         report = run(words, device)
     except (ValueError, TypeError) as error:
@@ -96,16 +96,6 @@ def run(words: list[str], device: torch.device) -> Report:
         folder=ours["folder"],
     )
     return replace(report, notes=(*notes, *report.notes))
-
-
-def _join() -> torch.device:
-    """The device of this process; under torchrun also its process group."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    if device is not None:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
-    return torch.device("cpu") if device is None else device
 
 
 def _fssdp(given: Mapping[str, Any]) -> FSSDPConfig:

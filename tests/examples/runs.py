@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hecate
 from hecate.examples.finetune_trainer import FSSDPTrainer
-from hecate.examples.shared import Text, join, tiny_model
+from hecate.examples.shared import Text, tiny_model
 from hecate.ranks.agree import rank_and_world
+from hecate.ranks.join import join
 
 
 def main() -> None:
