@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -25,9 +26,11 @@ from hecate.verify.compare import parts
 from hecate.verify.report import Report
 from hecate.verify.runs import Runs, start_row
 from hecate.verify.task import Task, adamw, build, digests, gather_batches, loss_of_output
-from hecate.verify.ways import Recompute, offered_recomputation, ways
+from hecate.verify.ways import Recompute, Way, offered_recomputation, ways
 
 __all__ = ["verify"]
+
+Functions = dict[str, Callable[..., Any]]
 
 
 def verify(
@@ -88,37 +91,38 @@ def verify(
             ranks, before anything is trained under Hecate.
     """
     given = FSSDPConfig(reshard_interval=0) if config is None else config
-    functions: dict[str, Callable[..., Any]] = {
-        "model_fn": model_fn,
-        "batch_fn": batch_fn,
-        "loss_fn": loss_fn,
-        "optimizer_fn": optimizer_fn,
-    }
+    functions = Functions(model_fn=model_fn, batch_fn=batch_fn, loss_fn=loss_fn, optimizer_fn=optimizer_fn)
     numbers = {"steps": steps, "accumulate": accumulate}
     agree(lambda: check_input(functions, numbers, given, dtype, max_norm, tolerance))
     chosen = agree(lambda: resolve_policies(policies, given))
     check_same("verify", numbers | {"policies": chosen, "dtype": dtype, "max_norm": max_norm, "seed": seed})
     used, notes = in_one_precision(given, dtype)
-
-    with _generators_kept():
+    with _generators_kept(), _shared_folder(folder) as checkpoint:
         model = agree(lambda: build(model_fn, dtype, seed))
         names = agree(partial(parts, model))
-        device, weights = device_of(model, mesh), digests(model)
         batches = gather_batches(batch_fn, steps * accumulate, dtype)
+        device, weights = device_of(model, mesh), digests(model)
         task = Task(model_fn, dtype, device, batches, loss_fn, optimizer_fn, steps, accumulate, max_norm, seed, weights)
-        title = agree(partial(_title, model, task))
-        bound = tolerance_of(model, used) if tolerance is None else tolerance
         recompute = recompute_fn or offered_recomputation(model)
-        if recompute is None:
-            notes += ("recomputation left out: the model offers none, and recompute_fn was not passed",)
-        start = start_row(model, weights)
-        if not start.ok:
-            return Report(title, (start,), notes=notes)
+        bound = tolerance_of(model, used) if tolerance is None else tolerance
+        start = _start(model, task, notes, recompute)
         del model  # the runs make their own
-        with _shared_folder(folder) as checkpoint:
-            runs = Runs(task, names, bound, mesh, recompute, checkpoint)
-            rows, activity = runs.compare(ways(used, chosen, recompute is not None))
-        return Report(title, (start, *rows), activity, notes)
+        runs = Runs(task, names, bound, mesh, recompute, checkpoint)
+        return _compared(start, runs, ways(used, chosen, recompute is not None)) if start.ok else start
+
+
+def _start(model: nn.Module, task: Task, notes: tuple[str, ...], recompute: Recompute | None) -> Report:
+    """The report before anything is trained: what is verified, and whether all ranks start from the same weights."""
+    title = agree(partial(_title, model, task))
+    if recompute is None:
+        notes += ("recomputation left out: the model offers none, and recompute_fn was not passed",)
+    return Report(title, (start_row(model, task.weights),), notes=notes)
+
+
+def _compared(start: Report, runs: Runs, every: Iterable[Way]) -> Report:
+    """The report with rows of the plain model and of all ways."""
+    rows, activity = runs.compare(every)
+    return replace(start, rows=(*start.rows, *rows), activity=activity)
 
 
 def _title(model: nn.Module, task: Task) -> str:
