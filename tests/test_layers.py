@@ -5,6 +5,7 @@ group.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,6 +178,11 @@ def test_private_names_of_torch_are_in_one_file(name: str) -> None:
                 base = base.value
             private = isinstance(base, ast.Name) and base.id in ("torch", "dist")
             assert not private, f"hecate.{name}, line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_tests_import_helpers_and_not_each_other(path: Path) -> None:
+    assert not re.findall(r"^from tests(?:\.\w+)*(?:\.test_| import .*test_).*", path.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, WITHOUT_PROCESS_GROUP)])

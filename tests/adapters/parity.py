@@ -15,6 +15,7 @@ import hecate
 from tests.adapters.tiny import tiny_model
 from tests.runtime.reference import full_gradients
 
+CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
 LENGTH = 8
 TOLERANCE = 1e-5
 

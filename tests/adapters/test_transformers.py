@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-import hecate
-from tests.adapters.parity import compare_with_plain
+from tests.adapters.parity import CONFIG, compare_with_plain
 from tests.adapters.tiny import ARCHITECTURES, known
 from tests.workers import Groups
-
-CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
 
 OFTEN = (
     "deepseek_v3",

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.adapters.parity import BF16_COMPUTE, BF16_MODEL, compare_with_plain
-from tests.adapters.test_transformers import CONFIG
+from tests.adapters.parity import BF16_COMPUTE, BF16_MODEL, CONFIG, compare_with_plain
 from tests.adapters.tiny import ARCHITECTURES, known
 from tests.workers import Groups
 

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import hecate
-from tests.adapters.parity import TOLERANCE, adamw, batch, close, spread_router
+from tests.adapters.parity import CONFIG, TOLERANCE, adamw, batch, close, spread_router
 from tests.adapters.tiny import tiny_model
 from tests.runtime.reference import full_gradients
-
-CONFIG = hecate.FSSDPConfig(memory_slots=2, max_imbalance=1.0, reshard_interval=2, calibrate="always")
 
 
 def unchanged(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hecate.checkpoint import background
 from tests.checkpoint.runs import Run
-from tests.checkpoint.test_resume import Full, assert_equal
+from tests.checkpoint.states import Full, assert_equal
 from tests.workers import Groups
 
 

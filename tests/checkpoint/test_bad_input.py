@@ -12,33 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hecate
 from hecate.checkpoint import folder
 from tests.checkpoint.runs import TINY, Run
+from tests.checkpoint.states import assert_like, assert_refused, everything
 from tests.workers import Groups
-
-
-def assert_refused(run: Run, path: Path, match: str) -> None:
-    """Assert that loading raises ValueError and leaves model, optimizer and planner unchanged."""
-    before = everything(run)
-    with pytest.raises(ValueError, match=match):
-        run.engine.load(path, run.optimizer)
-    after = everything(run)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(value, after[name]), name
-
-
-def everything(run: Run) -> dict[str, Tensor]:
-    state = {name: value.clone() for name, value in run.engine.full_state_dict().items()}
-    for i, values in enumerate(run.optimizer.state.values()):
-        state |= {f"state {i} {key}": value.clone() for key, value in values.items()}
-    state["lr"] = torch.tensor([group["lr"] for group in run.optimizer.param_groups])
-    state["step"] = torch.tensor(run.engine.stats()["step"])
-    state["owners"] = torch.tensor(run.owners())
-    return state
 
 
 def flip(path: Path) -> None:
@@ -238,12 +218,3 @@ def test_crash_before_a_rename(saved: Path, checkpoint: Path, renames: int, monk
     again.engine.load(checkpoint, again.optimizer)
     assert everything(again).keys() == everything(run).keys()
     assert all(torch.equal(value, everything(run)[name]) for name, value in everything(again).items())
-
-
-def assert_like(path: Path, other: Path) -> None:
-    """Both checkpoints load and give the same state."""
-    runs = Run(), Run()
-    for run, where in zip(runs, (path, other), strict=True):
-        run.engine.load(where, run.optimizer)
-    left, right = map(everything, runs)
-    assert all(torch.equal(value, right[name]) for name, value in left.items())

@@ -20,7 +20,7 @@ from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.writer import ProvingWriter
 from tests.checkpoint.forge import forge, forge_metadata
 from tests.checkpoint.runs import Run
-from tests.checkpoint.test_bad_input import assert_like, assert_refused
+from tests.checkpoint.states import assert_like, assert_refused
 from tests.workers import Groups
 
 

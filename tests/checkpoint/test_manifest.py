@@ -15,7 +15,7 @@ import pytest
 from hecate.checkpoint.manifest import read_record, verify
 from tests.checkpoint.forge import forge
 from tests.checkpoint.runs import Run
-from tests.checkpoint.test_bad_input import assert_like, assert_refused
+from tests.checkpoint.states import assert_like, assert_refused
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import hecate
 from hecate.placement import initial_owners
 from tests.checkpoint.runs import BALANCED, TINY, Run, plain_model
+from tests.checkpoint.states import Full, assert_close, assert_equal
 from tests.workers import Groups
-
-Full = dict[str, Tensor]
 
 # Stock DCP says so of every call without a process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -76,20 +74,6 @@ def resumed(path: str, used: bool = False, **settings: object) -> Resumed:
     loaded = run.engine.full_state_dict()
     run.plans.clear()
     return Resumed(run.train(3, 6), run.plans, loaded, run.engine.full_state_dict())
-
-
-def assert_equal(left: Full, right: Full) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
-
-
-def assert_close(left: Full, right: Full) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(
-            value, right[name], rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name} {text}"
-        )
 
 
 def assert_same_run(ranks: list[Resumed], ranks_saved: list[Unbroken]) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from tests.checkpoint.plain import Plain, Way, assert_same
 from tests.checkpoint.runs import Run, make_optimizer
-from tests.checkpoint.test_wrappers import wrap
+from tests.checkpoint.wrappers import wrap
 from tests.workers import Groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:FSDP.state_dict_type")

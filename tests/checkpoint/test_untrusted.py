@@ -24,7 +24,7 @@ from hecate.checkpoint.metadata import read_metadata
 from hecate.checkpoint.rows import ExpertsLoadPlanner
 from tests.checkpoint.forge import forge, forge_metadata
 from tests.checkpoint.runs import Run, plain_model
-from tests.checkpoint.test_bad_input import assert_refused
+from tests.checkpoint.states import assert_refused
 from tests.workers import Groups
 
 WEIGHT = "tokens.weight"

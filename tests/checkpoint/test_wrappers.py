@@ -9,28 +9,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import hecate
-from hecate.models.moe import Experts
-from hecate.models.transformer import Block
 from tests.checkpoint.runs import BALANCED, batch, make_optimizer, plain_model
+from tests.checkpoint.wrappers import wrap
 from tests.workers import Groups
 
 WRAPPED = ("checkpoint", "compile", "compile experts", "both")
-
-
-def wrap(model: nn.Module, what: str) -> None:
-    """As trainers do: torch's activation checkpointing, `torch.compile` of each block, or of one part of it."""
-    if what in ("checkpoint", "both"):
-        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
-    if what in ("compile", "both"):
-        blocks = model.get_submodule("blocks")
-        model.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in blocks.children())
-    if what == "compile experts":
-        for module in list(model.modules()):
-            if isinstance(getattr(module, "experts", None), Experts):
-                module.experts = torch.compile(module.experts, backend="eager")
 
 
 def step(engine: hecate.FSSDP, number: int) -> None:

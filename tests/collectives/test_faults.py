@@ -20,7 +20,7 @@ from hecate.collectives.plain import PointToPoint
 from hecate.collectives.queue import HostQueue
 from hecate.collectives.transport import Rows, Transport, Work
 from hecate.placement import Placement, Topology
-from tests.collectives.test_routed import FINE
+from tests.collectives.cases import FINE
 from tests.workers import Group, Groups
 
 TIMEOUT = timedelta(seconds=10)

@@ -19,7 +19,7 @@ from hecate.collectives.on_stream import RoutedOnStream
 from hecate.collectives.plain import PointToPoint
 from hecate.collectives.transport import Transport
 from hecate.placement import Placement, Topology
-from tests.collectives.test_routed import FINE, PORTS
+from tests.collectives.cases import FINE, PORTS
 from tests.workers import Groups
 
 BOTH = "cpu:gloo,cuda:nccl"

@@ -27,10 +27,9 @@ from hecate.collectives.routed import ReductionState, Routed
 from hecate.collectives.staging import Staging
 from hecate.collectives.summation import accumulation_dtype
 from hecate.placement import Placement, Topology
+from tests.collectives.cases import FINE, settings_of
+from tests.collectives.on_cpu import Recorder, Rounds
 from tests.collectives.reference import Case
-from tests.collectives.test_rounds import Recorder, Rounds
-from tests.collectives.test_route import settings_of
-from tests.collectives.test_routed import FINE
 from tests.workers import Groups
 
 TOPOLOGY = Topology(4, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -18,25 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hecate.collectives import on_host, on_stream
-from hecate.collectives.on_stream import RoutedOnStream
 from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Hop, Links, gather_route, reduce_route
 from hecate.collectives.routed import ReductionState
 from hecate.collectives.staging import Staging
 from hecate.collectives.summation import accumulation_dtype
-from hecate.collectives.transport import Work
 from hecate.placement import Placement, Topology
-from tests.collectives.test_route import LINKS, settings_of
-from tests.collectives.test_routed import FINE, PORTS, case_of, start_gather, start_reduce
+from tests.collectives.cases import FINE, LINKS, PORTS, case_of, settings_of, start_gather, start_reduce
+from tests.collectives.on_cpu import Call, Recorder, Rounds
 from tests.workers import Groups
-
-
-class Rounds(RoutedOnStream):
-    """The transport for CUDA run on CPU, with the host in place of the side stream."""
-
-    def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
-        run()
-        return Work(lambda: None)
 
 
 class OneWork:
@@ -77,21 +67,6 @@ def test_same_bits_as_plain_sends(groups: Groups, devices: int, per_node: int, d
 
 
 # Group calls: a rank's call ends when the other half of each of its messages is in a call that the peer has entered.
-
-Call = tuple[list[Hop], list[Hop]]
-
-
-class Recorder(RoutedOnStream):
-    """Records one rank's group calls without communicating."""
-
-    def __init__(self, rank: int, topology: Topology) -> None:
-        self._rank, self.topology, self._stream = rank, topology, None
-        self.calls: list[Call] = []
-
-    def _post(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> list:
-        if sends or receives:
-            self.calls.append(([h for h, _ in sends], [h for h, _ in receives]))
-        return [lambda: None] * (len(sends) + len(receives))
 
 
 def group_calls(devices: int, per_node: int, seed: int) -> list[list[Call]]:

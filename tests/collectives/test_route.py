@@ -12,32 +12,7 @@ from numpy.typing import NDArray
 
 from hecate.collectives.route import Hop, Links, Route, gather_route, reduce_route
 from hecate.placement import Placement, Topology
-
-MIB = 1 << 20
-SLOW_BORDER = Links(
-    device=300_000_000, fabric=10**12, crossing=50_000_000, border=50_000_000, message_ns=100_000, relay_ns=50_000
-)
-PORTS = Links(
-    device=300 * 10**9, fabric=10**13, crossing=45 * 10**9, border=360 * 10**9, message_ns=5_000, relay_ns=5_000
-)
-HOST = Links(device=10**9, fabric=10**9, crossing=10**9, border=10**9, message_ns=100_000, relay_ns=50_000)
-LINKS = (SLOW_BORDER, PORTS, HOST)
-
-
-@st.composite
-def settings_of(draw: st.DrawFn) -> tuple[Placement, Placement, Topology, Links, int]:
-    """Owners, holders, topology, links, chunk bytes."""
-    per_node, nodes = draw(st.sampled_from([(1, 1), (5, 1), (1, 4), (2, 2), (4, 2), (3, 3), (2, 5)]))
-    topology = Topology(per_node * nodes, per_node)
-    experts = draw(st.integers(1, 12))
-    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    owners = Placement.from_owners(rng.integers(0, topology.num_devices, experts), topology.num_devices)
-    share = rng.choice([0.0, 0.1, 0.5, 1.0], (experts, 1))
-    holders = rng.random((experts, topology.num_devices)) < share
-    if draw(st.booleans()):
-        holders |= owners.matrix
-    chunk = draw(st.sampled_from([4, 4000, MIB, 16 * MIB]))
-    return owners, Placement(holders), topology, draw(st.sampled_from(LINKS)), chunk
+from tests.collectives.cases import HOST, MIB, SLOW_BORDER, settings_of
 
 
 def rounds(route: Route) -> list[list[Hop]]:

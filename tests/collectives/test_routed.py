@@ -6,49 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hecate.collectives.groups import transport_of
-from hecate.collectives.moves import moves_between
 from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Links, gather_route, reduce_route
 from hecate.collectives.summation import accumulation_dtype
-from hecate.collectives.transport import Transport, Work
 from hecate.placement import Placement, Topology
 from hecate.private_torch import default_store
+from tests.collectives.cases import CHUNK, FINE, PORTS, case_of, start_gather, start_reduce
 from tests.collectives.reference import Case
 from tests.workers import Groups
-
-# Messages without a fixed cost, so that routes have as many pieces and relays as possible.
-FINE = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**7, message_ns=0, relay_ns=0)
-PORTS = Links(device=10**7, fabric=10**12, crossing=10**7, border=10**8, message_ns=0, relay_ns=0)
-CHUNK = (8, 12345)
-
-
-def case_of(devices: int, per_node: int, seed: int) -> Case:
-    small = Case.random(devices, per_node, seed)
-    return Case(small.src, small.dst, small.topology, CHUNK, seed)
-
-
-def rows_of(rows: Tensor, placement: Placement) -> dict[int, Tensor]:
-    held = placement.held_by(dist.get_rank()).tolist()
-    return dict(zip(held, rows.flatten(1).unbind(0), strict=True)) if held else {}
-
-
-def start_gather(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[Tensor, Work]:
-    rank = dist.get_rank()
-    shard = case.rows(case.src, rank, dtype)
-    new = case.dst - case.src
-    out = torch.empty(len(new.held_by(rank)), *CHUNK, dtype=dtype)
-    return out, transport.gather(moves_between(case.src, case.dst), rows_of(shard, case.src), rows_of(out, new))
-
-
-def start_reduce(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[Tensor, Work]:
-    rank = dist.get_rank()
-    grads = case.rows(case.dst, rank, dtype)
-    out = torch.empty(len(case.src.held_by(rank)), *CHUNK, dtype=accumulation_dtype(dtype))
-    moves = moves_between(case.src, case.dst).reversed
-    return out, transport.reduce(moves, rows_of(grads, case.dst), rows_of(out, case.src), dtype)
 
 
 def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> int:

@@ -32,7 +32,7 @@ from hecate.train.loggers import read_metrics
 from hecate.train.loop import Trainer
 from hecate.train.settings import Settings
 from hecate.train.signals import StopRequest
-from tests.train.test_settings import config
+from tests.train.configs import config
 
 TINY = (
     "model.d_model=16",

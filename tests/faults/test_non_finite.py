@@ -22,7 +22,7 @@ from hecate.train.checkpoints import Position
 from hecate.train.loggers import read_metrics
 from hecate.train.loop import Trainer
 from tests.faults.jobs import make_trainer, write_text
-from tests.values.test_finite import EXPERT, row_of_expert
+from tests.values.experts import EXPERT, row_of_expert
 from tests.workers import Groups
 
 STEPS, BAD = 7, 4

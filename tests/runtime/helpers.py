@@ -191,3 +191,8 @@ def devices_per_node(number: int) -> Iterator[None]:
         yield
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def config(policy: str, **changes: object) -> hecate.FSSDPConfig:
+    settings: dict[str, object] = {"memory_slots": 2, "overlap_degree": 8, "calibrate": "always", "cost": FREE}
+    return hecate.FSSDPConfig(policy=policy, **(settings | changes))  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import hecate
 from hecate.models.gpt import GPTMoE
+from tests.runtime.helpers import config
 from tests.runtime.reference import TINY
-from tests.runtime.test_exactness import config
 from tests.workers import Groups
 
 TOKENS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))

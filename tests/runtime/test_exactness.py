@@ -7,21 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import hecate
-from hecate.cost import CostModel
+from tests.runtime.helpers import config
 from tests.runtime.reference import TINY, Case, compare, run_twice
 from tests.workers import Groups
-
-# Links so fast that copying always pays, so that experts move in every test.
-FREE = CostModel(
-    intra_node_bandwidth=10**15, inter_node_bandwidth=10**15, message_ns=0, flops=1000, hidden_permille=1000
-)
-
-
-def config(policy: str, **changes: object) -> hecate.FSSDPConfig:
-    settings: dict[str, object] = {"memory_slots": 2, "overlap_degree": 8, "calibrate": "always", "cost": FREE}
-    return hecate.FSSDPConfig(policy=policy, **(settings | changes))  # type: ignore[arg-type]
-
 
 NON_REENTRANT = replace(TINY, checkpoint=True)
 REENTRANT = replace(TINY, checkpoint=True, use_reentrant=True)

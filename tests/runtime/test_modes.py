@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import hecate
 from hecate.models.gpt import GPTMoE
+from tests.runtime.helpers import config
 from tests.runtime.reference import TINY, full_gradients
-from tests.runtime.test_exactness import config
 from tests.workers import Groups
 
 CHECKPOINTED = replace(TINY, checkpoint=True)

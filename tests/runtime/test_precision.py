@@ -12,8 +12,8 @@ import hecate
 from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
 from hecate.values.local import local_tensor
+from tests.runtime.helpers import config
 from tests.runtime.reference import TINY
-from tests.runtime.test_exactness import config
 from tests.workers import Groups
 
 BF16 = torch.bfloat16

@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore, TCPStore
 from hecate.train.distributed import launch_name
 from hecate.train.folder import RunFolder
 from hecate.train.signals import launches
-from tests.train.test_settings import config
+from tests.train.configs import config
 
 FIRST, AGAIN = {"torchrun a": False}, {"torchrun a": True}
 

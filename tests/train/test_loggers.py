@@ -11,7 +11,7 @@ import pytest
 
 from hecate.train import loggers as module
 from hecate.train.loggers import JsonLines, loggers, read_metrics
-from tests.train.test_settings import config
+from tests.train.configs import config
 
 
 def test_json_lines_drop_what_comes_after_the_checkpoint(tmp_path: Path) -> None:

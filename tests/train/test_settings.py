@@ -5,25 +5,16 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from hecate.config import FSSDPConfig
 from hecate.models import GPTMoE
 from hecate.train.__main__ import check_keys
 from hecate.train.loop import learning_rate
 from hecate.train.settings import MODELS, OptimizerSettings, Settings, conf_dir
-
-
-def config(*overrides: str) -> dict[str, Any]:
-    with hydra.initialize_config_dir(version_base=None, config_dir=str(conf_dir())):
-        resolved = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
-    assert isinstance(resolved, dict)
-    return {str(name): value for name, value in resolved.items()}
+from tests.train.configs import config
 
 
 def parameters_without_vocabulary(settings: Settings) -> int:

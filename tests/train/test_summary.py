@@ -13,7 +13,7 @@ import pytest
 from hecate.train.loggers import JsonLines, MetricsFile
 from hecate.train.settings import Settings
 from hecate.train.summary import SUMMED, Totals, summarize
-from tests.train.test_settings import config
+from tests.train.configs import config
 
 WINDOW = 5
 

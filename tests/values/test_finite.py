@@ -16,6 +16,7 @@ import hecate
 from hecate.errors import NonFiniteError
 from hecate.values.local import local_tensor
 from tests.checkpoint.runs import BALANCED, TINY, Run
+from tests.values.experts import EXPERT, row_of_expert
 from tests.workers import Groups
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -25,19 +26,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "re-materialized": {"config": replace(BALANCED, rematerialize=True)},
     "checkpointed": {"config": BALANCED, "model": replace(TINY, checkpoint=True)},
 }
-EXPERT = 5
 INF, NAN = float("inf"), float("nan")
-
-
-def row_of_expert(run: Run, layer: int, tensor: Callable[[torch.nn.Parameter], Tensor | None]) -> Tensor | None:
-    """The part of `tensor(parameter)` that belongs to the expert, on its owner; None on other ranks."""
-    pool = run.engine.pools[0]
-    owned = pool.owned(layer).tolist()
-    if EXPERT not in owned:
-        return None
-    value = tensor(pool.parameters["up"])
-    assert value is not None
-    return local_tensor(value)[pool.rows(layer)][owned.index(EXPERT)]
 
 
 @contextmanager

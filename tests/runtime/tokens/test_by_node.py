@@ -9,43 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from hecate.cost import CostModel, LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.plan import Plan
 from hecate.planning.quota import exact_quota
 from hecate.runtime.tokens.by_node import node_dispatch, node_exchange_pays
 from hecate.runtime.tokens.direct import direct_dispatch
-from hecate.runtime.tokens.exchange import Dispatch
+from tests.runtime.tokens.exchanges import EXPERTS, WIDTH, cost, run, setting
 from tests.workers import Groups
-
-EXPERTS, TOP_K, WIDTH = 12, 4, 8
-
-
-def setting(devices: int, per_node: int, seed: int) -> tuple[Plan, list[Tensor], Topology]:
-    """A plan with copies for a random router; device 0 has no tokens in every third setting."""
-    rng = np.random.default_rng([devices, per_node, seed])
-    topology = Topology(devices, per_node)
-    picks = []
-    for device in range(devices):
-        tokens = 0 if seed % 3 == 0 and device == 0 else int(rng.integers(1, 20))
-        rows = [rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)]
-        picks.append(torch.from_numpy(np.array(rows, dtype=np.int64).reshape(tokens, TOP_K)))
-    counts = np.stack([np.bincount(p.flatten().numpy(), minlength=EXPERTS) for p in picks]).astype(np.int64)
-    owners = rng.integers(0, devices, EXPERTS)
-    placement = Placement.from_owners(owners, devices) | Placement(rng.random((EXPERTS, devices)) < 0.3)
-    return Plan.build(placement, owners, topology, exact_quota(counts, placement, topology)), picks, topology
-
-
-def run(record: Dispatch, hidden: Tensor, weights: Tensor, scale: Tensor) -> list[Tensor]:
-    """Output, and gradients of tokens and weights, of experts that scale their rows."""
-    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
-    rows = record.dispatch(hidden)
-    factor = torch.repeat_interleave(scale, torch.tensor(record.sizes), dim=0)
-    output = record.combine((rows * factor).tanh(), weights)
-    output.backward(torch.sin(torch.arange(output.numel(), dtype=output.dtype)).view_as(output))
-    return [output.detach(), hidden.grad, weights.grad]
 
 
 def compare(devices: int, per_node: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -97,11 +68,6 @@ def test_a_token_crosses_to_a_node_once(groups: Groups) -> None:
     for tokens, (plain, aware) in zip(picks, rows, strict=True):
         assert aware <= min(plain, len(tokens))
     assert sum(aware for _, aware in rows) < sum(plain for plain, _ in rows)
-
-
-def cost(inter: int) -> LayerCost:
-    model = CostModel(intra_node_bandwidth=10**9, inter_node_bandwidth=inter, message_ns=10_000)
-    return LayerCost(model, 1, 1, 1, token_bytes=4096, dense_token_flops=1)
 
 
 def uniform(tokens: int, top_k: int, topology: Topology) -> Plan:

@@ -22,9 +22,9 @@ from hecate.runtime.tokens.by_node import node_dispatch
 from hecate.runtime.tokens.direct import direct_dispatch
 from hecate.runtime.tokens.dispatch import dispatch_of
 from hecate.runtime.tokens.exchange import AllToAll, Dispatch
+from tests.runtime.helpers import config
 from tests.runtime.reference import TINY, Case, full_gradients, run_twice
-from tests.runtime.test_exactness import config
-from tests.runtime.tokens.test_by_node import EXPERTS, TOP_K, WIDTH, cost, run, setting
+from tests.runtime.tokens.exchanges import EXPERTS, TOP_K, WIDTH, cost, run, setting
 from tests.workers import Groups
 
 BF16 = torch.bfloat16
