@@ -1,4 +1,4 @@
-"""Ways to train a transformers model under FSSDP: each gives what the plain model gives in one process."""
+"""Ways to train a model of transformers or Hecate's GPT: each gives what the plain model gives in one process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 import hecate
 from hecate.examples.adafactor import ShardedAdafactor
 from tests.adapters.parity import BF16_TOLERANCE
-from tests.adapters.ways import CONFIG, Way, compare_way, loss_of, one_by_one
+from tests.adapters.ways import CONFIG, Way, by_torch, compare_way, loss_of, on_gpt, one_by_one
 from tests.workers import Groups
 
 REMATERIALIZE = replace(CONFIG, rematerialize=True)
 REPLICATE = replace(CONFIG, dense="replicate")
+EVERY_STEP = replace(CONFIG, reshard_interval=1)
+EVERY_STEP_REPLICATE = replace(REPLICATE, reshard_interval=1)
 BY_LAYER = replace(CONFIG, pools="layer")
 
 
@@ -48,6 +50,16 @@ def in_flight(engine: hecate.FSSDP | None, model: Callable[..., Any], batches: l
     return torch.stack([loss.detach() for loss in losses]).mean()
 
 
+def in_flight_in_order(
+    engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
+) -> Tensor:
+    """All forward passes, then their backward passes, the first one first."""
+    losses = [loss_of(model, tokens) for tokens in batches]
+    for loss in losses:
+        (loss * scale).backward()
+    return torch.stack([loss.detach() for loss in losses]).mean()
+
+
 def in_one_backward(
     engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
 ) -> Tensor:
@@ -59,14 +71,21 @@ def in_one_backward(
 def with_evaluation(
     engine: hecate.FSSDP | None, model: Callable[..., Any], batches: list[Tensor], scale: float
 ) -> Tensor:
-    """Between forward and backward pass of each micro-batch."""
+    """Between forward and backward pass of each micro-batch; its loss is added. It changes no statistics."""
     losses = []
     for tokens in batches:
-        losses.append(loss_of(model, tokens))
+        loss, before = loss_of(model, tokens), counts(engine)
         with torch.no_grad():
-            assert not loss_of(model, tokens.flip(0)).requires_grad
-        (losses[-1] * scale).backward()
-    return torch.stack([loss.detach() for loss in losses]).mean()
+            evaluated = loss_of(model, tokens.flip(0))
+        assert not evaluated.requires_grad
+        assert counts(engine) == before
+        (loss * scale).backward()
+        losses.append(loss.detach() + evaluated)
+    return torch.stack(losses).mean()
+
+
+def counts(engine: hecate.FSSDP | None) -> list[Any]:
+    return [] if engine is None else [layer["counts"].tolist() for layer in engine.stats()["layers"]]
 
 
 def all_under_autocast(
@@ -102,6 +121,13 @@ def frozen_experts(model: nn.Module) -> nn.Module:
 def frozen_trunk(model: nn.Module) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(".experts." in name)
+    return model
+
+
+def frozen_down(model: nn.Module) -> nn.Module:
+    """One of the weights of each expert."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("experts.down"))
     return model
 
 
@@ -181,6 +207,9 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> LRScheduler:
 
 IN_BF16: Any = {"steps": 1, "tolerance": BF16_TOLERANCE}
 
+EVALUATED: Any = {"passes": with_evaluation, "plain_passes": with_evaluation}
+CLIPPED: Any = {"clip": by_torch, "steps": 4}
+
 WAYS = {
     "accumulation": Way(micro_batches=3),
     "no_sync": Way(micro_batches=3, passes=with_no_sync),
@@ -190,7 +219,7 @@ WAYS = {
     "checkpointing-in-flight": Way(micro_batches=2, prepare=checkpointed, passes=in_flight),
     "in-flight": Way(micro_batches=3, passes=in_flight, config=REMATERIALIZE),
     "in-one-backward": Way(micro_batches=2, passes=in_one_backward, config=REPLICATE),
-    "evaluation-in-between": Way(micro_batches=2, passes=with_evaluation),
+    "evaluation-in-between": Way(micro_batches=2, passes=with_evaluation, plain_passes=with_evaluation),
     "autocast": Way(wrap=under_autocast, plain_wrap=under_autocast, micro_batches=2),
     "autocast-over-all-passes": Way(passes=all_under_autocast, plain_wrap=under_autocast, micro_batches=2),
     "autocast-checkpointing": Way(wrap=under_autocast, plain_wrap=under_autocast, prepare=checkpointed),
@@ -213,6 +242,29 @@ WAYS = {
     "warm-up": Way(scheduler=warm_up),
     "one-cycle": Way(scheduler=one_cycle),
 }
+GPT_WAYS = {
+    "evaluation": Way(**EVALUATED),
+    "evaluation-rematerialize": Way(config=REMATERIALIZE, **EVALUATED),
+    "evaluation-checkpointing": Way(prepare=checkpointed, **EVALUATED),
+    "evaluation-checkpointing-rematerialize": Way(prepare=checkpointed, config=REMATERIALIZE, **EVALUATED),
+    "in-flight": Way(micro_batches=2, prepare=checkpointed, passes=in_flight),
+    "in-flight-rematerialize": Way(micro_batches=2, prepare=checkpointed, passes=in_flight, config=REMATERIALIZE),
+    "in-flight-in-order": Way(micro_batches=2, prepare=checkpointed, passes=in_flight_in_order),
+    "in-flight-in-order-rematerialize": Way(
+        micro_batches=2, prepare=checkpointed, passes=in_flight_in_order, config=REMATERIALIZE
+    ),
+    "frozen-experts": Way(prepare=frozen_experts, optimizer=adamw_fused),
+    "frozen-experts-replicate": Way(prepare=frozen_experts, optimizer=adamw_fused, config=REPLICATE),
+    "frozen-trunk": Way(prepare=frozen_trunk, optimizer=adamw_fused),
+    "frozen-trunk-replicate": Way(prepare=frozen_trunk, optimizer=adamw_fused, config=REPLICATE),
+    "frozen-down": Way(prepare=frozen_down, optimizer=adamw_fused),
+    "frozen-down-replicate": Way(prepare=frozen_down, optimizer=adamw_fused, config=REPLICATE),
+    "adamw-fused": Way(optimizer=adamw_fused, config=EVERY_STEP, **CLIPPED),
+    "adamw-foreach-replicate": Way(optimizer=adamw_foreach, config=EVERY_STEP_REPLICATE, keep_zeros=True, **CLIPPED),
+    "sgd-momentum": Way(optimizer=sgd, config=EVERY_STEP, keep_zeros=True, **CLIPPED),
+    "sgd-momentum-replicate": Way(optimizer=sgd, config=EVERY_STEP_REPLICATE, **CLIPPED),
+}
+WAYS |= {f"gpt-{name}": on_gpt(way) for name, way in GPT_WAYS.items()}
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -1,4 +1,4 @@
-"""Ways people run a model: evaluation, frozen parts, several forward passes in flight, other optimizers, one device."""
+"""What people do with a model beside training it: ways to train are in tests/adapters/test_works_under_training.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,121 +59,6 @@ def _step(engine: hecate.FSSDP, optimizer: torch.optim.Optimizer, seed: int) -> 
     engine.model(*_batch(seed)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _evaluate_in_between(rematerialize: bool, checkpoint: bool) -> None:
-    """A no_grad forward pass between forward and backward changes nothing, and equals the dense model's."""
-    reference, model, engine = _pair(replace(TINY, checkpoint=checkpoint), rematerialize=rematerialize)
-    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(reference.parameters(), lr=0.1)):
-        trained = model if optimizer.param_groups[0]["params"][0] is next(model.parameters()) else reference
-        if trained is model:
-            _step(engine, optimizer, seed=0)
-        else:
-            _backward_reference(reference, (0,))
-            optimizer.step()
-            optimizer.zero_grad()
-    loss = model(*_batch(1)).loss
-    before = engine.stats()
-    with torch.no_grad():
-        evaluated = model(*_batch(7)).logits
-        expected = reference(*_batch(7)).logits
-    torch.testing.assert_close(evaluated, expected, rtol=1e-9, atol=1e-12)
-    loss.backward()
-    _backward_reference(reference, (1,))
-    _assert_gradients(engine, reference)
-    assert before["step"] == 1
-    assert before["layers"][0]["counts"].sum() == dist.get_world_size() * 2 * 16 * 2
-    assert (engine.stats()["layers"][0]["counts"] == before["layers"][0]["counts"]).all()
-
-
-@pytest.mark.parametrize("rematerialize", [False, True])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_evaluation_in_between(groups: Groups, rematerialize: bool, checkpoint: bool) -> None:
-    groups(2).run(_evaluate_in_between, rematerialize, checkpoint)
-
-
-def _two_in_flight(order: tuple[int, ...], rematerialize: bool) -> None:
-    """Two forward passes, then their backward passes in either order; recomputation replays the right plans."""
-    reference, model, engine = _pair(CHECKPOINTED, rematerialize=rematerialize)
-    _step(engine, torch.optim.SGD(model.parameters(), lr=0.0), seed=5)  # so that there are copies
-    losses = [model(*_batch(seed)).loss for seed in (0, 1)]
-    for i in order:
-        losses[i].backward()
-    _backward_reference(reference, (0, 1))
-    _assert_gradients(engine, reference)
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("rematerialize", [False, True])
-def test_two_passes_in_flight(groups: Groups, order: tuple[int, ...], rematerialize: bool) -> None:
-    groups(2).run(_two_in_flight, order, rematerialize)
-
-
-def _freeze(model: nn.Module, frozen: str) -> None:
-    for name, parameter in model.named_parameters():
-        experts = ".experts." in name
-        parameter.requires_grad_({"trunk": experts, "experts": not experts, "down": not name.endswith("down")}[frozen])
-
-
-def _frozen(frozen: str, dense: str) -> None:
-    reference = GPTMoE(TINY).double()
-    _freeze(reference, frozen)
-    model = copy.deepcopy(reference)
-    engine = hecate.fully_shard(model, None, config("balanced", dense=dense))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0)
-    for seed in range(2):
-        _step(engine, optimizer, seed)
-    model(*_batch(3)).loss.backward()
-    _backward_reference(reference, (3,))
-    for p in model.parameters():
-        assert p.requires_grad or p.grad is None
-    _assert_gradients(engine, reference)
-
-
-@pytest.mark.parametrize("frozen", ["trunk", "experts", "down"])
-@pytest.mark.parametrize("dense", ["fsdp", "replicate"])
-def test_frozen_parts(groups: Groups, frozen: str, dense: str) -> None:
-    groups(2).run(_frozen, frozen, dense)
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
-    "SGD momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
-}
-
-
-def _optimizers(name: str, dense: str, keep_zeros: bool) -> None:
-    reference, model, engine = _pair(dense=dense, reshard_interval=1)
-    optimizer = OPTIMIZERS[name](list(model.parameters()))
-    expected = OPTIMIZERS[name](list(reference.parameters()))
-    for seed in range(4):
-        model(*_batch(seed)).loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not keep_zeros)
-        _backward_reference(reference, (seed,))
-        reference_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.3)
-        expected.step()
-        expected.zero_grad()
-        torch.testing.assert_close(norm.full_tensor(), reference_norm, rtol=1e-9, atol=0)
-    state = engine.full_state_dict()
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(state[key], value, rtol=1e-8, atol=1e-11, msg=key)
-
-
-@pytest.mark.parametrize(
-    ("name", "dense", "keep_zeros"),
-    [
-        ("AdamW fused", "fsdp", False),
-        ("AdamW foreach", "replicate", True),
-        ("SGD momentum", "fsdp", True),
-        ("SGD momentum", "replicate", False),
-    ],
-)
-def test_optimizers_and_torchs_own_clipping(groups: Groups, name: str, dense: str, keep_zeros: bool) -> None:
-    groups(2).run(_optimizers, name, dense, keep_zeros)
 
 
 def _rank_that_plans_otherwise() -> str:
