@@ -48,8 +48,9 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
 
     Args:
         model: any module with MoE layers that an adapter knows (`hecate.adapters.base`); the same on every rank.
-        mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension. Without a process group the
-            model runs on one device.
+        mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension, on the accelerator if there is
+            one and the process group has a backend for it, wherever the model was built: it is moved there. A mesh of
+            CPUs trains on the CPU. Without a process group the model runs on one device, its own.
         config: settings; the same on all ranks.
 
     Returns:
@@ -57,7 +58,8 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
 
     Raises:
         ValueError: no MoE layer, parameters that are sharded already, a mesh that is not over all ranks of the process
-            group, or ranks that pass different models or settings; before anything is changed.
+            group, ranks that pass different models or settings, or two ranks on one GPU under NCCL; before anything is
+            changed.
     """
     return FSSDP(model, mesh, FSSDPConfig() if config is None else config)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-__all__ = ["backend_of", "small_tensor_device"]
+from hecate.ranks.device import own_device
+
+__all__ = ["backend_of", "device_types", "small_tensor_device"]
 
 
 def backend_of(group: dist.ProcessGroup, device_type: str) -> str:
@@ -26,7 +28,12 @@ def backend_of(group: dist.ProcessGroup, device_type: str) -> str:
 def small_tensor_device(group: dist.ProcessGroup) -> torch.device:
     """Device for small tensors that ranks exchange: the CPU if the group has a backend for it, else the accelerator."""
     kind = next(iter(sorted(_backends(group), key=lambda kind: kind != "cpu")))
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    return own_device(kind)
+
+
+def device_types(group: dist.ProcessGroup) -> set[str]:
+    """The device types that the group has a backend for."""
+    return set(_backends(group))
 
 
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:

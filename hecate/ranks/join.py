@@ -7,14 +7,14 @@ import os
 import torch
 import torch.distributed as dist
 
+from hecate.ranks.device import own_device
+
 __all__ = ["join"]
 
 
 def join() -> torch.device:
     """Return the device of this process; under torchrun also join its process group."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    if device is not None:
-        torch.cuda.set_device(device)
+    device = own_device("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
-    return torch.device("cpu") if device is None else device
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    return device

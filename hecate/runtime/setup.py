@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,12 +19,17 @@ from hecate.cost import CostModel
 from hecate.experts import Dtypes, ExpertsSpec
 from hecate.names import original_modules, original_name
 from hecate.policies import Policy, get_policy
+from hecate.private_torch import default_store
 from hecate.ranks.agree import agree
+from hecate.ranks.backend import backend_of, device_types
+from hecate.ranks.device import own_device, settle_device
 from hecate.ranks.same import check_same
 from hecate.text import listed
 from hecate.values.initialize import initialize, on_meta
 
-__all__ = ["MoELayer", "Setup", "inspect", "resolve_dtypes"]
+__all__ = ["MoELayer", "Setup", "device_of", "inspect", "resolve_dtypes"]
+
+logger = logging.getLogger(__name__)
 
 OTHER_PARALLELISM = {
     "tp": "tensor",
@@ -66,6 +72,7 @@ class Setup:
         config: as passed.
         mesh: the mesh, as passed or made; None on one device.
         device: device of the experts.
+        sharers: number of processes of the job on that GPU, this one included; 1 on the CPU.
         layers: the MoE layers, in module order.
         cost: the cost model, read from its file if the config names one.
         policy: decides which experts are copied and which change owners.
@@ -75,6 +82,7 @@ class Setup:
     config: FSSDPConfig
     mesh: DeviceMesh | None
     device: torch.device
+    sharers: int
     layers: tuple[MoELayer, ...]
     cost: CostModel
     policy: Policy
@@ -96,11 +104,12 @@ def inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> S
     Raises:
         ValueError: see `fully_shard`; on all ranks.
     """
+    device, sharers = _settled(model, mesh)  # first: under NCCL even `agree` needs the GPU that is to be this rank's
     layers, cost = agree(lambda: _inspect(model, mesh, config))
     _check_same([layer.spec for layer in layers], cost, config, mesh)
-    mesh = _default_mesh(model) if mesh is None else mesh
-    policy = get_policy(config.policy)
-    return Setup(config, mesh, _device_of(model, mesh), layers, cost, policy, frozenset(on_meta(model)))
+    if mesh is None and _grouped():
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    return Setup(config, mesh, device, sharers, layers, cost, get_policy(config.policy), frozenset(on_meta(model)))
 
 
 def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> tuple[tuple[MoELayer, ...], CostModel]:
@@ -115,7 +124,7 @@ def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> 
             f"fully_shard: buffers {listed(missing)} are on the meta device and not in the state dict; the "
             "model's `_init_weights` must compute them, or build the model with them elsewhere"
         )
-    return layers, config.cost_model(_device_of(model, mesh).type)
+    return layers, config.cost_model(_kind_of(model, mesh))
 
 
 def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -123,6 +132,7 @@ def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
     for name, module in original_modules(model).items():
         if hasattr(module, "hecate_spec"):
             raise ValueError(f"fully_shard: {name} is under FSSDP already; call hecate.fully_shard once on a model")
+    kind = _kind_of(model, mesh)
     for key, parameter in model.named_parameters():
         name = original_name(key)
         if isinstance(parameter, DTensor):
@@ -130,9 +140,9 @@ def _check_model(model: nn.Module, mesh: DeviceMesh | None) -> None:
                 f"fully_shard: parameter {name} is sharded already as {parameter.placements}; "
                 "call hecate.fully_shard once, on a model of plain tensors (tensor parallel ones are not supported)"
             )
-        if mesh is not None and parameter.device.type not in (mesh.device_type, "cpu", "meta"):
+        if _grouped() and parameter.device.type not in (kind, "cpu", "meta"):
             raise ValueError(
-                f"fully_shard: parameter {name} is on {parameter.device.type}, the mesh on {mesh.device_type}; "
+                f"fully_shard: parameter {name} is on {parameter.device.type}, the mesh on {kind}; "
                 "the model must be there, on cpu or on meta"
             )
 
@@ -158,25 +168,47 @@ def _check_mesh(mesh: DeviceMesh | None) -> None:
         )
 
 
-def _default_mesh(model: nn.Module) -> DeviceMesh | None:
-    """A mesh of all ranks in one dimension, on the model's device type; None without a process group."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    return init_device_mesh(_kind_of(model), (dist.get_world_size(),))
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
-def _kind_of(model: nn.Module) -> str:
-    """Device type of the model; if it is on the meta device, the type that it will be allocated on."""
-    kind = next(model.parameters()).device.type
-    if kind == "meta":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return kind
+def _kind_of(model: nn.Module, mesh: DeviceMesh | None) -> str:
+    """Device type to train on: the mesh's; without a mesh the accelerator if the process group has a backend for it.
+
+    Like FSDP2, this does not depend on where the model was built: it is moved there. Without a process group the model
+    stays where it is; if it is on the meta device, it goes to the accelerator if there is one.
+    """
+    if mesh is not None:
+        return mesh.device_type
+    own = next(model.parameters(), torch.empty(0)).device.type
+    if not _grouped() and own != "meta":
+        return own
+    world = dist.group.WORLD if _grouped() else None
+    served = world is None or "cuda" in device_types(world)
+    return "cuda" if served and torch.cuda.is_available() else "cpu"
 
 
-def _device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
-    """The device that the experts go to: of the mesh's device type, or without a mesh of the model's."""
-    kind = mesh.device_type if mesh is not None else _kind_of(model)
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
+    """The device that `fully_shard(model, mesh)` trains the model on. On CUDA it becomes the current one."""
+    own = next(model.parameters(), torch.empty(0)).device
+    stays = not _grouped() and own.type != "meta"
+    return own if stays else own_device(_kind_of(model, mesh))
+
+
+def _settled(model: nn.Module, mesh: DeviceMesh | None) -> tuple[torch.device, int]:
+    """`device_of`, and how many processes of the job have the same GPU. Collective.
+
+    Raises:
+        ValueError: the process group cannot serve the device, or see `settle_device`; on all ranks.
+    """
+    if not _grouped():
+        return device_of(model, mesh), 1
+    assert dist.group.WORLD is not None
+    kind, rank, world_size = _kind_of(model, mesh), dist.get_rank(), dist.get_world_size()
+    device, sharers = settle_device(kind, backend_of(dist.group.WORLD, kind), default_store(), rank, world_size)
+    if sharers > 1 and rank == 0:
+        logger.warning("%d processes share GPU %s: good for tests, slower than one process", sharers, device)
+    return device, sharers
 
 
 def _check_same(specs: Sequence[ExpertsSpec], cost: CostModel, config: FSSDPConfig, mesh: DeviceMesh | None) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from hecate.errors import MissingRankError
+from hecate.ranks.device import settle_device
 from hecate.train.settings import Settings
 from hecate.train.signals import (
     CTRL_C_EXIT_CODE,
@@ -179,10 +180,11 @@ def _group(
     launched: Mapping[str, bool],
 ) -> Iterator[World]:
     torch.set_num_threads(settings.threads)
-    device = _device(settings, local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    kind = _kind(settings)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    device, _ = settle_device(kind, backend, store, rank, settings.devices, local_rank)
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=settings.devices,
@@ -196,15 +198,11 @@ def _group(
         dist.destroy_process_group()
 
 
-def _device(settings: Settings, local_rank: int) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if settings.device == "cpu" or (settings.device == "auto" and gpus == 0):
-        return torch.device("cpu")
-    if local_rank >= gpus:
-        raise ValueError(f"device={settings.device}: process {local_rank} of this machine has no GPU, it has {gpus}")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+def _kind(settings: Settings) -> str:
+    """Device type to train on."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    return settings.device
 
 
 def _timeout(settings: Settings) -> timedelta:

@@ -8,11 +8,10 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from hecate.config import FSSDPConfig, PolicyName
 
-__all__ = ["TOLERANCES", "check_input", "device_of", "in_one_precision", "resolve_policies", "tolerance_of"]
+__all__ = ["TOLERANCES", "check_input", "in_one_precision", "resolve_policies", "tolerance_of"]
 
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest relative error that counts as equal, by the coarsest dtype that is computed in. Below float64 a rounding
@@ -77,11 +76,3 @@ def tolerance_of(model: nn.Module, config: FSSDPConfig) -> float:
     used = {p.dtype for p in model.parameters() if p.is_floating_point()}
     used |= {value for name in PRECISION if (value := getattr(config, name)) is not None}
     return max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in used)
-
-
-def device_of(model: nn.Module, mesh: DeviceMesh | None) -> torch.device:
-    """Where the model is trained: on the mesh's device type, else where it is."""
-    own = next(model.parameters()).device
-    if mesh is None or mesh.device_type == own.type:
-        return own
-    return torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else own

@@ -21,7 +21,8 @@ from hecate.adapters.base import find_experts
 from hecate.config import FSSDPConfig, PolicyName
 from hecate.ranks.agree import agree, gather, on_rank_0, rank_and_world
 from hecate.ranks.same import check_same
-from hecate.verify.check import check_input, device_of, in_one_precision, resolve_policies, tolerance_of
+from hecate.runtime.setup import device_of
+from hecate.verify.check import check_input, in_one_precision, resolve_policies, tolerance_of
 from hecate.verify.compare import parts
 from hecate.verify.report import Report
 from hecate.verify.runs import Runs, start_row
@@ -62,8 +63,8 @@ def verify(
     Rank 0 needs memory for the plain model and its optimizer, and on the CPU for its gradients of all steps.
 
     Args:
-        model_fn: makes the model with its values, the same ones on every rank and in every call, on the device to
-            train on; torch is seeded before each call.
+        model_fn: makes the model with its values, the same ones on every rank and in every call; torch is seeded
+            before each call. It is trained where `fully_shard` trains it.
         batch_fn: `batch_fn(number)` or `batch_fn(number, rank)`, one micro-batch: a tensor, or a sequence or mapping
             that the model is called with. Called once for each number on each rank.
         config: of `fully_shard`; by default that without re-sharding.
