@@ -7,6 +7,7 @@ for an event; the host does not wait. On CPU, the backend's threads do the work,
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,46 +24,79 @@ from hecate.placement import Topology
 from hecate.private_torch import timeout_of
 from hecate.ranks.heartbeat import Heartbeat
 
-__all__ = ["Comms", "ExposedTime", "Lane", "Pending", "destroy", "make_comms"]
+__all__ = ["Comms", "ExposedTime", "Lane", "Pending", "StepTimes", "destroy", "make_comms"]
+
+
+class StepTimes:
+    """Time that compute has waited for communication in one step, per layer. Made by `ExposedTime`."""
+
+    def __init__(self, clock: ExposedTime, step: int) -> None:
+        self._clock = clock
+        self._seconds: dict[int, float] = {}
+        self.step = step
+
+    def seconds(self, layer: int) -> float:
+        """Seconds of one layer. Waits until the device has gone through the step's waits: keep it off the hot path."""
+        self._clock.drain(self.step)
+        return self._seconds.get(layer, 0.0)
+
+    def add(self, layer: int, seconds: float) -> None:
+        """Add to the time of one layer."""
+        self._seconds[layer] = self._seconds.get(layer, 0.0) + seconds
 
 
 class ExposedTime:
-    """Time that compute has waited for communication, per layer."""
+    """Measures how long compute waits for communication, step by step.
+
+    On CUDA two timing events enclose each wait. At the next wait, pairs that the device has passed are read and used
+    again, and the host waits for none. So there are only as many pairs as waits that the device is behind the host,
+    also in long evaluations, where no optimizer step comes.
+
+    Attributes:
+        now: the times of the step under way.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self.now = StepTimes(self, 0)
+        self._running: deque[tuple[StepTimes, int, _Events]] = deque()  # in the order of the waits
+        self._spare: list[_Events] = []
 
     def wait(self, layer: int, blocking: Callable[[], None], on_cuda: bool) -> None:
         """Run `blocking` and add the time that compute waits for it to that of `layer`."""
         if on_cuda:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.drain()
+            before, after = events = self._spare.pop() if self._spare else _new_events()
             before.record()
             blocking()
             after.record()
-            self._events.append((layer, before, after))
+            self._running.append((self.now, layer, events))
             return
         start = time.perf_counter()
         blocking()
-        self._add(layer, time.perf_counter() - start)
+        self.now.add(layer, time.perf_counter() - start)
 
-    def take(self) -> ExposedTime:
-        """Return the times measured so far in a new object, and start again from zero."""
-        taken = ExposedTime()
-        taken._seconds, taken._events = self._seconds, self._events
-        self._seconds, self._events = {}, []
+    def take(self) -> StepTimes:
+        """End the step; returns its times."""
+        taken, self.now = self.now, StepTimes(self, self.now.step + 1)
         return taken
 
-    def seconds(self, layer: int) -> float:
-        """Seconds of one layer. Waits for the device if events were recorded, so keep it out of the hot path."""
-        for booked, before, after in self._events:
-            after.synchronize()
-            self._add(booked, before.elapsed_time(after) / 1e3)
-        self._events = []
-        return self._seconds.get(layer, 0.0)
+    def drain(self, step: int = -1) -> None:
+        """Read the events of waits that are over; those up to `step` are waited for."""
+        while self._running:
+            times, layer, (before, after) = self._running[0]
+            if times.step <= step:
+                after.synchronize()
+            elif not after.query():
+                return
+            times.add(layer, before.elapsed_time(after) / 1e3)
+            self._spare.append(self._running.popleft()[2])
 
-    def _add(self, layer: int, seconds: float) -> None:
-        self._seconds[layer] = self._seconds.get(layer, 0.0) + seconds
+
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def _new_events() -> _Events:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 class Pending:

@@ -20,7 +20,7 @@ from hecate.labels import label
 from hecate.placement import Placement
 from hecate.private_torch import allow_data_parallel, refuse_data_parallel
 from hecate.ranks.same import check_placements
-from hecate.runtime.comms import Comms, ExposedTime
+from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.buffers import SharedBuffers
 from hecate.runtime.experts.optimizers import OptimizerWatch
@@ -83,7 +83,7 @@ class Engine:
         self._placements: list[Placement] | None = None  # of the step under way
         self._totals: list[LayerTotals] = []  # of the last step
         self._loads = SummedLoads([], None, device)  # of the last step
-        self._exposed = ExposedTime()
+        self._exposed = comms.exposed.now  # of the last step
         self._hooks: list[RemovableHandle] = []
         self._model: nn.Module | None = None
 
@@ -213,7 +213,7 @@ class Engine:
     def report(self) -> list[dict[str, Any]]:
         """Per layer, what `FSSDP.stats()` returns: for the last step, or before its end for the first step so far."""
         totals = self._totals or [layer.totals for layer in self.layers]
-        exposed = self._exposed if self._totals else self.comms.exposed
+        exposed = self._exposed if self._totals else self.comms.exposed.now
         loads = self.loads() or [total.counts.sum(axis=0) for total in totals]
         return [
             layer.report(total) | {"loads": loads[i], "exposed_seconds": exposed.seconds(i)}
