@@ -69,7 +69,7 @@ def _comms(topology: Topology) -> Comms:
     """For tokens alone."""
     exposed = ExposedTime()
     copies, gradients = (Lane(torch.device("cpu"), exposed) for _ in range(2))
-    return Comms(dist.get_rank(), topology, dist.group.WORLD, None, None, copies, gradients, exposed, heart=None)
+    return Comms(dist.get_rank(), topology, dist.group.WORLD, None, None, None, copies, gradients, exposed, heart=None)
 
 
 def _there_and_back(

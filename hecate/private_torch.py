@@ -24,6 +24,7 @@ __all__ = [
     "forget_step",
     "group_named",
     "in_backward",
+    "nccl_options",
     "post_accumulate_hooks",
     "refuse_data_parallel",
     "refuse_hooks",
@@ -48,6 +49,22 @@ def timeout_of(group: dist.ProcessGroup, device_type: str) -> timedelta:
     the private options of a group hold its timeout.
     """
     return group._get_backend(torch.device(device_type)).options._timeout
+
+
+def nccl_options(timeout: timedelta, max_ctas: int) -> object:
+    """Options of an NCCL process group whose kernels have a high priority and few thread blocks.
+
+    `timeout` is set here too, because torch warns of options with another timeout than that of the new group, and it
+    has no public name.
+
+    Args:
+        timeout: of the group's collectives.
+        max_ctas: most thread blocks (CTAs), hence SMs, of one collective.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[call-arg]  # stubs lack it
+    options.config.max_ctas = max_ctas
+    options._timeout = timeout
+    return options
 
 
 def default_store() -> dist.Store:

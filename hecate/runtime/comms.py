@@ -21,10 +21,20 @@ from hecate.collectives.route import Links
 from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.placement import Topology
-from hecate.private_torch import timeout_of
+from hecate.private_torch import nccl_options, timeout_of
+from hecate.ranks.backend import backend_of
 from hecate.ranks.heartbeat import Heartbeat
 
 __all__ = ["Comms", "ExposedTime", "Lane", "Pending", "StepTimes", "destroy", "make_comms"]
+
+
+MAX_CTAS = 8
+"""Most SMs that one collective of expert rows takes on NCCL.
+
+Copies and gradients travel beside compute, which needs the SMs; the links between nodes need few to be full. It is also
+what lets the kernels of all process groups be on the device at once (see `make_comms`): NCCL by itself may take 32 for
+each group, and five groups would not fit on 132 SMs. The number is not measured.
+"""
 
 
 class StepTimes:
@@ -160,7 +170,9 @@ class Comms:
         rank: this device's rank among those that share the experts.
         topology: topology of these devices.
         tokens: process group of the token exchange; None on one device.
-        experts: transport of copies and gradients; None on one device.
+        experts: transport of copies, and of rows that change owners or are saved; None on one device.
+        reductions: transport of gradients, over a process group of its own: messages of one group, and kernels of one
+            NCCL communicator, run in starting order; None on one device.
         replicas: process group of the devices that own the same experts; None without a (replicate, shard) mesh.
         copies: lane of SparseAllGather (copies of experts), so that prefetch overlaps with compute.
         gradients: lane of SparseReduceScatter (gradients of experts), so that a reduction does not queue behind the
@@ -173,6 +185,7 @@ class Comms:
     topology: Topology
     tokens: dist.ProcessGroup | None
     experts: Transport | None
+    reductions: Transport | None
     replicas: dist.ProcessGroup | None
     copies: Lane
     gradients: Lane
@@ -191,7 +204,8 @@ class Comms:
         """End the threads and destroy the process groups, after running communication has ended. Not collective."""
         if self.heart is not None:
             self.heart.stop()
-        for group in filter(None, (self.tokens, None if self.experts is None else self.experts.group)):
+        transports = (transport for transport in (self.experts, self.reductions) if transport is not None)
+        for group in filter(None, (self.tokens, *(transport.group for transport in transports))):
             release(group)
             destroy(group)
 
@@ -208,23 +222,46 @@ def destroy(group: dist.ProcessGroup) -> None:
 
 
 def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, heart: Heartbeat | None) -> Comms:
-    """Make the `Comms` of the devices that share experts: those along the last dimension of `mesh`. Collective."""
+    """Make the `Comms` of the devices that share experts: those along the last dimension of `mesh`. Collective.
+
+    Tokens, copies and gradients have a process group each, so that none queues behind another. With re-materialization
+    the backward pass launches the gradients of layer i, then the copies of layer i - 1, which it needs first.
+
+    Several groups at once do not deadlock, because every rank launches the collectives of all groups in one order: the
+    passes decide it, from plans that are equal on all ranks, and launch from one thread at a time. Take the first in
+    this order that has not ended. All ranks launch it without waiting for a later one, and on no stream is anything
+    before it. So over gloo its messages are met, and on NCCL its kernels start once there are free SMs, which is what
+    `MAX_CTAS` is for; then it ends. In another order on one rank, two kernels could each wait for the other's peers.
+
+    A group over gloo costs each rank a few threads and a connection per other rank; `Comms.close` gives them back.
+    """
     exposed = ExposedTime()
     lanes = (Lane(device, exposed), Lane(device, exposed))
     if mesh is None:
-        return Comms(0, Topology(1, 1), None, None, None, *lanes, exposed, heart)
+        return Comms(0, Topology(1, 1), None, None, None, None, *lanes, exposed, heart)
     shard = mesh.get_group(mesh.ndim - 1)
     topology = Topology.detect(shard.size())
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
-    tokens, experts = (_new_group(ranks, shard, device) for _ in range(2))
+    tokens = _new_group(ranks, shard, device, None)
+    links = Links.of(cost, topology, device.type)
+    groups = [_new_group(ranks, shard, device, MAX_CTAS) for _ in range(2)]
+    transports = [transport_of(group, device.type, topology, links) for group in groups]
     replicas = mesh.get_group(0) if mesh.ndim == 2 else None
-    transport = transport_of(experts, device.type, topology, Links.of(cost, topology, device.type))
-    return Comms(shard.rank(), topology, tokens, transport, replicas, *lanes, exposed, heart)
+    return Comms(shard.rank(), topology, tokens, *transports, replicas, *lanes, exposed, heart)
 
 
-def _new_group(ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Make one new process group per row of `ranks`, with the timeout of `like`; returns this rank's group."""
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout_of(like, device.type))
+def _new_group(
+    ranks: list[list[int]], like: dist.ProcessGroup, device: torch.device, max_ctas: int | None
+) -> dist.ProcessGroup:
+    """Make one new process group per row of `ranks`, with the timeout of `like`; returns this rank's group.
+
+    With `max_ctas` and NCCL, its collectives take at most as many SMs, at a high priority: they are short of time, and
+    kernels of compute that are queued already must not go first.
+    """
+    timeout = timeout_of(like, device.type)
+    over_nccl = backend_of(like, device.type) == "nccl"
+    options = nccl_options(timeout, max_ctas) if over_nccl and max_ctas is not None else None
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, pg_options=options)
     # NCCL allows point-to-point calls between only some ranks after a first collective of all ranks.
     dist.all_reduce(torch.zeros(1, device=device), group=group)
     return group

@@ -216,7 +216,7 @@ class LayerCopies:
 
     def _reduce(self, shared: list[int], contributed: dict[int, Tensor], layout: ChunkLayout) -> Reduction:
         layer, wire = self.layer, self.layer.dtypes.reduce
-        transport = layer.comms.experts
+        transport = layer.comms.reductions
         if transport is None or not self._anything_shared:
             return Reduction(Pending(lambda: None), lambda: None)
         moves = moves_between(layer.owners, self.placement).reversed
