@@ -96,9 +96,12 @@ def _(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("hecate::grouped_weight_grad", mutates_args=())
 def _grouped_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group."""
+    """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group; zeros for a group without rows."""
     if _on_tensor_cores(x, grad.shape[1]):
-        return torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
+        out = torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
+        # On some GPUs (Blackwell: pytorch#172439) torch leaves memory as it was for a group without rows.
+        filled = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
+        return torch.where(filled[:, None, None], out, 0)
     out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
     for g, rows, w in zip(grad.split(list(sizes)), x.split(list(sizes)), out, strict=True):
         torch.mm(g.t(), rows, out=w)

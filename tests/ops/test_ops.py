@@ -41,6 +41,37 @@ def test_a_group_without_rows_gets_a_zero_gradient() -> None:
     assert weight.grad[0].abs().sum() > 0
 
 
+def _leaving_garbage(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """As torch's kernel on some GPUs: a weight gradient of a group without rows is memory as it was."""
+    if b.ndim == 3:
+        return _product(a, b, offs)
+    out = torch.full((len(offs), a.shape[0], b.shape[1]), torch.nan, dtype=a.dtype)
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        if end > start:
+            out[group] = a[:, start:end] @ b[start:end]
+        start = end
+    return out
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    parts = rows.tensor_split(offs[:-1].tolist())
+    return torch.cat([part @ w for part, w in zip(parts, weight, strict=True)])
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 0, 0, 2), (5, 0), (2, 3)])
+def test_a_kernel_that_leaves_garbage_for_empty_groups(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, grad = _random(sum(sizes), 8), _random(len(sizes), 16, 8), _random(sum(sizes), 16).detach()
+    groups = Groups.of(sizes, CPU)
+    grouped_linear(x, weight, groups).backward(grad)
+    expected = weight.grad
+    weight.grad = None
+    monkeypatch.setattr("hecate.ops.grouped._on_tensor_cores", lambda x, other_width: True)
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", _leaving_garbage)
+    grouped_linear(x, weight, groups).backward(grad)
+    torch.testing.assert_close(weight.grad, expected)
+
+
 def test_grouped_linear_names_sizes_that_differ() -> None:
     with pytest.raises(ValueError, match="weight has 2 groups and x 5 rows, groups say 3 and 5"):
         grouped_linear(_random(5, 4), _random(2, 6, 4), Groups.of((3, 0, 2), CPU))
