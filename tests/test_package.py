@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -77,3 +78,11 @@ def test_exceptions_are_found_where_they_were_first() -> None:
     from hecate.errors import MissingRankError, NonFiniteError
 
     assert (OldMissingRankError, OldNonFiniteError) == (MissingRankError, NonFiniteError)
+
+
+def test_no_extra_brings_two_builds_of_cupy() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r'^(\w+) = \[([^\]]*"cupy-[^\]]*)\]', text, re.MULTILINE)
+    builds = {extra: re.findall(r'"(cupy[\w-]*)', required) for extra, required in extras}
+    assert builds == {"cuda12": ["cupy-cuda12x"], "cuda13": ["cupy-cuda13x"]}
+    assert text.count('"cupy-') == 2
