@@ -22,6 +22,7 @@ __all__ = [
     "at_end_of_backward",
     "default_store",
     "forget_step",
+    "graph_task",
     "group_named",
     "in_backward",
     "nccl_options",
@@ -82,12 +83,17 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward pass.
+    """Whether this thread is inside a backward pass."""
+    return graph_task() != -1
+
+
+def graph_task() -> int:
+    """Number of the backward pass that this thread is in; -1 outside of backward passes.
 
     A forward pass inside a backward pass is a recomputation (activation checkpointing). Only the id of the current
     graph task shows this. FSDP2 uses the same call.
     """
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id()
 
 
 def accumulates(node: Node, name: str) -> bool:

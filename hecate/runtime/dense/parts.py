@@ -12,6 +12,7 @@ class DenseParts(Dense):
 
     def __init__(self, *parts: Dense) -> None:
         self._parts = parts
+        self.keeps_weights = all(part.keeps_weights for part in parts)
 
     def set_sync(self, sync: bool) -> None:
         """Set whether gradients are reduced after each backward pass from now on, or only accumulated."""

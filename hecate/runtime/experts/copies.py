@@ -126,12 +126,22 @@ class Reduction:
 
 
 class LayerCopies:
-    """The experts that this device computes in one layer and micro-batch: owned rows first, then copies."""
+    """The experts that this device computes in one layer and micro-batch: owned rows first, then copies.
+
+    Attributes:
+        layer: the experts of the layer.
+        placement: which devices hold which experts.
+        state: see `CopyState`.
+        settled: whether something was computed with them; from then on the placement stays.
+        unfinished: calls of the layer whose backward has not run.
+    """
 
     def __init__(self, layer: LayerExperts, placement: Placement) -> None:
         self.layer = layer
         self.placement = placement
         self.state = CopyState.SHARDED
+        self.settled = False
+        self.unfinished = 0
         self._owned = layer.owned
         self._copies = self._new_experts(layer.owners, placement)
         self._buffer: Tensor | None = None
@@ -150,7 +160,7 @@ class LayerCopies:
         self._start(moves_between(self.layer.owners, self.placement))
 
     def extend(self, placement: Placement) -> None:
-        """In state GATHERING, also gather what `placement` has in addition to the present placement. Collective."""
+        """In state GATHERING and not settled, also gather what `placement` has in addition to the present placement. Collective."""
         self._require(CopyState.GATHERING)
         owners, old = self.layer.owners, self.placement
         self._copies = self._copies + self._new_experts(old, placement)
@@ -163,7 +173,7 @@ class LayerCopies:
         for pending in self._pending:
             pending.wait()
         self._pending = []
-        self.state = CopyState.HELD
+        self.state, self.settled = CopyState.HELD, True
 
     def release(self) -> None:
         """Go back to SHARDED, after all transfers have ended."""

@@ -128,17 +128,18 @@ class LayerPlans:
             tokens = self._totals.tokens_per_device
         return Outlook(self._policy, self.setting(tokens), history, self.owners)
 
-    def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int) -> Plan:
-        """Plan which device computes which tokens of one micro-batch.
+    def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int, settled: bool = False) -> Plan:
+        """Plan which device computes which tokens of one call in one micro-batch.
 
         Args:
             counts: int64 `[D, E]`, tokens that each device routed to each expert in this micro-batch.
             held: the placement that is gathered already; that of the plan may have further copies.
             top_k: experts per token.
+            settled: plan no further copies, because an earlier call of the same pass has used the present ones.
         """
         setting = self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
         owners = self.owners
-        placement = self._policy.calibrate(setting, counts, owners, held)
+        placement = held if settled else self._policy.calibrate(setting, counts, owners, held)
         return self._policy.assign(setting, counts, owners, placement)
 
     def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from enum import Enum
 
 from hecate.placement import Placement
@@ -49,17 +50,24 @@ class MicroBatch:
         number: number of the forward pass, ascending.
         with_grad: whether a backward pass may follow.
         state: see `PassState`.
-        records: layer index -> what the layer did.
-        launched: layer index -> copies that were launched for a layer which has not run yet.
+        graph_task: `private_torch.graph_task()` of its forward pass; in any other, layers are called to recompute.
+        calls: layer index -> calls of the layer in the forward pass; several if the model loops over it.
+        graphed: indices of layers of which some call built a graph; others are called without gradients, or under
+            reentrant activation checkpointing.
+        records: (layer index, call) -> what the layer did.
+        copies: layer index -> copies, launched before the layer's first call; they serve all its calls.
         booked: whether the loads of this micro-batch were counted.
     """
 
-    def __init__(self, number: int, with_grad: bool) -> None:
+    def __init__(self, number: int, with_grad: bool, graph_task: int = -1) -> None:
         self.number = number
         self.with_grad = with_grad
+        self.graph_task = graph_task
         self.state = PassState.FORWARD
-        self.records: dict[int, LayerRecord] = {}
-        self.launched: dict[int, LayerCopies] = {}
+        self.calls: Counter[int] = Counter()
+        self.graphed: set[int] = set()
+        self.records: dict[tuple[int, int], LayerRecord] = {}
+        self.copies: dict[int, LayerCopies] = {}
         self.booked = False
         self._token: weakref.ref[GraphToken] | None = None
 
@@ -80,22 +88,29 @@ class MicroBatch:
             raise RuntimeError(f"micro-batch {self.number}: {state.value} cannot follow {self.state.value}")
         self.state = state
 
-    def launch(self, experts: LayerExperts, placement: Placement) -> None:
-        """Start to gather the copies of one layer, unless that was started before. Collective."""
-        if experts.index not in self.launched:
-            copies = self.launched[experts.index] = LayerCopies(experts, placement)
-            copies.launch()
+    def launch(self, experts: LayerExperts, placement: Placement) -> LayerCopies:
+        """The copies of one layer, whose gather is started unless they are held or arriving. Collective."""
+        if experts.index not in self.copies:
+            self.copies[experts.index] = LayerCopies(experts, placement)
+        self.copies[experts.index].launch()
+        return self.copies[experts.index]
 
-    def drop_launched(self) -> None:
-        """Release copies of layers that the pass did not reach."""
-        for copies in self.launched.values():
-            copies.release()
-        self.launched.clear()
+    def recorded(self, layer: int) -> LayerRecord | None:
+        """What a recomputation of the layer replays; None if the layer was called several times, or without a record.
+
+        Nothing tells which of several calls is recomputed: segments of activation checkpointing come last to first, but
+        may contain any number of calls, which are recomputed first to last.
+        """
+        return self.records.get((layer, 0)) if self.calls[layer] <= 1 else None
+
+    def drop_unrecorded(self) -> None:
+        """Release copies of layers that no backward pass will reach."""
+        reached = {layer for layer, _ in self.records}
+        for layer in self.copies.keys() - reached:
+            self.copies.pop(layer).release()
 
     def end(self) -> None:
         """Release all copies, drop all records, and go to state ENDED."""
-        self.drop_launched()
-        for record in self.records.values():
-            record.copies.release()
         self.records.clear()
+        self.drop_unrecorded()
         self.state = PassState.ENDED

@@ -17,7 +17,7 @@ from torch import Tensor
 from hecate.labels import label
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
-from hecate.private_torch import at_end_of_backward, in_backward
+from hecate.private_torch import at_end_of_backward, graph_task, in_backward
 from hecate.ranks.same import check_same, debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
@@ -28,7 +28,7 @@ from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
 from hecate.runtime.step.record import LayerRecord
-from hecate.runtime.tokens.counts import Position, count_tokens
+from hecate.runtime.tokens.counts import RECOMPUTED, Position, count_tokens
 from hecate.runtime.tokens.dispatch import dispatch_of
 
 __all__ = ["Passes"]
@@ -70,6 +70,7 @@ class Passes:
         self._graphs_gone: deque[int] = deque()  # numbers of micro-batches whose graph Python has freed
         self._in_backward: dict[int, MicroBatch] = {}  # by number: micro-batches of the running backward pass
         self._backward_of: MicroBatch | None = None  # the micro-batch whose backward runs now
+        self._looped: set[int] = set()  # layers that were called several times in one forward pass
         self.gradients = ExpertGradients(pools, comms, dense)
 
     # The forward pass.
@@ -97,7 +98,7 @@ class Passes:
         self._step, self._placements = step, placements
         self._number += 1
         self._runs = True
-        self._current = MicroBatch(self._number, with_grad)
+        self._current = MicroBatch(self._number, with_grad, graph_task())
         if with_grad:
             self._kept[self._number] = self._current
             self._token = self._current.new_token()
@@ -128,7 +129,7 @@ class Passes:
         """Leave state FORWARD, including after a pass that raised."""
         self._token = None
         if self._current is not None and self._current.state is PassState.FORWARD:
-            self._current.drop_launched()
+            self._current.drop_unrecorded()
             self._current.advance(PassState.WAITING if self._current.with_grad else PassState.ENDED)
 
     def _graph_gone(self, number: int) -> None:
@@ -172,14 +173,32 @@ class Passes:
                 f"{name}: called outside a forward pass of the model that fully_shard was called with; call that "
                 "model instead"
             )
-        if layer in micro_batch.records:
-            if in_backward():
-                return micro_batch.records[layer]
-            raise RuntimeError(f"{name}: called twice in one forward pass; it must be called once")
-        record = self._plan(layer, index, weights)
-        if micro_batch.with_grad and micro_batch.state is not PassState.ENDED:
-            micro_batch.records[layer] = record
+        call = RECOMPUTED
+        if graph_task() == micro_batch.graph_task:
+            call = micro_batch.calls[layer]
+            micro_batch.calls[layer] += 1
+            if torch.is_grad_enabled():
+                micro_batch.graphed.add(layer)
+        elif (recorded := micro_batch.recorded(layer)) is not None:
+            return recorded
+        elif micro_batch.calls[layer] > 1 and layer not in micro_batch.graphed and not self._dense.keeps_weights:
+            raise RuntimeError(
+                f"{name}: called {micro_batch.calls[layer]} times in one forward pass under activation checkpointing "
+                "with use_reentrant=True, of which FSDP2 loses gradients; set use_reentrant=False or dense='replicate'"
+            )
+        record = self._plan(micro_batch, layer, call, index, weights)
+        self._keep(micro_batch, layer, call, record)
         return record
+
+    def _keep(self, micro_batch: MicroBatch, layer: int, call: int, record: LayerRecord) -> None:
+        """Remember a record for recomputation and backward, and how many calls will run backward."""
+        if call > 0:
+            self._looped.add(layer)
+        if call != RECOMPUTED:
+            record.copies.unfinished += 1
+        replayable = call != RECOMPUTED or micro_batch.calls[layer] <= 1
+        if replayable and micro_batch.with_grad and micro_batch.state is not PassState.ENDED:
+            micro_batch.records[layer, max(call, 0)] = record
 
     def _running(self) -> MicroBatch | None:
         """The micro-batch that a layer called now belongs to."""
@@ -190,17 +209,16 @@ class Passes:
         micro_batch = self._running()
         return None if micro_batch is None else micro_batch.token
 
-    def _plan(self, layer: int, index: Tensor, weights: Tensor) -> LayerRecord:
-        plans, comms, current = self._layers[layer], self._comms, self._current
-        assert current is not None
-        self._launch(layer)
+    def _plan(self, micro_batch: MicroBatch, layer: int, call: int, index: Tensor, weights: Tensor) -> LayerRecord:
+        plans, comms = self._layers[layer], self._comms
+        with label("gather", plans.name):
+            copies = micro_batch.launch(plans.experts, self._placements[layer])
         trained = sum(p.requires_grad << i for i, p in enumerate(plans.experts.pool.parameters.values()))
-        position = Position(self._step, layer, current.with_grad, trained)
+        position = Position(self._step, layer, call, micro_batch.with_grad, trained)
         with label("count", plans.name):
             counts = count_tokens(plans.name, position, index, weights, plans.num_experts, comms)
-        copies = current.launched.pop(layer)
         with label("plan", plans.name):
-            plan = plans.plan(counts, copies.placement, index.shape[1])
+            plan = plans.plan(counts, copies.placement, index.shape[1], settled=copies.settled)
         if debugging():
             self._check_plan(plans.name, plan)
         if plan.placement != copies.placement:
@@ -218,7 +236,7 @@ class Passes:
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""
         current = self._current
-        if current is not None and not current.with_grad:
+        if current is not None and not current.with_grad and layer not in self._looped:
             record.copies.release()
         if not in_backward() or (current is not None and current.state is PassState.FORWARD):
             self._launch(layer + 1)
@@ -270,7 +288,7 @@ class Passes:
         if micro_batch.booked:
             return
         micro_batch.booked = True
-        for layer, record in micro_batch.records.items():
+        for (layer, _), record in micro_batch.records.items():
             self._layers[layer].book(record.counts, record.plan, record.top_k)
 
     def before_expert_gradients(self, copies: LayerCopies, token: GraphToken | None) -> None:
@@ -284,7 +302,8 @@ class Passes:
     def after_expert_gradients(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
         """Called after a layer's experts ran backward: reduce their gradients, prefetch the layer that comes next."""
         self.gradients.send(copies, grads)
-        if not self._rematerialize:
+        copies.unfinished -= 1
+        if not self._rematerialize and copies.unfinished <= 0:
             copies.release()
         self._launch_again(copies.layer.index - 1)
 
@@ -292,10 +311,10 @@ class Passes:
         """With re-materialization, start to gather the copies of `layer` for its backward."""
         if not self._rematerialize or self._backward_of is None:
             return
-        record = self._backward_of.records.get(layer)
-        if record is not None:
-            with label("gather", record.copies.layer.name):
-                record.copies.launch()
+        copies = self._backward_of.copies.get(layer)
+        if copies is not None:
+            with label("gather", copies.layer.name):
+                copies.launch()
 
     def _finish_backward(self) -> None:
         self.gradients.arrive()

@@ -19,10 +19,13 @@ from hecate.errors import NonFiniteError
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
 
-__all__ = ["Position", "count_tokens"]
+__all__ = ["RECOMPUTED", "Position", "count_tokens"]
 
-OUTSIDE, NOT_FINITE, STEP, LAYER, WITH_GRAD, TRAINED = range(6)
+OUTSIDE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(7)
 """Columns after the experts' counts in the exchanged row."""
+
+RECOMPUTED = -1
+"""The `call` of a recomputation."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,21 @@ class Position:
     Attributes:
         step: optimizer steps so far.
         layer: index of the MoE layer in the model.
+        call: earlier calls of the layer in this forward pass; `RECOMPUTED` in a recomputation.
         with_grad: whether a backward pass may follow.
         trained: bit i tells whether the experts' weight kind number i requires a gradient.
     """
 
     step: int
     layer: int
+    call: int
     with_grad: bool
     trained: int
 
     def __str__(self) -> str:
         kind = f"with gradients of weight kinds {self.trained:b}" if self.with_grad else "without gradients"
-        return f"MoE layer {self.layer} {kind} after {self.step} optimizer steps"
+        call = "a recomputation of " if self.call == RECOMPUTED else f"call {self.call + 1} of " if self.call else ""
+        return f"{call}MoE layer {self.layer} {kind} after {self.step} optimizer steps"
 
 
 def count_tokens(
@@ -84,7 +90,7 @@ def count_tokens(
 
 
 def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E + 6]`: this rank's counts, then the columns that all ranks check."""
+    """int64 `[E + 7]`: this rank's counts, then the columns that all ranks check."""
     valid = (index >= 0) & (index < num_experts)
     slot = torch.where(valid, index, num_experts).flatten()
     row = torch.zeros(num_experts + TRAINED + 1, dtype=torch.int64, device=index.device)
@@ -98,7 +104,7 @@ def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -
 def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
     if (columns == np.array(astuple(own))).all():
         return
-    everyone = [{"the pass": Position(step, layer, bool(grad), bits)} for step, layer, grad, bits in columns.tolist()]
+    everyone = [{"the pass": Position(*place, bool(grad), bits)} for *place, grad, bits in columns.tolist()]
     rule = (
         "call the model equally often, in the same mode and with the same parameters frozen (generate() of unequal "
         "lengths needs synced_gpus=True)"

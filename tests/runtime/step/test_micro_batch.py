@@ -51,8 +51,8 @@ def test_the_end_keeps_nothing() -> None:
         def release(self) -> None:
             released.append("copies")
 
-    micro_batch.launched[0] = _Copies()  # type: ignore[assignment]
+    micro_batch.copies[0] = _Copies()  # type: ignore[assignment]
     micro_batch.end()
     assert released == ["copies"]
-    assert not micro_batch.launched
+    assert not micro_batch.copies
     assert micro_batch.state is PassState.ENDED
