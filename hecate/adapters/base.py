@@ -2,7 +2,9 @@
 
 FSSDP takes over the *experts module* of each MoE layer: the module that holds the stacked weights of all experts and
 is called as `experts(hidden_states [T, d], top_k_index [T, k], top_k_weights [T, k]) -> [T, d]`. Router, shared
-experts and auxiliary loss stay part of the model.
+experts and auxiliary loss stay part of the model. An index of -1 means no expert, so each token may have any number of
+experts up to k: for top-p routing, expert choice, dropped tokens and padding. Such entries cost nothing, and their
+weights are not read.
 
 Two kinds of experts modules are supported:
 

@@ -151,16 +151,18 @@ class Experts(nn.Module):
 
         Args:
             hidden: `[T, d]`.
-            top_k_index: int64 `[T, k]`, each in [0, E).
+            top_k_index: int64 `[T, k]`, each in [0, E); -1: no expert.
             top_k_weights: `[T, k]`.
         """
         top_k = top_k_index.shape[1]
         expert, order = top_k_index.flatten().sort(stable=True)
-        groups = Groups.of(torch.bincount(expert, minlength=self.num_experts).tolist(), hidden.device)
+        absent, *sizes = torch.bincount(expert + 1, minlength=self.num_experts + 1).tolist()
+        order = order[absent:]
         weights = {name: getattr(self, name) for name in self.expert_weights}
-        output = self.expert_mlp(hidden[order // top_k], groups, weights)
-        by_token = torch.empty_like(output).index_copy(0, order, output).unflatten(0, (-1, top_k))
-        return (by_token * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+        output = self.expert_mlp(hidden[order // top_k], Groups.of(sizes, hidden.device), weights)
+        by_token = output.new_zeros(expert.numel(), output.shape[1]).index_copy(0, order, output)
+        shares = top_k_weights.masked_fill(top_k_index < 0, 0).unsqueeze(-1)
+        return (by_token.unflatten(0, top_k_index.shape) * shares).sum(dim=1).to(hidden.dtype)
 
 
 class MoE(nn.Module):

@@ -1,8 +1,9 @@
 """Sort token copies by destination, and restore their order.
 
-Shapes: T tokens, k experts per token, N = T * k token copies, d model width. Copy `t * k + j` is token t for its j-th
-expert. `order [N]` lists copies in their new order, `inverse [N]` is its inverse permutation; both int64. Forward and
-backward use only gathers and sums over k in ascending order, so results are deterministic bit by bit.
+Shapes: T tokens, k experts per token, T * k token copies, N of which have an expert (usually all), d model width. Copy
+`t * k + j` is token t for its j-th expert. `order [N]` lists copies in their new order, `inverse [T * k]` is its inverse;
+both int64. Copies without an expert are not in `order`. Forward and backward use only gathers, writes to distinct rows
+and sums over k in ascending order, so results are deterministic bit by bit.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 __all__ = ["block_order", "combine", "invert", "permute"]
 
 
-def invert(order: Tensor) -> Tensor:
-    """The inverse permutation of int64 `order [N]`."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+def invert(order: Tensor, copies: int | None = None) -> Tensor:
+    """The inverse of int64 `order [N]`: the position in `order` of each of `copies` (default N); N if it is not there."""
+    inverse = order.new_full((order.numel() if copies is None else copies,), order.numel())
+    return inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
 def block_order(sizes: ArrayLike, blocks: ArrayLike, device: torch.device) -> Tensor:
@@ -49,7 +51,10 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
 
 
 def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Weighted sum of each token's rows: rows `[N, d]` and weights `[T, k]` to `[T, d]`; adds in order of k."""
+    """Weighted sum of each token's rows: rows `[N, d]` and weights `[T, k]` to `[T, d]`; adds in order of k.
+
+    Copies without an expert count as rows of zeros.
+    """
     per_token = torch.ops.hecate.unpermute(rows, order, inverse)
     tokens, top_k = weights.shape
     per_token = per_token.view(tokens, top_k, rows.shape[1])
@@ -68,12 +73,14 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
 
 @torch.library.custom_op("hecate::unpermute", mutates_args=())
 def _unpermute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return rows.index_select(0, inverse)
+    if order.numel() == inverse.numel():
+        return rows.index_select(0, inverse)
+    return rows.new_zeros(inverse.shape[0], rows.shape[1]).index_copy_(0, order, rows)
 
 
 @_unpermute.register_fake
 def _(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return torch.empty_like(rows)
+    return rows.new_empty(inverse.shape[0], rows.shape[1])
 
 
 def _save_permute(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch.library's own signature
@@ -85,7 +92,7 @@ def _permute_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     order, inverse = ctx.saved_tensors
     per_copy = torch.ops.hecate.unpermute(grad, order, inverse)
     if ctx.top_k > 1:
-        per_copy = per_copy.view(-1, ctx.top_k, grad.shape[1]).sum(1)
+        per_copy = per_copy.unflatten(0, (-1, ctx.top_k)).sum(1)
     return per_copy, None, None, None
 
 

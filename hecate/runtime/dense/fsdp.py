@@ -119,4 +119,5 @@ def _blocks(setup: Setup, model: nn.Module) -> list[nn.Module]:
     named = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     blocks = [m for m in model.modules() if type(m).__name__ in named]
     blocks = blocks or list(dict.fromkeys(layer.parent for layer in setup.layers))
-    return [m for m in reversed(blocks) if m is not model]
+    lists = (nn.ModuleList, nn.ModuleDict)  # have no forward pass
+    return [m for m in reversed(blocks) if m is not model and not isinstance(m, lists)]

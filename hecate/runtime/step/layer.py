@@ -63,7 +63,7 @@ class FSSDPExperts(ExpertsModule):
 
         Args:
             hidden_states: `[T, d]`.
-            top_k_index: int64 `[T, k]`, the experts of each token.
+            top_k_index: int64 `[T, k]`, the experts of each token; -1: none, so a token may have any number up to k.
             top_k_weights: `[T, k]`, their weights.
 
         Returns:
@@ -110,7 +110,7 @@ def _run(
     if rows.requires_grad:
         rows.register_hook(_GatherForBackward(passes, record.copies))
     with label("combine", spec.name):
-        output = record.dispatch.combine(rows, top_k_weights).to(hidden_states.dtype)
+        output = record.dispatch.combine(rows, record.weights(top_k_weights)).to(hidden_states.dtype)
     passes.after_layer(index, record)
     return output
 

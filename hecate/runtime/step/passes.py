@@ -28,7 +28,7 @@ from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
 from hecate.runtime.step.record import LayerRecord
-from hecate.runtime.tokens.counts import RECOMPUTED, Position, count_tokens
+from hecate.runtime.tokens.counts import ABSENT, RECOMPUTED, Position, count_tokens
 from hecate.runtime.tokens.dispatch import dispatch_of
 
 __all__ = ["Passes"]
@@ -163,7 +163,7 @@ class Passes:
 
         Args:
             layer: index of the layer.
-            index: `[T, k]` experts of this device's tokens.
+            index: `[T, k]` experts of this device's tokens; -1: none.
             weights: `[T, k]` router weights.
         """
         micro_batch = self._running()
@@ -218,14 +218,15 @@ class Passes:
         with label("count", plans.name):
             counts = count_tokens(plans.name, position, index, weights, plans.num_experts, comms)
         with label("plan", plans.name):
-            plan = plans.plan(counts, copies.placement, index.shape[1], settled=copies.settled)
+            plan = plans.plan(counts, copies.placement, max(1, index.shape[1]), settled=copies.settled)
         if debugging():
             self._check_plan(plans.name, plan)
         if plan.placement != copies.placement:
             copies.extend(plan.placement)
         wire = plans.experts.dtypes.wire
         dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire)
-        return LayerRecord(counts, index.shape[1], plan, dispatch, copies)
+        absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
+        return LayerRecord(counts, max(1, index.shape[1]), plan, dispatch, copies, absent)
 
     def _check_plan(self, name: str, plan: Plan) -> None:
         """For HECATE_DEBUG=1: raise if the plan is not valid, or not the same on all ranks. Collective."""

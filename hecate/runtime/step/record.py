@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hecate.planning.plan import Plan
 from hecate.runtime.experts.copies import LayerCopies
@@ -24,6 +25,7 @@ class LayerRecord:
         plan: which device computes which tokens.
         dispatch: where this device's rows go.
         copies: the experts held here.
+        absent: bool `[T, k]`, which copies of tokens have no expert; None: all have one.
     """
 
     counts: NDArray[np.int64]
@@ -31,3 +33,8 @@ class LayerRecord:
     plan: Plan
     dispatch: Dispatch
     copies: LayerCopies
+    absent: Tensor | None = None
+
+    def weights(self, top_k_weights: Tensor) -> Tensor:
+        """`[T, k]`: the router's weights, zero where there is no expert."""
+        return top_k_weights if self.absent is None else top_k_weights.masked_fill(self.absent, 0)

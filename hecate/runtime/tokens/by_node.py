@@ -26,7 +26,7 @@ from hecate.ops.permute import invert, permute
 from hecate.placement import Topology
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert, sorted_by_expert
 
 __all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
 
@@ -131,7 +131,7 @@ def node_dispatch(
 
     Args:
         plan: made from the counts of `index`, so that this device's quota row adds up to them.
-        index: `[T, k]` expert of each token copy.
+        index: `[T, k]` expert of each token copy; -1: none.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
@@ -140,7 +140,7 @@ def node_dispatch(
     per_node = topology.devices_per_node
     pair_of = _pairs_of_copies(plan, index, rank)  # [T, k]
     holder = torch.from_numpy(plan.holders[:, 1].copy()).to(device)
-    node_of = holder[pair_of] // per_node
+    node_of = torch.where(pair_of >= 0, holder[pair_of] // per_node, -1)
     nodes = torch.arange(topology.num_nodes, device=device).view(-1, 1, 1)
     copies = node_of == nodes  # [n, T, k]
     present = copies.any(2)
@@ -160,14 +160,15 @@ def node_dispatch(
 
 
 def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
-    """The (expert, device) pair of each token copy, `[T, k]`.
+    """The (expert, device) pair of each token copy, `[T, k]`; -1: the copy has no expert.
 
     If copies are sorted by expert, those of one pair are a consecutive block, whose length is the pair's quota.
     """
-    by_expert = torch.argsort(index.flatten(), stable=True)
+    copies = int(plan.quota[rank].sum())
+    by_expert = sorted_by_expert(index, copies)
     quota = torch.from_numpy(plan.quota[rank].copy()).to(index.device)
-    pairs = torch.repeat_interleave(torch.arange(quota.numel(), device=index.device), quota, output_size=index.numel())
-    return torch.empty_like(by_expert).scatter_(0, by_expert, pairs).view(index.shape)
+    pairs = torch.repeat_interleave(torch.arange(quota.numel(), device=index.device), quota, output_size=copies)
+    return by_expert.new_full((index.numel(),), -1).scatter_(0, by_expert, pairs).view(index.shape)
 
 
 def _exchange_counts(to_node: Tensor, comms: Comms) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,10 +19,13 @@ from hecate.errors import NonFiniteError
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
 
-__all__ = ["RECOMPUTED", "Position", "count_tokens"]
+__all__ = ["ABSENT", "RECOMPUTED", "Position", "count_tokens"]
 
 OUTSIDE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(7)
 """Columns after the experts' counts in the exchanged row."""
+
+ABSENT = -1
+"""The index of a token copy that goes to no expert."""
 
 RECOMPUTED = -1
 """The `call` of a recomputation."""
@@ -60,8 +63,8 @@ def count_tokens(
     Args:
         name: name of the layer, for errors.
         position: position of this rank.
-        index: `[T, k]` expert of each token copy.
-        weights: `[T, k]` router weights.
+        index: `[T, k]` expert of each token copy; -1: none.
+        weights: `[T, k]` router weights; those of copies without an expert are not read.
         num_experts: E.
         comms: process groups of the ranks that share the experts.
 
@@ -69,7 +72,7 @@ def count_tokens(
         int64 `[D, E]`, on the host.
 
     Raises:
-        ValueError: an index is outside [0, E); on every rank, naming layer and rank.
+        ValueError: an index is outside [0, E) and not -1; on every rank, naming layer and rank.
         NonFiniteError: a weight is not finite; on every rank, naming layer and rank. With several replicas this is not
             raised, because other replicas would hang; the loss and the gradient norm then become NaN on all ranks.
         RuntimeError: ranks are in different forward passes or layers; on every rank.
@@ -91,11 +94,12 @@ def count_tokens(
 
 def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
     """int64 `[E + 7]`: this rank's counts, then the columns that all ranks check."""
-    valid = (index >= 0) & (index < num_experts)
-    slot = torch.where(valid, index, num_experts).flatten()
+    valid, absent = (index >= 0) & (index < num_experts), index == ABSENT
+    # Copies without an expert go to a column that the next line overwrites.
+    slot = torch.where(valid, index, num_experts + OUTSIDE + absent.to(index.dtype)).flatten()
     row = torch.zeros(num_experts + TRAINED + 1, dtype=torch.int64, device=index.device)
-    row[: num_experts + 1].scatter_add_(0, slot, torch.ones_like(slot))
-    row[num_experts + NOT_FINITE] = (~torch.isfinite(weights.detach())).sum()
+    row.scatter_add_(0, slot, torch.ones_like(slot, dtype=torch.int64))
+    row[num_experts + NOT_FINITE] = (~(torch.isfinite(weights.detach()) | absent)).sum()
     for column, value in enumerate(astuple(position), num_experts + STEP):
         row[column].fill_(int(value))
     return row
@@ -116,7 +120,7 @@ def _check_range(layer: str, outside: NDArray[np.int64], num_experts: int) -> No
     for rank in np.flatnonzero(outside):
         raise ValueError(
             f"{layer}: the router of rank {rank} chose {outside[rank]} experts outside [0, {num_experts}); "
-            f"the layer has {num_experts} experts"
+            f"the layer has {num_experts} experts, and {ABSENT} means none"
         )
 
 

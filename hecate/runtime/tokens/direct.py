@@ -1,7 +1,7 @@
 """The plain dispatch: one all-to-all of rows to the experts and one back; in backward the same for gradients.
 
-Shapes: T tokens of this device, k experts per token, N = T * k rows sent, M rows received, d model width, D devices,
-P (expert, device) pairs of the plan.
+Shapes: T tokens of this device, k experts per token, N rows sent, M rows received, d model width, D devices,
+P (expert, device) pairs of the plan. Copies of a token without an expert (-1) are not sent: then N < T * k.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hecate.ops.permute import block_order, combine, invert, permute
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert, sorted_by_expert
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
@@ -26,7 +26,7 @@ class DirectDispatch(Dispatch):
     """Sends each row directly to the device that computes it.
 
     Attributes:
-        order, inverse: int64 `[N]`, permutation that sorts rows by (destination, expert), and its inverse.
+        order, inverse: int64 `[N]` and `[T * k]`, how rows are sorted by (destination, expert), and the inverse.
         sent, received: number of rows to and from each device.
         local_order, local_inverse: int64 `[M]`, permutation that sorts received rows by (row of the expert here,
             source), and its inverse.
@@ -65,7 +65,7 @@ def direct_dispatch(
 
     Args:
         plan: made from the counts of `index`, so that this device's quota row adds up to them.
-        index: `[T, k]` expert of each token copy.
+        index: `[T, k]` expert of each token copy; -1: none.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
@@ -74,8 +74,8 @@ def direct_dispatch(
     num_devices = plan.quota.shape[0]
     expert, holder = plan.holders.T
     # Sorted by expert, this device's rows are consecutive blocks, one per pair. Reorder the blocks by destination.
-    by_expert = torch.argsort(index.flatten(), stable=True)
     to_pair = plan.quota[rank]
+    by_expert = sorted_by_expert(index, int(to_pair.sum()))
     order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]
     sent = np.bincount(holder, weights=to_pair, minlength=num_devices).astype(np.int64)
 
@@ -83,7 +83,7 @@ def direct_dispatch(
     received = plan.quota[:, holder == rank].sum(axis=1)
     return DirectDispatch(
         order,
-        invert(order),
+        invert(order, index.numel()),
         tuple(sent.tolist()),
         tuple(received.tolist()),
         local_order,

@@ -29,7 +29,7 @@ def dispatch_of(
 
     Args:
         plan: made from the counts of `index`, so that this device's quota row adds up to them.
-        index: `[T, k]` expert of each token copy.
+        index: `[T, k]` expert of each token copy; -1: none.
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         cost: cost of the layer, by which the kind of dispatch is chosen.

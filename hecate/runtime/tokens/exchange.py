@@ -18,7 +18,7 @@ from hecate.ops.permute import block_order
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 
-__all__ = ["AllToAll", "Dispatch", "order_by_expert"]
+__all__ = ["AllToAll", "Dispatch", "order_by_expert", "sorted_by_expert"]
 
 
 class Dispatch(ABC):
@@ -72,6 +72,16 @@ def _all_to_all(
         rank = comms.rank
         out.narrow(0, sum(received[:rank]), received[rank]).copy_(rows.narrow(0, sum(sent[:rank]), sent[rank]))
     return out
+
+
+def sorted_by_expert(index: Tensor, copies: int) -> Tensor:
+    """Token copies sorted by expert, int64 `[copies]`, from the experts `[T, k]`; those without one (-1) are left out.
+
+    Args:
+        index: `[T, k]` expert of each token copy.
+        copies: number of copies that have an expert; the host knows it from the counts.
+    """
+    return torch.argsort(index.flatten(), stable=True)[index.numel() - copies :]
 
 
 def order_by_expert(
