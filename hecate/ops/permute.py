@@ -1,7 +1,7 @@
 """Sort token copies by destination, and restore their order.
 
 Shapes: T tokens, k experts per token, T * k token copies, N of which have an expert (usually all), d model width. Copy
-`t * k + j` is token t for its j-th expert. `order [N]` lists copies in their new order, `inverse [T * k]` is its inverse;
+`t * k + j` is token t for its j-th expert. `order [N]` lists copies in their new order, `inverse [T * k]` inverts it;
 both int64. Copies without an expert are not in `order`. Forward and backward use only gathers, writes to distinct rows
 and sums over k in ascending order, so results are deterministic bit by bit.
 """
@@ -17,7 +17,7 @@ __all__ = ["block_order", "combine", "invert", "permute"]
 
 
 def invert(order: Tensor, copies: int | None = None) -> Tensor:
-    """The inverse of int64 `order [N]`: the position in `order` of each of `copies` (default N); N if it is not there."""
+    """The inverse of int64 `order [N]`: the position in it of each of `copies` (default N); N if it is not there."""
     inverse = order.new_full((order.numel() if copies is None else copies,), order.numel())
     return inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
 

@@ -163,5 +163,3 @@ def test_ranks_that_loop_unequally_are_told(groups: Groups) -> None:
     for error in groups(2).run(_unequal, (2, 3)):
         assert "the pass is MoE layer 0 with gradients" in error, error
         assert "and call 3 of MoE layer 0 with gradients" in error, error
-
-

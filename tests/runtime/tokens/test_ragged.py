@@ -14,7 +14,7 @@ from hecate.ops.grouped import Groups as RowGroups
 from hecate.ops.grouped import grouped_linear
 from hecate.ops.permute import combine, invert, permute
 from hecate.runtime.tokens import dispatch
-from tests.runtime.helpers import SLOW_NODES, Pair, case, devices_per_node, error_of, rank, world
+from tests.runtime.helpers import SLOW_NODES, Pair, case, devices_per_node, error_of, rank
 from tests.workers import Groups
 
 WIDTH, EXPERTS, TOKENS = 8, 5, 9
