@@ -62,7 +62,7 @@ def nccl_options(timeout: timedelta, max_ctas: int) -> object:
         timeout: of the group's collectives.
         max_ctas: most thread blocks (CTAs), hence SMs, of one collective.
     """
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # type: ignore[call-arg]  # stubs lack it
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = max_ctas
     options._timeout = timeout
     return options

@@ -244,10 +244,10 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, h
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
     tokens = _new_group(ranks, shard, device, None)
     links = Links.of(cost, topology, device.type)
-    groups = [_new_group(ranks, shard, device, MAX_CTAS) for _ in range(2)]
-    transports = [transport_of(group, device.type, topology, links) for group in groups]
+    groups = (_new_group(ranks, shard, device, MAX_CTAS) for _ in range(2))
+    gather, reduce = (transport_of(group, device.type, topology, links) for group in groups)
     replicas = mesh.get_group(0) if mesh.ndim == 2 else None
-    return Comms(shard.rank(), topology, tokens, *transports, replicas, *lanes, exposed, heart)
+    return Comms(shard.rank(), topology, tokens, gather, reduce, replicas, *lanes, exposed, heart)
 
 
 def _new_group(

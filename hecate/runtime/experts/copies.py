@@ -160,7 +160,7 @@ class LayerCopies:
         self._start(moves_between(self.layer.owners, self.placement))
 
     def extend(self, placement: Placement) -> None:
-        """Also gather what `placement` has in addition to the present one. In state GATHERING, unsettled. Collective."""
+        """Also gather what `placement` has beyond the present one. In state GATHERING and not settled. Collective."""
         self._require(CopyState.GATHERING)
         owners, old = self.layer.owners, self.placement
         self._copies = self._copies + self._new_experts(old, placement)

@@ -108,7 +108,8 @@ def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -
 def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
     if (columns == np.array(astuple(own))).all():
         return
-    everyone = [{"the pass": Position(*place, bool(grad), bits)} for *place, grad, bits in columns.tolist()]
+    rows = columns.tolist()
+    everyone = [{"the pass": Position(step, layer, call, bool(grad), bits)} for step, layer, call, grad, bits in rows]
     rule = (
         "call the model equally often, in the same mode and with the same parameters frozen (generate() of unequal "
         "lengths needs synced_gpus=True)"
