@@ -1,4 +1,4 @@
-"""Spawned gloo process groups that run functions of test modules on every rank."""
+"""Gloo process groups that run functions of test modules on every rank."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 
 TIMEOUT = timedelta(seconds=60)
+PRELOADED = ["hecate", "transformers"]
+"""Modules that one process imports once; the processes of all groups are forked from it."""
 
 
 class WorkerError(AssertionError):
@@ -28,7 +30,8 @@ class Group:
     """`world_size` processes in one gloo group, one thread each."""
 
     def __init__(self, world_size: int, timeout: timedelta = TIMEOUT) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.world_size = world_size
         self.pipes: list[Connection] = []
