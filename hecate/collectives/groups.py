@@ -47,10 +47,10 @@ def transport_of(group: dist.ProcessGroup, device_type: str, topology: Topology,
     stream does, or, inside one node, every row is sent directly.
 
     Args:
-        group: of the devices.
-        device_type: of the rows, e.g. "cpu".
+        group: process group of the devices.
+        device_type: device type of the rows, e.g. "cpu".
         topology: which of the group's ranks share a node.
-        links: between the devices; routes are made for them.
+        links: speeds of the links between the devices; routes are made for them.
 
     Raises:
         ValueError: a topology of another size, or a backend that cannot carry such rows.

@@ -41,5 +41,5 @@ if __name__ == "__main__":
         (loss := (model(x) - x.roll(1, 1)).square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"loss {loss.item():.4f}, tokens an expert {engine.stats()['layers'][1]['loads']}")
+    print(f"loss {loss.item():.4f}, tokens per expert {engine.stats()['layers'][1]['loads']}")
     distributed.destroy_process_group()

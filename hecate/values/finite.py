@@ -15,7 +15,7 @@ from hecate.values.local import local_tensor
 __all__ = ["non_finite"]
 
 WHOLE = -1
-"""In place of an expert id: the tensor is not of experts but of the dense part."""
+"""Stands for an expert id if a tensor belongs to the dense part."""
 
 Place = tuple[str, int]
 """Original name, and expert or `WHOLE`."""

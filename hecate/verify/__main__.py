@@ -40,7 +40,7 @@ DEFAULTS: Mapping[str, Any] = {
 KEYS = """keys and defaults:
   model=PATH        a folder as transformers' save_pretrained writes it, or a config.json; weights are read if there are
                     any and nothing is overridden
-  steps=5           optimizer steps; accumulate=2 micro-batches of batch=2 sequences of length=16 random tokens a rank
+  steps=5           optimizer steps; accumulate=2 micro-batches of batch=2 sequences of length=16 random tokens per rank
   dtype=float64     float32 or bfloat16; own: the model's
   policies=a,b      default: all
   optimizer=adamw   or sgd (with momentum)

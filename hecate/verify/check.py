@@ -28,7 +28,7 @@ def check_input(
     max_norm: float,
     tolerance: float | None,
 ) -> None:
-    """What can be seen without calling anything.
+    """Check the arguments, without calling the functions among them.
 
     Raises:
         TypeError, ValueError: names the argument, its value and the rule.
@@ -51,7 +51,7 @@ def check_input(
 
 
 def resolve_policies(policies: Sequence[PolicyName] | None, config: FSSDPConfig) -> tuple[PolicyName, ...]:
-    """Those asked for; by default all, the configured one first. ValueError if there is none, or an unknown one."""
+    """`policies`, or by default all, the configured one first. ValueError if there is none or an unknown one."""
     valid = get_args(PolicyName)
     if policies is None:
         return tuple(dict.fromkeys((config.policy, *valid)))
@@ -61,7 +61,7 @@ def resolve_policies(policies: Sequence[PolicyName] | None, config: FSSDPConfig)
 
 
 def in_one_precision(config: FSSDPConfig, dtype: torch.dtype | None) -> tuple[FSSDPConfig, tuple[str, ...]]:
-    """The config without precisions of its own if everything is computed in `dtype`; (it, notes about that)."""
+    """The config, without its own dtypes if everything is computed in `dtype`; and notes that say so."""
     asked = [name for name in PRECISION if getattr(config, name) is not None]
     if dtype is None or not asked:
         return config, ()
@@ -72,7 +72,7 @@ def in_one_precision(config: FSSDPConfig, dtype: torch.dtype | None) -> tuple[FS
 
 
 def tolerance_of(model: nn.Module, config: FSSDPConfig) -> float:
-    """That of the coarsest precision of weights, compute and exchange."""
+    """The tolerance for the coarsest dtype of weights, compute and exchange."""
     used = {p.dtype for p in model.parameters() if p.is_floating_point()}
     used |= {value for name in PRECISION if (value := getattr(config, name)) is not None}
     return max(TOLERANCES.get(dtype, max(TOLERANCES.values())) for dtype in used)

@@ -32,16 +32,16 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
 def subject(
     source: str, overrides: Mapping[str, Any], device: torch.device
 ) -> tuple[Callable[[], nn.Module], int, tuple[str, ...]]:
-    """What to verify.
+    """The model that the command line asks to verify.
 
     Args:
         source: a folder with a `config.json`, and perhaps weights, or such a file.
-        overrides: of the config.
-        device: where models are put.
+        overrides: values of the config to change.
+        device: device of the models that are made.
 
     Returns:
-        A function that makes the model, the number of its tokens, and what is to be said about it. Weights of the
-        folder are read if nothing is overridden; otherwise they are random.
+        A function that makes the model, the size of its vocabulary, and notes for the report. Weights of the folder are
+        read if nothing is overridden; otherwise they are random.
 
     Raises:
         ValueError: nothing to read there, or a key that the config does not have.
@@ -64,9 +64,9 @@ def subject(
 
 
 def shrunk(config: Any, overrides: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """(the config with other values, what was changed in words).
+    """The config with the values of `overrides`, and what was changed in words.
 
-    Lists with an entry for each layer are cut where there are fewer layers.
+    If there are fewer layers than before, lists with one entry per layer are cut.
     """
     values = config.to_dict()
     overrides = {config.attribute_map.get(name, name): value for name, value in overrides.items()}

@@ -1,4 +1,4 @@
-"""Relative errors, by quantity: which one is the largest, and where."""
+"""Finds the largest relative error of each quantity, and its place."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ as that of an attention's key bias, are zero but for rounding."""
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step of any run gave.
+    """The results of one optimizer step of a run.
 
     Attributes:
         loss: mean over ranks and micro-batches.
-        norm: of all gradients, before clipping.
+        norm: norm of all gradients, before clipping.
         gradients: (original name, whole tensor on the CPU) of every trained parameter.
         loads: per MoE layer, int64 `[E]`, (token, expert) pairs of all ranks and micro-batches.
         evaluation: mean loss over ranks without training, after the step; None if there was no evaluation.
@@ -61,9 +61,9 @@ class Comparison:
     """The largest error of each quantity under one way of training.
 
     Args:
-        way: of training.
-        parts: of the parameters, by original name.
-        tolerance: of what is not compared bit by bit.
+        way: name of the way of training.
+        parts: original name of each parameter -> its part, see `parts`.
+        tolerance: largest error that counts as equal, except for what is compared bit by bit.
     """
 
     def __init__(self, way: str, parts: Mapping[str, str], tolerance: float) -> None:
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One a quantity, in the order in which they were compared first."""
+        """One row per quantity, in the order in which quantities were first compared."""
         return tuple(self._rows.values())
 
     def step(self, number: int, actual: Step, expected: Step) -> None:
@@ -95,9 +95,9 @@ class Comparison:
         expected: Mapping[str, Tensor],
         by_part: bool = False,
     ) -> None:
-        """Compare tensors by name, with `by_part` each part as a quantity of its own.
+        """Compare tensors by name; with `by_part` each part of the model is a quantity of its own.
 
-        A name that one side lacks is infinitely wrong.
+        If a name is only on one side, the error is infinite.
         """
         smallest = SMALL * _mean_square(expected.values()) ** 0.5
         for name in {**expected, **actual}:
@@ -138,12 +138,12 @@ def _mean_square(tensors: Iterable[Tensor]) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor, smallest: float) -> tuple[float, int]:
-    """(norm of the difference over that of `expected`, the first dimension's index that is the most wrong).
+    """Norm of the difference divided by that of `expected`, and the index in the first dimension that differs most.
 
     Args:
         actual: a tensor.
-        expected: what it should be; another shape is infinitely wrong.
-        smallest: values of `expected` count as at least this large, in the mean.
+        expected: the tensor it should equal; if shapes differ, the error is infinite.
+        smallest: lower bound of the root mean square that `expected` is taken to have.
     """
     if actual.shape != expected.shape:
         return math.inf, 0

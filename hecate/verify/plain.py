@@ -23,11 +23,11 @@ __all__ = ["Trace", "first_step", "trace"]
 
 @dataclass(frozen=True)
 class Trace:
-    """What the plain run gave.
+    """The results of the plain run.
 
     Attributes:
-        steps: in order.
-        weights: parameters after them, by name, on the CPU.
+        steps: results of each step, in order.
+        weights: parameters after the last step, by name, on the CPU.
     """
 
     steps: Sequence[Step]
@@ -68,7 +68,7 @@ def _step(task: Task, model: nn.Module, optimizer: Optimizer, step: int) -> Step
 
 @contextmanager
 def _counting(model: nn.Module) -> Iterator[list[NDArray[np.int64]]]:
-    """Per MoE layer, how many (token, expert) pairs its experts module is called with while this lasts."""
+    """Count, per MoE layer, the (token, expert) pairs that its experts module is called with in the block."""
     layers = find_experts(model)
     loads = [np.zeros(layer.spec.num_experts, np.int64) for layer in layers]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 __all__ = ["START", "WHOLE_RUN", "Report", "Row", "table"]
 
 START = "start"
-"""The way of the row that compares what the ranks start from."""
+"""Name, in place of a way, of the row that compares the weights that the ranks start from."""
 
 WHOLE_RUN = "run"
 """The quantity of a row that says that a way of training raised an error."""
@@ -19,10 +19,10 @@ class Row:
     """One quantity under one way of training.
 
     Attributes:
-        way: of training, e.g. "re-sharding".
-        quantity: e.g. "gradient dense".
-        error: the largest relative error; infinite where nothing could be compared, NaN where a value is.
-        where: it is: step, and name of the tensor; or the error that the way raised.
+        way: way of training, e.g. "re-sharding".
+        quantity: what was compared, e.g. "gradient dense".
+        error: the largest relative error; infinite if a tensor is missing, NaN if a value is NaN.
+        where: place of that error: step, and name of the tensor; or the error that the way raised.
         tolerance: largest error that counts as equal; 0 asks for the same bits.
     """
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """In a word: "equal", "differs" or "failed" (it raised an error)."""
+        """One of "equal", "differs" and "failed" (it raised an error)."""
         return "equal" if self.ok else "failed" if self.quantity == WHOLE_RUN else "differs"
 
     def __str__(self) -> str:

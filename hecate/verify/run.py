@@ -67,21 +67,21 @@ def verify(
             before each call. It is trained where `fully_shard` trains it.
         batch_fn: `batch_fn(number)` or `batch_fn(number, rank)`, one micro-batch: a tensor, or a sequence or mapping
             that the model is called with. Called once for each number on each rank.
-        config: of `fully_shard`; by default that without re-sharding.
+        config: settings for `fully_shard`; by default the defaults without re-sharding.
         steps: optimizer steps.
         loss_fn: (model, batch) -> the scalar to differentiate; by default the model's output, or its `.loss`.
-        optimizer_fn: of the model, sharded or not; by default AdamW.
-        recompute_fn: switches activation checkpointing of a model on, before it is sharded; by default as the model
-            offers it, if it does.
-        policies: default: all, the configured one first. The first is that of the ways beside `config`'s own.
-        mesh: of `fully_shard`.
-        accumulate: micro-batches of a rank in a step.
-        max_norm: gradients are clipped to it.
-        dtype: torch.float64, float32 or bfloat16: that the model and floating-point batches are cast to, and all is
-            computed in. None leaves the model's own and the config's: rounding may then move tokens between experts.
+        optimizer_fn: makes the optimizer of a model, sharded or not; by default AdamW.
+        recompute_fn: switches activation checkpointing of a model on, before it is sharded; by default the model's own
+            way to do so, if it has one.
+        policies: policies to compare; by default all, the configured one first. All further ways use the first one.
+        mesh: mesh for `fully_shard`.
+        accumulate: micro-batches per rank and step.
+        max_norm: norm that gradients are clipped to.
+        dtype: torch.float64, float32 or bfloat16; the model and floating-point batches are cast to it, and everything
+            is computed in it. None keeps the dtypes of model and config: rounding may then move tokens between experts.
         tolerance: largest relative error that counts as equal; by default 1e-9, 1e-4 or 5e-2 for the three dtypes.
-        seed: of the model and of what it draws.
-        folder: for a checkpoint, on a file system that all ranks share; default: temporary files of the machine.
+        seed: seed of the model's values and of all random numbers that it draws.
+        folder: folder for a checkpoint, on a file system that all ranks share; default: temporary files of the machine.
 
     Returns:
         The same report on every rank. A way that raises an error is a row of it; if ranks build different models, or
@@ -135,7 +135,7 @@ def _title(model: nn.Module, task: Task) -> str:
         f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{_many(len(layers), 'MoE layer')} of {experts} experts; {_many(rank_and_world()[1], 'rank')}, "
         f"{task.device.type}, {dtypes}; {_many(task.steps, 'step')} of {_many(task.accumulate, 'micro-batch', 'es')} "
-        f"a rank, {type(task.optimizer(model)).__name__}."
+        f"per rank, {type(task.optimizer(model)).__name__}."
     )
 
 
@@ -160,5 +160,5 @@ def _check_seen(path: Path) -> None:
 
 
 def _generators_kept() -> AbstractContextManager[None]:
-    """What the caller draws afterwards does not depend on what is seeded here."""
+    """Restore torch's random generators at the end of the block, since the runs seed them."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else [])

@@ -30,8 +30,8 @@ class Runs:
 
     Attributes:
         task: what is trained.
-        parts: of the parameters, by name.
-        tolerance: of errors.
+        parts: original name of each parameter -> its part, see `compare.parts`.
+        tolerance: largest error that counts as equal.
         mesh: as `fully_shard` takes it.
         recompute: switches activation checkpointing on.
         checkpoint: folder to save to, on a file system that all ranks share.
@@ -45,7 +45,7 @@ class Runs:
     checkpoint: Path
 
     def compare(self, every: Iterable[Way]) -> tuple[tuple[Row, ...], dict[str, dict[str, int]]]:
-        """(rows of the plain model and of every way, what the ways did, see `Report.activity`). Collective."""
+        """Rows of the plain model and of every way, and what the ways did (`Report.activity`). Collective."""
         plain = agree(lambda: on_rank_0(lambda: trace(self.task)))
         rows, activity = self._repeated(plain), {}
         if all(row.ok for row in rows):
@@ -63,7 +63,7 @@ class Runs:
         return gather(comparison.rows)[0]
 
     def _way(self, way: Way, plain: Trace | None) -> tuple[tuple[Row, ...], dict[str, int]]:
-        """(rows, activity) of one way."""
+        """Rows and activity of one way."""
         comparison = Comparison(way.name, self.parts, self.tolerance)
         run = agree(lambda: Sharded(self.task, way, self.mesh, self.recompute))
         try:
@@ -77,13 +77,13 @@ class Runs:
         return gather(comparison.rows)[0], {"copies": run.copies, "moved": run.moved}
 
     def _train(self, run: Sharded, way: Way, comparison: Comparison, plain: Trace | None) -> None:
-        """All steps; an error of any rank is one of all after the step it is raised in."""
+        """Run all steps; an error that one rank raises in a step is raised on all ranks after that step."""
         for number in range(self.task.steps):
             agree(partial(self._step, run, way, number, comparison, plain))
         agree(lambda: self._weights(run, comparison, plain))
 
     def _step(self, run: Sharded, way: Way, number: int, comparison: Comparison, plain: Trace | None) -> None:
-        """One step, and what is done after it; only rank 0 has what to compare with."""
+        """Run one step and compare it; only rank 0 has the plain run to compare with."""
         step = run.step(number)
         if plain is not None:
             comparison.step(number, step, plain.steps[number])
@@ -100,11 +100,11 @@ class Runs:
 
 
 def start_row(model: nn.Module, weights: Mapping[str, str]) -> Row:
-    """The weights that each rank's model starts from against those of rank 0. Collective.
+    """Compare the weights that each rank's model starts from with those of rank 0. Collective.
 
     Args:
-        model: of this rank.
-        weights: its digests.
+        model: the model of this rank.
+        weights: digests of its weights.
     """
     everywhere = gather(weights)
     names = dict.fromkeys(name for there in everywhere for name in there)

@@ -30,13 +30,13 @@ class Sharded:
 
     Args:
         task: what is trained.
-        way: how.
+        way: how it is trained.
         mesh: as `fully_shard` takes it.
         recompute: switches activation checkpointing on, before the model is sharded.
 
     Attributes:
-        copies: of experts that were planned, over all layers and steps.
-        moved: experts that got another owner, over all steps.
+        copies: number of copies planned, over all layers and steps.
+        moved: number of changes of owners, over all steps.
     """
 
     def __init__(self, task: Task, way: Way, mesh: DeviceMesh | None, recompute: Recompute | None) -> None:
@@ -68,7 +68,7 @@ class Sharded:
         return Step(loss, norm, gradients, loads, evaluation)
 
     def _pass(self, number: int, step: int) -> float:
-        """Forward and backward of one micro-batch; its loss."""
+        """Run forward and backward pass of one micro-batch; returns its loss."""
         last = number == self._task.numbers(step)[-1]
         with self._engine.no_sync() if self._way.no_sync and not last else nullcontext():
             loss = self._task.loss(self._engine.model, number, self._rank)
@@ -92,12 +92,12 @@ class Sharded:
         self._engine.load(folder, self._optimizer)
 
     def close(self) -> None:
-        """Give back process groups and threads."""
+        """Release process groups and threads."""
         self._engine.close()
 
 
 def _mean(value: float) -> float:
-    """Over all ranks."""
+    """The mean of `value` over all ranks."""
     everywhere = gather(value)
     return sum(everywhere) / len(everywhere)
 
@@ -107,7 +107,7 @@ def _owners(engine: FSSDP) -> Sequence[NDArray[np.int64]]:
 
 
 def _gradients(engine: FSSDP) -> dict[str, Tensor]:
-    """Whole gradients of all trained parameters by original name, on the CPU of every rank; zeros where none came."""
+    """Whole gradients of all trained parameters by original name, on the CPU of every rank; zeros if there is none."""
     full = {
         name: full_tensor(torch.zeros_like(p) if p.grad is None else p.grad)
         for name, p in engine.model.named_parameters()
@@ -118,7 +118,7 @@ def _gradients(engine: FSSDP) -> dict[str, Tensor]:
 
 
 def _stacked(entry: OwnedExperts) -> Tensor:
-    """The gradient of one stacked weight, `[experts, *shape]`, of the rows that their owners have."""
+    """The gradient of one stacked weight, `[experts, *shape]`, put together from the rows of all owners."""
     gradient = entry.parameter.grad
     local = local_tensor(torch.zeros_like(entry.parameter) if gradient is None else gradient)
     parts = gather((entry.experts, entry.of(local).cpu()))

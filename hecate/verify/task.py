@@ -19,7 +19,7 @@ from hecate.values.initialize import on_meta
 __all__ = ["Task", "adamw", "build", "digests", "gather_batches", "loss_of_output"]
 
 EPSILON = 1e-4
-"""Of the default AdamW: above rounding noise, which a smaller one would make a whole step of."""
+"""Epsilon of the default AdamW: large enough that a gradient that is only rounding noise causes no large step."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Task:
 
     Attributes:
         model_fn: makes the model.
-        dtype: that its parameters and buffers are cast to; None leaves them.
-        device: that batches are put on.
-        batches: by number and rank, on the CPU.
+        dtype: dtype that its parameters and buffers are cast to; None leaves them.
+        device: device that batches are put on.
+        batches: batches by number and rank, on the CPU.
         loss_fn: (model, batch) -> the scalar to differentiate.
-        optimizer_fn: of a model, sharded or not.
+        optimizer_fn: makes the optimizer of a model, sharded or not.
         steps: optimizer steps.
-        accumulate: micro-batches of a rank in a step.
-        max_norm: gradients are clipped to it.
-        seed: of everything that the model draws.
+        accumulate: micro-batches per rank and step.
+        max_norm: norm that gradients are clipped to.
+        seed: seed of all random numbers that the model draws.
         weights: digests of the weights that `model_fn` gave first; see `digests`.
     """
 
@@ -53,10 +53,10 @@ class Task:
     weights: Mapping[str, str]
 
     def build(self) -> nn.Module:
-        """The model once more, ready to train.
+        """Make the model again, ready to train.
 
         Raises:
-            ValueError: it has other weights than the first one.
+            ValueError: its weights differ from those of the first model.
         """
         model = build(self.model_fn, self.dtype, self.seed)
         again = digests(model)
@@ -68,7 +68,7 @@ class Task:
         return model
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """The user's optimizer; TypeError if it is none."""
+        """Make the user's optimizer; TypeError if it is not an optimizer."""
         optimizer = self.optimizer_fn(model)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -77,14 +77,14 @@ class Task:
         return optimizer
 
     def numbers(self, step: int) -> range:
-        """Of the micro-batches of a step."""
+        """The numbers of the micro-batches of a step."""
         return range(step * self.accumulate, (step + 1) * self.accumulate)
 
     def loss(self, model: nn.Module, number: int, rank: int) -> Tensor:
-        """The loss of one micro-batch of one rank. What is drawn depends on the two alone, wherever it is computed.
+        """The loss of one micro-batch of one rank. Random numbers depend only on micro-batch and rank.
 
         Raises:
-            ValueError: it is no scalar, or has no gradient where it should.
+            ValueError: the loss is not a scalar, or in training depends on no trainable parameter.
         """
         _, world = rank_and_world()
         torch.manual_seed(self.seed + 1 + number * world + rank)
@@ -111,8 +111,8 @@ def build(model_fn: Callable[[], nn.Module], dtype: torch.dtype | None, seed: in
     """`model_fn()` after seeding, cast and in training mode.
 
     Raises:
-        TypeError: it is no module.
-        ValueError: it has no values yet.
+        TypeError: the result is not a module.
+        ValueError: the model has no values yet.
     """
     torch.manual_seed(seed)
     model = model_fn()
@@ -142,8 +142,8 @@ def gather_batches(batch_fn: Callable[..., Any], count: int, dtype: torch.dtype 
 
     Args:
         batch_fn: `batch_fn(number)` or `batch_fn(number, rank)`.
-        count: batches of a rank.
-        dtype: that floating-point tensors are cast to; None leaves them.
+        count: number of batches per rank.
+        dtype: dtype that floating-point tensors are cast to; None leaves them.
     """
     rank, _ = rank_and_world()
     takes = len(agree(lambda: _required(batch_fn)))

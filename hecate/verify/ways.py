@@ -14,7 +14,7 @@ from hecate.config import FSSDPConfig, PolicyName
 __all__ = ["Recompute", "Way", "offered_recomputation", "ways"]
 
 SLOTS = 2
-"""Copies of a layer that a device may hold where the ways are to copy as much as they can."""
+"""Memory slots in the ways that copy as much as they can, if the config leaves them to "auto"."""
 
 Recompute = Callable[[nn.Module], object]
 
@@ -25,7 +25,7 @@ class Way:
 
     Attributes:
         name: in the report.
-        config: of FSSDP.
+        config: settings for `fully_shard`.
         recompute: switch activation checkpointing on.
         no_sync: reduce the dense part's gradients in the last micro-batch of a step only.
         evaluate: evaluate between forward and backward passes and between steps.
@@ -45,7 +45,7 @@ def ways(config: FSSDPConfig, policies: Sequence[PolicyName], recompute: bool) -
 
     Args:
         config: the user's.
-        policies: the first one is that of all ways after the policies' own.
+        policies: one way per policy; all further ways use the first policy.
         recompute: whether the model can recompute activations.
     """
     yield Way("as configured", config)

@@ -29,8 +29,8 @@ def experts_of(rows: Tensor, owners: Placement, mesh: DeviceMesh | None, transpo
     Args:
         rows: `[owned, *rest]` of this device, by ascending expert id.
         owners: the owner of each of the `num_experts` experts.
-        mesh: the mesh of the entry; None without one.
-        transport: between the owners; None without a mesh.
+        mesh: the mesh of the entry; None on one device.
+        transport: transport between the owners; None on one device.
 
     Returns:
         DTensor `[num_experts, *rest]`; a plain tensor without a mesh. It shares memory with `rows` if nothing had to
@@ -56,8 +56,8 @@ def rows_of(
         entry: a state dict entry for which `misfit` returns None.
         owners: the owner of each expert.
         rank: this device's rank among the owners.
-        mesh: the mesh of the model; None without one.
-        transport: between the owners; None without a mesh.
+        mesh: the mesh of the model; None on one device.
+        transport: transport between the owners; None on one device.
     """
     if not isinstance(entry, DTensor):
         return entry.detach()[torch.from_numpy(owners.held_by(rank)).to(entry.device)]

@@ -78,7 +78,7 @@ class ExpertsModule(nn.Module):
         return self._hecate_experts[0]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As torch documents for subclasses that save otherwise. Collective, unless devices own their part of entries.
+        """Override torch's method, as its documentation allows. Collective, unless owners are in the order of entries.
 
         With `keep_vars`, entries are part of the autograd graph: their gradients go to the pool's parameters.
         """
@@ -149,7 +149,7 @@ def _look_at(module: ExpertsModule, kind: str, entry: Tensor | None, assign: boo
 
 
 def _difference(found: list[_Found]) -> str:
-    """What keeps an entry from being loaded, and where."""
+    """Why an entry cannot be loaded, and the ranks that say so."""
     for rank, f in enumerate(found):
         if f.problem is not None:
             return f"{f.problem} on rank {rank}"
@@ -170,9 +170,9 @@ def _from_rank_0(weight: InPool, entry: Tensor | None, device: torch.device) -> 
     """Broadcast an entry that only rank 0 has. Collective.
 
     Args:
-        weight: its shape and dtype.
+        weight: gives shape and dtype.
         entry: the entry on rank 0, None elsewhere.
-        device: where the result goes.
+        device: device of the result.
     """
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     if entry is not None:

@@ -1,9 +1,9 @@
 """Makes `optimizer.state_dict()` and `load_state_dict()` independent of owners: state is by expert, not by slot.
 
-An optimizer's state of a pool has a row per slot of this device. In a state dict each of its tensors is one DTensor of
-the `num_experts` of all the pool's layers, in the order (layer, expert), as `by_expert.py` has it, and the parameter
-group says so: `BY_EXPERT` is True. Groups are loaded with the state, so that what was loaded into an optimizer that the
-engine does not know yet is recognized when it is met: before its first step, or when it is saved.
+In an optimizer, a state tensor of a pool has one row per slot of this device. In a state dict it is one DTensor with
+one row per expert of all layers of the pool, in the order (layer, expert), see `by_expert.py`, and `BY_EXPERT` is True
+in the parameter group. Parameter groups are loaded together with the state. So the engine recognizes state by expert
+that was loaded before it knew the optimizer, and converts it before the first step, or when the optimizer is saved.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from hecate.values.local import local_tensor
 __all__ = ["BY_EXPERT", "OptimizerStates"]
 
 BY_EXPERT = "hecate_by_expert"
-"""In a parameter group with pools: whether their state is by expert. In an optimizer that is met it has rows: False."""
+"""Key in a parameter group with pools: whether their state is by expert. False in optimizers that the engine knows."""
 
 
 @dataclass(frozen=True)
 class _PoolState:
-    """What an optimizer or a state dict has of one of a pool's parameters.
+    """The state of one parameter of a pool, in an optimizer or in a state dict.
 
     Attributes:
-        name: of the parameter.
-        pool: it is of.
-        values: by key.
-        by_expert: `BY_EXPERT` of its group; None without.
+        name: name of the parameter.
+        pool: the pool that it belongs to.
+        values: the state by key.
+        by_expert: value of `BY_EXPERT` in its parameter group; None if the group does not have that key.
     """
 
     name: str
@@ -52,13 +52,14 @@ class _PoolState:
 
     @property
     def owners(self) -> Placement:
-        """Of the experts of all the pool's layers."""
+        """The owners of the experts of all layers of the pool."""
         return Placement.from_owners(np.concatenate(self.pool.owners), self.pool.num_devices)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Those that are by row or expert, in one order on all ranks; ValueError for what cannot be either.
+        """The tensors with one row per slot or per expert, in the same order on all ranks.
 
-        On one device state of any other shape is in order, and stays as it is.
+        On one device, state of another shape is left out; it can stay as it is. On several devices ValueError for state
+        that is neither such a tensor nor a number.
         """
         for key in sorted(self.values):
             value = self.values[key]
@@ -76,8 +77,8 @@ class OptimizerStates:
     """Brings the state of optimizers from slots to experts for state dicts, and back.
 
     Args:
-        pools: in the order of their names.
-        comms: among their owners.
+        pools: all pools, in the order of their names.
+        comms: process groups of the devices that share the experts.
     """
 
     def __init__(self, pools: Sequence[ExpertPool], comms: Comms) -> None:
@@ -87,13 +88,15 @@ class OptimizerStates:
             for kind, parameter in pool.parameters.items()
         }
         self._comms = comms
-        self._met: list[weakref.ref[Optimizer]] = []  # in the order of meeting, the same on all ranks
+        self._met: list[weakref.ref[Optimizer]] = []  # in the order in which they were met, the same on all ranks
 
     def meet(self, optimizer: Optimizer) -> None:
-        """Before it steps or is saved: give it the rows of what it loaded by expert. Collective if it has such state.
+        """Get to know an optimizer, and convert state that it has loaded by expert to rows of slots.
+
+        Call it before the optimizer steps or is saved. Collective if it has such state.
 
         Raises:
-            ValueError: state that is neither of this run nor by expert; on all ranks.
+            ValueError: state that was neither made in this run nor loaded by expert; on all ranks.
         """
         if all(known() is not optimizer for known in self._met):
             self._met.append(weakref.ref(optimizer))
@@ -110,7 +113,7 @@ class OptimizerStates:
             group[BY_EXPERT] = False
 
     def optimizers(self) -> list[tuple[int, Optimizer]]:
-        """Those that are alive, each with its number among all that were ever met."""
+        """The optimizers that are alive, each with its number among all that were ever met."""
         alive = ((number, known()) for number, known in enumerate(self._met))
         return [(number, optimizer) for number, optimizer in alive if optimizer is not None]
 
@@ -119,7 +122,7 @@ class OptimizerStates:
         return self._homes.get(parameter)  # type: ignore[call-overload]  # keys of optimizer.state may be anything
 
     def _states(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]]) -> list[_PoolState]:
-        """Of the pools in `groups`, by parameter."""
+        """The state of all parameters of pools in `groups`."""
         return [
             _PoolState(*self._homes[parameter], values, group.get(BY_EXPERT))
             for group in groups
@@ -147,12 +150,12 @@ class OptimizerStates:
         try:
             optimizer.register_state_dict_post_hook(by_expert)
         except AttributeError:
-            return  # a wrapper that is no whole optimizer, accelerate's say: the one inside is met when it steps
+            return  # a wrapper without these hooks, e.g. accelerate's: the optimizer inside is met when it steps
         optimizer.register_load_state_dict_pre_hook(check)
         optimizer.register_load_state_dict_post_hook(take)
 
     def _packed(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Any, _PoolState]]:
-        """Key in a state dict, and what it has of each pool."""
+        """The state of each parameter of a pool in a state dict, with its key there."""
         found = []
         for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
             for parameter, key in zip(group["params"], packed["params"], strict=False):
@@ -161,7 +164,7 @@ class OptimizerStates:
         return found
 
     def _to_experts(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Collective, unless the owners of all experts are in order."""
+        """Convert the state in a state dict. Collective, unless the owners of all experts are in order."""
         packed = self._packed(optimizer, state_dict)
         states = [state for _, state in packed]
         if all(in_order(state.owners) for state in states):
@@ -169,14 +172,14 @@ class OptimizerStates:
                 _check_rows(state)
         else:
             _check_together(_check_rows, states)
-        for key, state in packed:  # of a dict of its own, whose values are the optimizer's: replaced, not changed
+        for key, state in packed:  # the values are those of the optimizer, so they are replaced and not changed
             state_dict["state"][key] = state.values | self._entries(state)
         for group in state_dict["param_groups"]:
             if BY_EXPERT in group:
                 group[BY_EXPERT] = True
 
     def _entries(self, state: _PoolState) -> dict[str, Tensor]:
-        """Its tensors by expert."""
+        """The tensors of `state`, which have a row per slot, by expert."""
         owners, pool = state.owners, state.pool
         owned = len(owners.held_by(pool.rank))
         with self._comms.guard(), torch.no_grad():
@@ -186,7 +189,7 @@ class OptimizerStates:
             }
 
     def _rows(self, state: _PoolState) -> dict[str, Tensor]:
-        """Its tensors with a row a slot."""
+        """The tensors of `state`, which are by expert, with a row per slot."""
         pool, rows = state.pool, {}
         for key, value in state.tensors():
             with self._comms.guard(), torch.no_grad():
@@ -208,11 +211,11 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-# ValueError where state cannot be what it has to be.
+# Checks that raise ValueError.
 
 
 def _check_rows(state: _PoolState) -> None:
-    """To be brought from slots to experts."""
+    """Check that the tensors can be converted from slots to experts."""
     for key, value in state.tensors():
         if local_tensor(value).shape[0] != state.pool.slots:
             raise ValueError(
@@ -222,7 +225,7 @@ def _check_rows(state: _PoolState) -> None:
 
 
 def _check_loaded(state: _PoolState) -> None:
-    """To be brought from experts to slots, or of no order."""
+    """Check that the tensors can be converted from experts to slots, or need no conversion."""
     if state.by_expert is None:
         _check_constant(state)
         return
@@ -233,7 +236,7 @@ def _check_loaded(state: _PoolState) -> None:
 
 
 def _check_new(state: _PoolState) -> None:
-    """Likewise, of a state dict."""
+    """`_check_loaded` for state in a state dict that is about to be loaded."""
     if state.by_expert is False:
         raise ValueError(
             f"optimizer state of {state.name} to be loaded has rows of slots, whose experts may have moved since; load "
@@ -243,7 +246,7 @@ def _check_new(state: _PoolState) -> None:
 
 
 def _check_constant(state: _PoolState) -> None:
-    """Of unknown order, tensors must have one value only: that which an optimizer begins with."""
+    """Check tensors whose order is unknown: all values must be equal, as in an optimizer that has not stepped yet."""
     for key, value in state.tensors() if state.pool.num_devices > 1 else ():
         local = local_tensor(value)
         if local.numel() and not bool((local == local.flatten()[0]).all()):
@@ -254,7 +257,7 @@ def _check_constant(state: _PoolState) -> None:
 
 
 def _check_together(check: Callable[[_PoolState], None], states: Sequence[_PoolState]) -> None:
-    """What `check` raises on one rank is raised on all; so is ValueError where ranks differ. Collective."""
+    """Call `check` on all states; raise its error on all ranks, and ValueError if ranks differ. Collective."""
 
     def described() -> list[tuple[str, str, tuple[int, ...], str, bool]]:
         for state in states:

@@ -84,7 +84,7 @@ class OptimizerWatch:
         _watches.discard(self)
 
     def hold(self, optimizer: Optimizer) -> None:
-        """As `add`; until a step is made, its state is known even if `optimizer` was only a passing wrapper."""
+        """`add` it, and keep it alive until a step is made: `optimizer` may be a wrapper that the caller drops."""
         self.add(optimizer)
         self._held = optimizer
 

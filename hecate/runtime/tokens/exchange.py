@@ -94,7 +94,7 @@ def order_by_expert(
         arriving: int64 `[D, P]`, rows from each sender for each (expert, device) pair of the plan.
         rank: this device.
         local_rows: experts held here, in the order of their rows.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         int64 `[M]`, and the number of rows per expert held here, in the order of its rows.
