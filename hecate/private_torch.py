@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -171,7 +172,7 @@ def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precisi
     Returns:
         False, and nothing is changed, with a torch whose modules have one group only (2.11).
     """
-    groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
+    groups: list[Any] | None = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
     if groups is None:
         return False
     first = groups[0]
@@ -194,12 +195,46 @@ def forget_step(model: nn.Module) -> None:
     """
     if not isinstance(model, FSDPModule):
         return
-    model.reset_iter_state()
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
+    else:
+        _reset_iter_state(model)
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in _parameter_groups(module) if isinstance(module, FSDPModule) else ():
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):  # set by the first pass
                     parameter._unsharded_param.grad = None
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """The groups in which FSDP2 gathers the parameters of one module: since torch 2.12 a list, in 2.11 one or None."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _reset_iter_state(model: FSDPModule) -> None:
+    """What `FSDPModule.reset_iter_state` does since torch 2.13, for 2.11 and 2.12, which do not have it.
+
+    Without it the first pass after one that raised would take itself for a part of that pass: it would not reduce
+    gradients, and would gather weights that are still gathered.
+    """
+    root: Any = model._get_fsdp_state()
+    root._comm_ctx.post_forward_order.clear()
+    root._comm_ctx.all_gather_state = None
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        idle = type(state._training_state).IDLE
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+        for group in _parameter_groups(module):
+            group.finalize_backward()  # waits for all communication of the group
+            group._partial_reduce_output = None
+            group._training_state = idle
+            group.reshard()

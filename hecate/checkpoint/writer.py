@@ -146,6 +146,8 @@ def _finish(where: str, writer: ProvingWriter, metadata: Metadata, proofs: Seque
     """Write the metadata; ValueError unless the ranks' chunks cover every tensor exactly once."""
     files = {name: proof for rank in proofs for name, proof in rank.files.items()}
     writer.finish(metadata, [list(rank.chunks) for rank in proofs])
+    # Some versions of torch (2.11) fill a copy of the metadata.
+    metadata.storage_data = {chunk.index: chunk.storage_data for rank in proofs for chunk in rank.chunks}
     if len(metadata.storage_data) != sum(len(rank.chunks) for rank in proofs):
         raise ValueError(f"{where}: two ranks wrote the same chunk of a tensor")
     sizes = {name: proof.num_bytes for name, proof in files.items()}
