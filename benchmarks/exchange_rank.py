@@ -68,8 +68,9 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
 def _comms(topology: Topology) -> Comms:
     """For tokens alone."""
     exposed = ExposedTime()
-    copies, gradients = (Lane(torch.device("cpu"), exposed) for _ in range(2))
-    return Comms(dist.get_rank(), topology, dist.group.WORLD, None, None, None, copies, gradients, exposed, heart=None)
+    copies, gradients, averages = (Lane(torch.device("cpu"), exposed) for _ in range(3))
+    tokens = dist.group.WORLD
+    return Comms(dist.get_rank(), topology, tokens, None, None, None, copies, gradients, averages, exposed, heart=None)
 
 
 def _there_and_back(

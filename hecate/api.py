@@ -154,7 +154,9 @@ class FSSDP(Stateful):
     def no_sync(self) -> Iterator[None]:
         """Context in which gradients of the dense part are accumulated without being reduced.
 
-        Gradients of experts are still reduced to their owners in every backward pass.
+        Gradients of experts are still reduced to their owners in every backward pass. With replicas, they are kept
+        apart until a backward pass outside of this context averages them; `zero_grad()` does not drop them, as it does
+        not drop what FSDP2 keeps, but `skip_step` does.
         """
         self._parts.dense.set_sync(False)
         try:

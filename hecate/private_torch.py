@@ -215,13 +215,13 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
-def _reset_iter_state(model: FSDPModule) -> None:
+def _reset_iter_state(model: nn.Module) -> None:
     """What `FSDPModule.reset_iter_state` does since torch 2.13, for 2.11 and 2.12, which do not have it.
 
     Without it the first pass after one that raised would take itself for a part of that pass: it would not reduce
     gradients, and would gather weights that are still gathered.
     """
-    root: Any = model._get_fsdp_state()
+    root: Any = model._get_fsdp_state()  # type: ignore[operator]  # model is an FSDPModule
     root._comm_ctx.post_forward_order.clear()
     root._comm_ctx.all_gather_state = None
     root._state_ctx.iter_forward_root = None

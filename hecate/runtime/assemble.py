@@ -80,7 +80,7 @@ def assemble(setup: Setup, model: nn.Module) -> Parts:
     dense = make_dense(setup, model, [p for pool in pools for p in pool.parameters.values()])
     watch, resharder = _follow_optimizers(setup, model, pools, layers, comms, before)
     ahead = PlanAhead(layers, comms.topology.devices_per_node)
-    passes = Passes(layers, pools, comms, dense, ahead, rematerialize=rematerialize)
+    passes = Passes(layers, comms, dense, ahead, rematerialize=rematerialize)
     unchanged = Unchanged(model, pools)
     engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, shared, setup.device, unchanged)
     for module in experts:

@@ -138,7 +138,7 @@ class Lane:
         self._exposed = exposed
         self._stream = torch.cuda.Stream(device) if self.on_cuda else None
 
-    def start(self, layer: int, launch: Callable[[], Work]) -> Pending:
+    def start(self, layer: int, launch: Callable[[], Work | dist.Work]) -> Pending:
         """Launch communication that begins after all compute issued so far.
 
         Args:
@@ -147,7 +147,7 @@ class Lane:
         """
         if self._stream is None:
             work = launch()
-            return Pending(lambda: self._exposed.wait(layer, work.wait, on_cuda=False), launch)
+            return Pending(lambda: self._exposed.wait(layer, lambda: _finish(work), on_cuda=False), launch)
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._current():
             launch().wait()
@@ -160,6 +160,10 @@ class Lane:
 
     def _current(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _finish(work: Work | dist.Work) -> None:
+    work.wait()
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Comms:
         copies: lane of SparseAllGather (copies of experts), so that prefetch overlaps with compute.
         gradients: lane of SparseReduceScatter (gradients of experts), so that a reduction does not queue behind the
             next layer's copies.
+        averages: lane of the all-reduce over replicas, so that it does not hold up the next layer's gradients.
         exposed: time that compute waited for communication.
         heart: finds out which ranks are missing; None without a process group.
     """
@@ -189,6 +194,7 @@ class Comms:
     replicas: dist.ProcessGroup | None
     copies: Lane
     gradients: Lane
+    averages: Lane
     exposed: ExposedTime
     heart: Heartbeat | None
 
@@ -236,7 +242,7 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, h
     A group over gloo costs each rank a few threads and a connection per other rank; `Comms.close` gives them back.
     """
     exposed = ExposedTime()
-    lanes = (Lane(device, exposed), Lane(device, exposed))
+    lanes = (Lane(device, exposed), Lane(device, exposed), Lane(device, exposed))
     if mesh is None:
         return Comms(0, Topology(1, 1), None, None, None, None, *lanes, exposed, heart)
     shard = mesh.get_group(mesh.ndim - 1)

@@ -202,7 +202,7 @@ class LayerCopies:
             parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
         return parts
 
-    def reduce(self, grads: Mapping[str, Sequence[Tensor]]) -> Reduction:
+    def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor] | None = None) -> Reduction:
         """Start to sum gradients at the owners. Collective.
 
         In state HELD. Gradients of experts that only their owner holds are added at once; the others are sent in
@@ -210,6 +210,7 @@ class LayerCopies:
 
         Args:
             grads: kind -> one gradient `[*shape]` per expert held here, in the order of `experts`.
+            target: where owners add them; see `ExpertPool.add_gradients`.
         """
         self._require(CopyState.HELD)
         layer, owned = self.layer, self._owned
@@ -218,13 +219,19 @@ class LayerCopies:
         shared = [i for i, e in enumerate(owned) if held[e] > 1]
         travel = shared + list(range(len(owned), len(self.experts)))
         own = {kind: [grad[i] for i in alone] for kind, grad in grads.items()}
-        layer.pool.add_gradients(layer.place, alone, own, layer.comms.gradient_scale)
+        layer.pool.add_gradients(layer.place, alone, own, layer.comms.gradient_scale, target)
         layout = layer.gradient_layout(grads)
         rows = self._gradient_rows(len(travel), layout, layer.dtypes.reduce)
         layout.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
-        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)), layout)
+        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)), layout, target)
 
-    def _reduce(self, shared: list[int], contributed: dict[int, Tensor], layout: ChunkLayout) -> Reduction:
+    def _reduce(
+        self,
+        shared: list[int],
+        contributed: dict[int, Tensor],
+        layout: ChunkLayout,
+        target: Mapping[str, Tensor] | None,
+    ) -> Reduction:
         layer, wire = self.layer, self.layer.dtypes.reduce
         transport = layer.comms.reductions
         if transport is None or not self._anything_shared:
@@ -236,7 +243,8 @@ class LayerCopies:
         home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(moves, contributed, sums_of, wire))
 
         def add() -> None:
-            layer.pool.add_gradients(layer.place, shared, layout.views(sums), layer.comms.gradient_scale)
+            scale = layer.comms.gradient_scale
+            layer.pool.add_gradients(layer.place, shared, layout.views(sums), scale, target)
 
         return Reduction(home, add)
 

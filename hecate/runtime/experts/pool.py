@@ -11,7 +11,6 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +35,8 @@ class ExpertPool:
         slots: rows of this device, the same on every device.
         parameters: kind -> the registered parameter, `[slots * devices, *shape]` as DTensor, `[slots, *shape]` without
             a mesh.
+        unreduced: kind -> `[slots, *shape]`, gradients of this replica that were not averaged over replicas yet,
+            because their passes ran inside `no_sync`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ExpertPool:
         self.num_devices = num_devices
         self.mesh = mesh
         self.device = device
+        self.unreduced: dict[str, Tensor] = {}
         self.set_owners(self.initial_owners())
         self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
         self.parameters = {
@@ -134,7 +136,12 @@ class ExpertPool:
         return [Stack(self.specs[i].name, self.weights_of(i), experts.tolist()) for i, experts in owned]
 
     def add_gradients(
-        self, place: int, positions: Sequence[int], grads: Mapping[str, Sequence[Tensor] | Tensor], scale: float
+        self,
+        place: int,
+        positions: Sequence[int],
+        grads: Mapping[str, Sequence[Tensor] | Tensor],
+        scale: float,
+        target: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add gradients to those of a layer's owned experts.
 
@@ -143,14 +150,15 @@ class ExpertPool:
             positions: positions of the experts among the layer's owned experts.
             grads: kind -> one gradient `[*shape]` per position.
             scale: factor of the gradients.
+            target: kind -> `[owned, *shape]`, where to add them; None adds to `.grad` of the parameters.
         """
-        start = self.rows(place).start
+        owned = self.rows(place)
         for kind, rows in grads.items():
             if not self.parameters[kind].requires_grad:  # frozen since the forward pass
                 continue
-            target = self.gradient(kind)
+            sums = self.gradient(kind)[owned] if target is None else target[kind]
             for position, row in zip(positions, rows, strict=True):
-                target[start + position].add_(row, alpha=scale)
+                sums[position].add_(row, alpha=scale)
 
     def gradient(self, kind: str) -> Tensor:
         """Gradient rows `[slots, *shape]` of this device; made of zeros if there is no gradient yet."""
@@ -163,19 +171,11 @@ class ExpertPool:
         """(kind, parameter) of the kinds that get gradients now; users may freeze and unfreeze them."""
         return ((kind, p) for kind, p in self.parameters.items() if p.requires_grad)
 
-    def average_gradients(self, replicas: dist.ProcessGroup) -> None:
-        """Average gradients over the devices that own the same experts. Collective.
-
-        A parameter that has no gradient on any of them gets none.
-        """
-        trained = [kind for kind, _ in self.trainable()]
-        flags = [int(self.parameters[kind].grad is not None) for kind in trained]
-        reached = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(reached, op=dist.ReduceOp.MAX, group=replicas)
-        for kind in (kind for kind, by_any in zip(trained, reached.tolist(), strict=True) if by_any):
-            gradient = self.gradient(kind)
-            dist.all_reduce(gradient, group=replicas)
-            gradient.div_(replicas.size())
+    def unreduced_rows(self, kind: str) -> Tensor:
+        """Rows `[slots, *shape]` of `unreduced`; made of zeros if there are none yet."""
+        if kind not in self.unreduced:
+            self.unreduced[kind] = torch.zeros_like(local_tensor(self.parameters[kind]))
+        return self.unreduced[kind]
 
     def fill(self, place: int, experts: nn.Module) -> None:
         """Copy this device's owned experts of a layer from the stacked parameters of `experts`; skip those on meta."""

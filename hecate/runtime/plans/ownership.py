@@ -133,4 +133,5 @@ class Resharder:
             tensors.append(local_tensor(parameter))
             if parameter.grad is not None:
                 tensors.append(local_tensor(parameter.grad))
+        tensors += [pool.unreduced[kind] for kind in pool.parameters if kind in pool.unreduced]
         return tensors + [tensor for follower in self._followers for tensor in follower(pool)]

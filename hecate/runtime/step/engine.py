@@ -200,6 +200,7 @@ class Engine:
                 pool.set_owners(owners if pool.fits(owners) else pool.owners)
         for layer in self.layers:
             layer.restart(None if plans is None else plans[layer.name], cost)
+        self.passes.gradients.discard()
         for parameter in () if self._model is None else self._model.parameters():
             parameter.grad = None
 

@@ -11,8 +11,9 @@ from hecate.labels import label
 from hecate.private_torch import post_accumulate_hooks, refuse_hooks
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
-from hecate.runtime.experts.copies import LayerCopies, Reduction
+from hecate.runtime.experts.copies import LayerCopies, LayerExperts, Reduction
 from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.step.replicas import ReplicaAverages
 
 __all__ = ["ExpertGradients"]
 
@@ -21,17 +22,18 @@ class ExpertGradients:
     """At most one layer's gradients are under way; the next layer's start when they have arrived.
 
     Args:
-        pools: own the experts.
+        layers: the experts of each MoE layer, in the order of the forward pass.
         comms: process groups and lanes.
         dense: knows whether gradients are reduced over replicas after this pass.
     """
 
-    def __init__(self, pools: Sequence[ExpertPool], comms: Comms, dense: Dense) -> None:
-        self._pools = tuple(pools)
+    def __init__(self, layers: Sequence[LayerExperts], comms: Comms, dense: Dense) -> None:
+        self._pools = tuple(dict.fromkeys(layer.pool for layer in layers))
         self._comms = comms
         self._dense = dense
-        self._under_way: list[Reduction] = []
-        self._complete: set[int] = set()  # ids of pools whose gradients are complete in the running backward pass
+        self._under_way: list[tuple[int, Reduction]] = []  # layer index and transfers
+        several = comms.replicas is not None and comms.replicas.size() > 1
+        self._averages = ReplicaAverages(layers, comms) if several else None
         self._nodes: dict[int, Node] = {}  # id of a pool's parameter -> its AccumulateGrad node
 
     def watch_hooks(self) -> None:
@@ -49,43 +51,39 @@ class ExpertGradients:
 
     def send(self, copies: LayerCopies, grads: Mapping[str, Sequence[Tensor]]) -> None:
         """Start to add the gradients of one layer's experts to the owners'. See `LayerCopies.reduce`. Collective."""
-        with self._comms.guard(), label("reduce", copies.layer.name):
-            self._finish()
-            self._under_way.append(copies.reduce(grads))
+        layer = copies.layer
+        with self._comms.guard(), label("reduce", layer.name):
+            self._arrive()
+            target = None if self._averages is None else self._averages.target(layer, grads, self._dense.sync)
+            self._under_way.append((layer.index, copies.reduce(grads, target)))
 
-    def arrive(self) -> None:
-        """Return when all gradients that were sent are at their owners."""
+    def next_pass(self) -> None:
+        """The backward pass of another micro-batch begins, or there is none: complete the gradients. Collective."""
         with self._comms.guard():
-            self._finish()
-
-    def complete(self) -> None:
-        """The backward pass is over: average over replicas what was not averaged yet. Collective."""
-        for pool in self._pools:
-            self._complete_pool(pool)
-        self._complete.clear()
+            self._arrive()
+            if self._averages is not None and self._dense.sync:
+                self._averages.end_round()
 
     def discard(self) -> None:
         """The backward pass raised: let transfers end, and add nothing more."""
-        for reduction in self._under_way:
+        for _, reduction in self._under_way:
             reduction.discard()
         self._under_way.clear()
-        self._complete.clear()
+        if self._averages is not None:
+            self._averages.discard()
 
-    def _finish(self) -> None:
-        for reduction in self._under_way:
+    def _arrive(self) -> None:
+        """Return when all gradients that were sent are at their owners; their averages over replicas begin."""
+        for index, reduction in self._under_way:
             reduction.finish()
+            if self._averages is not None and self._dense.sync:
+                self._averages.launch_down_to(index)
         self._under_way.clear()
 
     def _before(self, pool: ExpertPool, parameter: Tensor) -> None:
         """Runs when all layers of the pool have run backward: complete its gradients if user hooks will read them."""
         if post_accumulate_hooks(parameter):
-            self.arrive()
             with self._comms.guard():
-                self._complete_pool(pool)
-
-    def _complete_pool(self, pool: ExpertPool) -> None:
-        if id(pool) in self._complete:
-            return
-        self._complete.add(id(pool))
-        if self._dense.sync and self._comms.replicas is not None:
-            pool.average_gradients(self._comms.replicas)
+                self._arrive()
+                if self._averages is not None and self._dense.sync:
+                    self._averages.finish(pool)

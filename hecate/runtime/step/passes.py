@@ -22,7 +22,6 @@ from hecate.ranks.same import check_same, debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.copies import LayerCopies
-from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.gradients import ExpertGradients
@@ -39,7 +38,6 @@ class Passes:
 
     Args:
         layers: plans of each MoE layer, in the order of the forward pass.
-        pools: the pools that own the experts.
         comms: process groups, lanes and topology.
         dense: the dense part of the model.
         ahead: plans the next step while a backward pass runs.
@@ -49,7 +47,6 @@ class Passes:
     def __init__(
         self,
         layers: Sequence[LayerPlans],
-        pools: Sequence[ExpertPool],
         comms: Comms,
         dense: Dense,
         ahead: PlanAhead,
@@ -71,7 +68,7 @@ class Passes:
         self._in_backward: dict[int, MicroBatch] = {}  # by number: micro-batches of the running backward pass
         self._backward_of: MicroBatch | None = None  # the micro-batch whose backward runs now
         self._looped: set[int] = set()  # layers that were called several times in one forward pass
-        self.gradients = ExpertGradients(pools, comms, dense)
+        self.gradients = ExpertGradients([layer.experts for layer in layers], comms, dense)
 
     # The forward pass.
 
@@ -262,6 +259,8 @@ class Passes:
             self._dense.await_gradients()
             self._ahead.start()
             at_end_of_backward(self._finish_backward)
+        else:
+            self.gradients.next_pass()
         if micro_batch.state is PassState.FORWARD:  # backward() of a hidden state, called inside the forward pass
             micro_batch.advance(PassState.WAITING)
         micro_batch.advance(PassState.BACKWARD)
@@ -318,11 +317,10 @@ class Passes:
                 copies.launch()
 
     def _finish_backward(self) -> None:
-        self.gradients.arrive()
+        self.gradients.next_pass()
         self._end_backward()
         self._dense.leave()
         self._dense.reduce()
-        self.gradients.complete()
 
     def _end_backward(self) -> None:
         for number, micro_batch in self._in_backward.items():
