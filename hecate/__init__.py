@@ -1,5 +1,6 @@
 """Hecate: train Mixture-of-Experts models with fully sharded sparse data parallelism (FSSDP, arXiv 2502.02581)."""
 
+from hecate.adapters.stack import stack_experts
 from hecate.api import FSSDP, fully_shard
 from hecate.collectives.functional import sparse_all_gather, sparse_reduce_scatter
 from hecate.config import FSSDPConfig
@@ -18,5 +19,6 @@ __all__ = [
     "plan",
     "sparse_all_gather",
     "sparse_reduce_scatter",
+    "stack_experts",
     "verify",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hecate.adapters.stack import StackedExperts
 from hecate.checkpoint.background import SaveHandle, Saves
 from hecate.checkpoint.state import TrainingState, dense_tensors
 from hecate.checkpoint.state_dict import hide_pools
@@ -40,6 +41,9 @@ class Stateful:
 
     def __init__(self, model: nn.Module, setup: Setup) -> None:
         self.model = model
+        self._stacked = {m.spec.name: m.module for m in setup.layers if isinstance(m.module, StackedExperts)}
+        for stack in self._stacked.values():
+            stack.name_by_stack()
         self._names = [original_name(key) for key in model.state_dict(keep_vars=True)]
         self._format = format_of(original_modules(model)[""])
         self._parts: Parts = assemble(setup, model)
@@ -92,6 +96,8 @@ class Stateful:
                 full[name] = full_experts(entry, local_tensor(entry.parameter), self._comms.experts)
             else:
                 full[name] = full_tensor(dense[name])
+        for prefix, stack in self._stacked.items():
+            full = stack.named_by_expert(full, f"{prefix}.")
         return full
 
     def save(

@@ -13,6 +13,8 @@ Two kinds of experts modules are supported:
   `expert_mlp(rows [N, d], groups, {name: [experts, ...]}) -> [N, d]`, which runs the experts on rows sorted by expert;
 - a module that follows the experts interface of transformers (`hecate.adapters.transformers`).
 
+`hecate.stack_experts` makes such a module from a list of equal MLPs.
+
 Everything else in the module (submodules, buffers) stays in it and is treated like any dense part of the model.
 """
 
@@ -35,6 +37,7 @@ from hecate.adapters.transformers import (
 from hecate.experts import ExpertMLP, ExpertsSpec, WeightSpec
 from hecate.names import original_modules, original_name
 from hecate.ops.grouped import Groups
+from hecate.text import listed
 
 __all__ = ["FoundExperts", "OwnExperts", "find_experts"]
 
@@ -88,7 +91,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
         raise ValueError(
             f"fully_shard: {type(model).__name__} has no MoE layer that fits: no submodule has `expert_weights` and "
             f"`expert_mlp` (see hecate.adapters.base) or, as in transformers' experts interface, "
-            f"{', '.join(DESCRIPTION)}{_look_alikes(model)}"
+            f"{', '.join(DESCRIPTION)}{_look_alikes(model)}{_lists(model)}"
         )
     return found
 
@@ -147,12 +150,28 @@ def _width(name: str, weights: tuple[WeightSpec, ...]) -> int:
     return matrices[0][1]
 
 
+def _lists(model: nn.Module) -> str:
+    """Lists of modules whose name says that they are experts, as a hint in the error."""
+    lists = {n: m for n, m in original_modules(model).items() if isinstance(m, nn.ModuleList | nn.ModuleDict)}
+    found = [f"{n} ({type(m).__name__} of {len(m)})" for n, m in lists.items() if "expert" in n.rpartition(".")[2]]
+    if not found:
+        return ""
+    return f"; {listed(found)} must be one module: hecate.stack_experts makes it from a list of equal MLPs"
+
+
 def _look_alikes(model: nn.Module) -> str:
     """Modules whose class name suggests experts, the first one of each class, as a hint in the error."""
     kinds: dict[str, str] = {}
     for name, module in original_modules(model).items():
         if LOOKS_LIKE_EXPERTS.search(kind := type(module).__name__):
-            kinds.setdefault(kind, name)
-    if not kinds:
+            kinds.setdefault(kind, f"{name} ({kind}{_lacks(module)})")
+    return f"; what looks like one is {', '.join(kinds.values())}" if kinds else ""
+
+
+def _lacks(module: nn.Module) -> str:
+    """What keeps a module with stacked weights from being an experts module of transformers' interface."""
+    stacked = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    if not stacked:
         return ""
-    return "; what looks like one is " + ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
+    missing = [name for name in DESCRIPTION if not hasattr(module, name)]
+    return f" with {', '.join(f'{n}{list(s)}' for n, s in stacked.items())}, which lacks {', '.join(missing)}"

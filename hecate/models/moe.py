@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.ops.grouped import Groups, grouped_linear
+from hecate.ops.plain import run_experts
 
 __all__ = ["AuxScope", "Experts", "MoE", "Routing", "TopKGate"]
 
@@ -154,15 +155,8 @@ class Experts(nn.Module):
             top_k_index: int64 `[T, k]`, each in [0, E); -1: no expert.
             top_k_weights: `[T, k]`.
         """
-        top_k = top_k_index.shape[1]
-        expert, order = top_k_index.flatten().sort(stable=True)
-        absent, *sizes = torch.bincount(expert + 1, minlength=self.num_experts + 1).tolist()
-        order = order[absent:]
         weights = {name: getattr(self, name) for name in self.expert_weights}
-        output = self.expert_mlp(hidden[order // top_k], Groups.of(sizes, hidden.device), weights)
-        by_token = output.new_zeros(expert.numel(), output.shape[1]).index_copy(0, order, output)
-        shares = top_k_weights.masked_fill(top_k_index < 0, 0).unsqueeze(-1)
-        return (by_token.unflatten(0, top_k_index.shape) * shares).sum(dim=1).to(hidden.dtype)
+        return run_experts(self.expert_mlp, weights, hidden, top_k_index, top_k_weights)
 
 
 class MoE(nn.Module):

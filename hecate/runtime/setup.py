@@ -118,7 +118,8 @@ def _inspect(model: nn.Module, mesh: DeviceMesh | None, config: FSSDPConfig) -> 
     _check_model(model, mesh)
     found = enumerate(find_experts(model))
     layers = tuple(MoELayer(i, f.parent, f.module, f.spec, resolve_dtypes(f.spec, config)) for i, f in found)
-    buffers = on_meta(model) - {original_name(key) for key in model.state_dict()}
+    named = [*model.state_dict(), *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+    buffers = on_meta(model) - {original_name(name) for name in named}
     if buffers and (missing := buffers - initialize(model, [], config.seed, wanted=buffers)):
         raise ValueError(
             f"fully_shard: buffers {listed(missing)} are on the meta device and not in the state dict; the "
