@@ -6,6 +6,7 @@ namespace nb = nanobind;
 namespace hecate {
 void bind_paper(nb::module_& m);
 void bind_planning(nb::module_& m);
+void bind_tables(nb::module_& m);
 void bind_collectives(nb::module_& m);
 }  // namespace hecate
 
@@ -13,5 +14,6 @@ NB_MODULE(_native, m) {
   m.doc() = "Planning and schedules in C++ (no torch, no CUDA).";
   hecate::bind_paper(m);
   hecate::bind_planning(m);
+  hecate::bind_tables(m);
   hecate::bind_collectives(m);
 }

@@ -134,7 +134,7 @@ class Placement:
         return bool((self._matrix <= self._like(other, "<=")).all())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Placement) and np.array_equal(self._matrix, other._matrix)
+        return self is other or (isinstance(other, Placement) and np.array_equal(self._matrix, other._matrix))
 
     def __hash__(self) -> int:
         return self._hash

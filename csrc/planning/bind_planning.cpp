@@ -2,7 +2,9 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "planning/few_copies.hpp"
 #include "planning/plan_check.hpp"
@@ -29,35 +31,56 @@ Shape shape_of(const Counts& counts, int devices_per_node) {
   return {static_cast<int>(counts.shape(0)), static_cast<int>(counts.shape(1)), devices_per_node};
 }
 
+// int64 [pairs, 2]: (expert, device), ascending.
+Out pairs_of(const Holders& holders) {
+  const std::size_t pairs = holders.expert.size();
+  std::unique_ptr<std::int64_t[]> flat(new std::int64_t[2 * pairs]);
+  for (std::size_t p = 0; p < pairs; ++p) flat[2 * p] = holders.expert[p], flat[2 * p + 1] = holders.device[p];
+  nb::capsule owner;
+  std::int64_t* data = release_to(flat, owner);
+  return Out(data, {pairs, 2}, owner);
+}
+
+// The pairs of a placement and the quota over them.
 template <typename Fill>
-Out quota_array(const Counts& counts, const Holding& placement, int devices_per_node, Fill fill) {
+nb::tuple assigned(const Counts& counts, const Holding& placement, int devices_per_node, Fill fill) {
   std::unique_ptr<std::int64_t[]> quota;
   const Shape shape = shape_of(counts, devices_per_node);
-  std::size_t pairs = 0;
+  Holders holders;
   {
     nb::gil_scoped_release release;
-    const Holders holders = holders_of(placement.data(), shape);
-    pairs = holders.expert.size();
-    quota.reset(new std::int64_t[shape.devices * pairs]);
+    holders = holders_of(placement.data(), shape);
+    quota.reset(new std::int64_t[shape.devices * holders.expert.size()]);
     fill(holders, shape, quota.get());
   }
   nb::capsule owner;
   std::int64_t* data = release_to(quota, owner);
-  return Out(data, {counts.shape(0), pairs}, owner);
+  return nb::make_tuple(pairs_of(holders), Out(data, {counts.shape(0), holders.expert.size()}, owner));
 }
 
-Out exact_quota_array(const Counts& counts, const Holding& placement, int devices_per_node) {
-  return quota_array(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
+nb::tuple exact_assignment(const Counts& counts, const Holding& placement, int devices_per_node) {
+  return assigned(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
     const auto limit = min_max_load(column_sums(counts.data(), shape), holders, shape);
     const auto amounts = local_amounts(counts.data(), holders, shape, limit);
     split_by_source(counts.data(), holders, amounts, shape, quota);
   });
 }
 
-Out even_quota_array(const Counts& counts, const Holding& placement, int devices_per_node) {
-  return quota_array(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
+nb::tuple even_assignment(const Counts& counts, const Holding& placement, int devices_per_node) {
+  return assigned(counts, placement, devices_per_node, [&](const Holders& holders, const Shape& shape, auto* quota) {
     even_quota(counts.data(), holders, shape, quota);
   });
+}
+
+// Whether max/mean device load can be at most `ppm` / 1000000; at least the mean rounded up is always allowed.
+bool within(const Counts& counts, const Holding& placement, std::int64_t ppm) {
+  nb::gil_scoped_release release;
+  const Shape shape = shape_of(counts, 1);
+  const Tokens loads = column_sums(counts.data(), shape);
+  const std::int64_t total = std::accumulate(loads.begin(), loads.end(), std::int64_t{0});
+  const std::int64_t wanted = static_cast<std::int64_t>(static_cast<__int128>(total) * ppm / (shape.devices * 1000000LL));
+  const std::int64_t target = std::min(total, std::max(wanted, ceil_div(total, shape.devices)));
+  return balances(loads, holders_of(placement.data(), shape), shape, target);
 }
 
 using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -72,16 +95,9 @@ Out vector_array(const std::vector<T>& values, std::initializer_list<std::size_t
   return Out(data, shape, owner);
 }
 
-// int64 [pairs, 2]: (expert, device), ascending.
 Out holders_array(const Holding& placement) {
-  std::vector<std::int64_t> flat;
-  const int experts = static_cast<int>(placement.shape(0)), devices = static_cast<int>(placement.shape(1));
-  for (int e = 0; e < experts; ++e)
-    for_each_true(placement.data() + std::int64_t{e} * devices, devices, [&](int d) {
-      flat.push_back(e);
-      flat.push_back(d);
-    });
-  return vector_array(flat, {flat.size() / 2, 2});
+  const Shape shape{static_cast<int>(placement.shape(1)), static_cast<int>(placement.shape(0)), 1};
+  return pairs_of(holders_of(placement.data(), shape));
 }
 
 PlanArrays plan_arrays(const Holding& placement, const Vector& owners, const Counts& holders, const Counts& quota,
@@ -180,7 +196,9 @@ Out few_copies_array(const Vector& loads, const Holding& placement, int devices_
 }  // namespace
 
 void bind_planning(nb::module_& m) {
-  m.def("exact_quota", &exact_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("exact_assignment", &exact_assignment, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("even_assignment", &even_assignment, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
+  m.def("within", &within, nb::arg("counts"), nb::arg("placement"), nb::arg("ppm"));
   m.def("holders", &holders_array, nb::arg("placement"));
   m.def("plan_sums", &plan_sums, nb::arg("placement"), nb::arg("owners"), nb::arg("holders"), nb::arg("quota"),
         nb::arg("devices_per_node"));
@@ -193,7 +211,6 @@ void bind_planning(nb::module_& m) {
         nb::arg("allowed"), nb::arg("swaps"));
   m.def("few_copies", &few_copies_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
         nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("order"));
-  m.def("even_quota", &even_quota_array, nb::arg("counts"), nb::arg("placement"), nb::arg("devices_per_node"));
 }
 
 }  // namespace hecate

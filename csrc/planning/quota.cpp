@@ -132,6 +132,10 @@ std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Sha
   return even_network(loads, holders, shape).min_max();
 }
 
+bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, std::int64_t target) {
+  return even_network(loads, holders, shape).drain(target);
+}
+
 Tokens holder_loads(const Tokens& loads, const Holders& holders, const Shape& shape) {
   Network network = even_network(loads, holders, shape);
   network.min_max();

@@ -43,6 +43,9 @@ Tokens column_sums(const std::int64_t* counts, const Shape& shape);
 // The smallest achievable maximum device load.
 std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape);
 
+// Whether no device needs to compute more than `target` tokens.
+bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, std::int64_t target);
+
 // The tokens per pair, from all sources together, with the smallest achievable maximum device load.
 Tokens holder_loads(const Tokens& loads, const Holders& holders,
                                        const Shape& shape);

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from hecate.ops.registry import register
 
 __all__ = ["Groups", "grouped_bias", "grouped_linear"]
 
@@ -29,7 +32,7 @@ class Groups:
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> Groups:
         """Groups with `sizes` rows each; copies to an accelerator without synchronizing with it."""
-        ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).to(torch.int32)
+        ends = torch.from_numpy(np.cumsum(np.array(sizes, dtype=np.int64)).astype(np.int32))
         if device.type != "cpu":
             ends = ends.pin_memory().to(device, non_blocking=True)
         return cls(tuple(sizes), ends)
@@ -55,7 +58,7 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
             f"grouped_linear: weight has {weight.shape[0]} groups and x {x.shape[0]} rows, "
             f"groups say {len(groups.sizes)} and {groups.num_rows}"
         )
-    return torch.ops.hecate.grouped_linear(x, weight, groups.ends, groups.sizes)
+    return _GroupedLinear.apply(x, weight, groups.ends, groups.sizes)
 
 
 def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
@@ -69,7 +72,7 @@ def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
     Returns:
         `[N, o]`.
     """
-    return torch.ops.hecate.grouped_bias(x, bias, groups.ends, groups.sizes)
+    return x + _Spread.apply(bias, groups.ends, groups.sizes)
 
 
 def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
@@ -79,8 +82,10 @@ def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and aligned
 
 
-@torch.library.custom_op("hecate::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
+# Ops that do not differentiate.
+
+
+def _linear(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
     if _on_tensor_cores(x, weight.shape[1]):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out = x.new_empty(x.shape[0], weight.shape[1])
@@ -89,13 +94,14 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int
     return out
 
 
-@_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
+_linear_op = register(
+    "grouped_linear(Tensor x, Tensor weight, Tensor ends, int[] sizes) -> Tensor",
+    _linear,
+    lambda x, weight, ends, sizes: x.new_empty(x.shape[0], weight.shape[1]),
+)
 
 
-@torch.library.custom_op("hecate::grouped_weight_grad", mutates_args=())
-def _grouped_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
+def _weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
     """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group; zeros for a group without rows."""
     if _on_tensor_cores(x, grad.shape[1]):
         out = torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
@@ -108,54 +114,83 @@ def _grouped_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[
     return out
 
 
-@_grouped_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    return x.new_empty(len(sizes), grad.shape[1], x.shape[1])
+_weight_grad_op = register(
+    "grouped_weight_grad(Tensor grad, Tensor x, Tensor ends, int[] sizes) -> Tensor",
+    _weight_grad,
+    lambda grad, x, ends, sizes: x.new_empty(len(sizes), grad.shape[1], x.shape[1]),
+)
+"""`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group."""
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch.library's own signature
-    x, weight, ends, sizes = inputs
-    ctx.save_for_backward(x, weight, ends)
-    ctx.sizes = sizes
+def _group_sums(rows: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
+    out = rows.new_empty(len(sizes), rows.shape[1])
+    for of_group, row in zip(rows.split(list(sizes)), out, strict=True):
+        torch.sum(of_group, 0, out=row)
+    return out
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, weight, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_x = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hecate.grouped_linear(grad, weight.transpose(1, 2), ends, ctx.sizes)
-    if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.hecate.grouped_weight_grad(grad, x, ends, ctx.sizes)
-    return grad_x, grad_weight, None, None
+# Their derivatives. Each function is linear in every tensor, so that its derivatives are again functions of this file.
 
 
-_grouped_linear.register_autograd(_backward, setup_context=_save)
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight, ends)
+        ctx.sizes = sizes
+        return _linear_op(x, weight, ends, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_x = _GroupedLinear.apply(grad, weight.transpose(1, 2), ends, ctx.sizes)
+        if ctx.needs_input_grad[1]:
+            to_weight = _WeightGrad.apply(grad, x, ends, ctx.sizes)
+        return to_x, to_weight, None, None
 
 
-@torch.library.custom_op("hecate::grouped_bias", mutates_args=())
-def _grouped_bias(x: Tensor, bias: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    rows = torch.diff(ends, prepend=ends.new_zeros(1))
-    return x + bias.repeat_interleave(rows, dim=0, output_size=x.shape[0])
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(grad, x, ends)
+        ctx.sizes = sizes
+        return _weight_grad_op(grad, x, ends, sizes)
+
+    @staticmethod
+    def backward(ctx, weight: Tensor):  # type: ignore[no-untyped-def]
+        grad, x, ends = ctx.saved_tensors
+        to_grad = _GroupedLinear.apply(x, weight, ends, ctx.sizes)
+        to_x = _GroupedLinear.apply(grad, weight.transpose(1, 2), ends, ctx.sizes)
+        return to_grad, to_x, None, None
 
 
-@_grouped_bias.register_fake
-def _(x: Tensor, bias: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.empty_like(x)
+class _Spread(torch.autograd.Function):
+    """From one row per group `[G, o]` to one per row of the groups `[N, o]`.
+
+    torch's own backward of repeat_interleave would add with atomics on CUDA, in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx, of_group: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ends)
+        ctx.sizes = sizes
+        rows = torch.diff(ends, prepend=ends.new_zeros(1))
+        return of_group.repeat_interleave(rows, dim=0, output_size=sum(sizes))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _GroupSums.apply(grad, *ctx.saved_tensors, ctx.sizes), None, None
 
 
-def _bias_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    # The backward of repeat_interleave would add with atomics on CUDA, in no fixed order.
-    grad_bias = None
-    if ctx.needs_input_grad[1]:
-        grad_bias = grad.new_empty(len(ctx.sizes), grad.shape[1])
-        for rows, row in zip(grad.split(list(ctx.sizes)), grad_bias, strict=True):
-            torch.sum(rows, 0, out=row)
-    return grad, grad_bias, None, None
+class _GroupSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ends)
+        ctx.sizes = sizes
+        return _group_sums(rows, ends, sizes)
 
-
-def _save_sizes(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.sizes = inputs[3]
-
-
-_grouped_bias.register_autograd(_bias_backward, setup_context=_save_sizes)
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _Spread.apply(grad, *ctx.saved_tensors, ctx.sizes), None, None

@@ -1,19 +1,35 @@
-"""Sort token copies by destination, and restore their order.
+"""Sort token copies by destination, restore their order, and sum them per token.
 
 Shapes: T tokens, k experts per token, T * k token copies, N of which have an expert (usually all), d model width. Copy
-`t * k + j` is token t for its j-th expert. `order [N]` lists copies in their new order, `inverse [T * k]` inverts it;
-both int64. Copies without an expert are not in `order`. Forward and backward use only gathers, writes to distinct rows
-and sums over k in ascending order, so results are deterministic bit by bit.
+`t * k + j` is token t for its j-th expert. `order [N]` lists copies in their new order, `inverse [T * k]` inverts it,
+with N for copies without an expert; both int64. Forward and backward use only gathers, writes to distinct rows and sums
+over k in ascending order, so results are deterministic bit by bit.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["block_order", "combine", "invert", "permute"]
+from hecate.ops.registry import register
+
+__all__ = ["block_order", "combine", "invert", "permute", "sort_by_expert", "sum_copies", "take_copies"]
+
+BLOCK = 1 << 22
+"""Elements of the largest temporary tensor of a sum over copies: 16 MiB in float32."""
+
+
+def sort_by_expert(index: Tensor, num_experts: int) -> Tensor:
+    """All copies sorted by expert, int64 `[T * k]`: first those without one; those of one expert keep their order.
+
+    Args:
+        index: `[T, k]`, the expert of each copy; -1: none.
+        num_experts: E. The sort takes fewer passes over keys of 16 bits.
+    """
+    keys = index.flatten().to(torch.int16 if num_experts < 2**15 else torch.int32)
+    return torch.sort(keys, stable=True).indices
 
 
 def invert(order: Tensor, copies: int | None = None) -> Tensor:
@@ -22,89 +38,177 @@ def invert(order: Tensor, copies: int | None = None) -> Tensor:
     return inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-def block_order(sizes: ArrayLike, blocks: ArrayLike, device: torch.device) -> Tensor:
-    """The permutation of rows that reorders consecutive blocks of rows.
+def block_order(blocks: Tensor, rows: int) -> Tensor:
+    """The permutation of rows that reorders consecutive blocks of rows, without synchronizing with the device.
 
     Args:
-        sizes: rows per block, in the present order of the blocks.
-        blocks: block numbers in the wanted order, a permutation.
-        device: device of the result; building it does not synchronize with the device.
+        blocks: int64 `[2, B]`, for each block in the new order how far behind the new place of its rows their old place
+            is, and its number of rows.
+        rows: number of rows of all blocks.
 
     Returns:
-        int64 `[sum(sizes)]`, the present row numbers in the wanted order.
+        int64 `[rows]`, the old row numbers in the new order.
     """
-    size = torch.from_numpy(np.array(sizes, dtype=np.int64))
-    wanted = torch.from_numpy(np.array(blocks, dtype=np.int64))
-    start = size.cumsum(0) - size
-    moved = size[wanted]
-    shift = start[wanted] - (moved.cumsum(0) - moved)
-    table = torch.stack([shift, moved])
-    if device.type != "cpu":
-        table = table.pin_memory().to(device, non_blocking=True)
-    rows = int(size.sum())
-    return torch.repeat_interleave(table[0], table[1], output_size=rows) + torch.arange(rows, device=device)
+    shift = torch.repeat_interleave(blocks[0], blocks[1], output_size=rows)
+    return shift.add_(torch.arange(rows, device=blocks.device))
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`."""
-    return torch.ops.hecate.permute(x, order, inverse, top_k)
+    """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`; differentiable."""
+    return _Permute.apply(x, order, inverse, top_k)
 
 
-def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Weighted sum of each token's rows: rows `[N, d]` and weights `[T, k]` to `[T, d]`; adds in order of k.
+def combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    """Weighted sum of each token's rows, added in order of k; differentiable in rows and weights, also twice.
 
-    Copies without an expert count as rows of zeros.
+    Products and sums are in float32, or in the wider dtype of the two if that is wider. No tensor of shape `[T, k, d]`
+    is made in that dtype, neither here nor in backward.
+
+    Args:
+        rows: `[N, d]`; row `inverse[t * k + j]` is the j-th of token t, a row of zeros if that is N.
+        weights: `[T, k]`.
+        inverse: int64 `[T * k]`.
+
+    Returns:
+        `[T, d]` in the dtype of `rows`.
     """
-    per_token = torch.ops.hecate.unpermute(rows, order, inverse)
-    tokens, top_k = weights.shape
-    per_token = per_token.view(tokens, top_k, rows.shape[1])
-    return (per_token * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+    return _Combine.apply(rows, weights, inverse)
 
 
-@torch.library.custom_op("hecate::permute", mutates_args=())
-def _permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+# Ops that do not differentiate.
+
+
+def _take_copies(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     return x.index_select(0, order if top_k == 1 else order // top_k)
 
 
-@_permute.register_fake
-def _(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    return x.new_empty(order.shape[0], x.shape[1])
+take_copies = register(
+    "take_copies(Tensor x, Tensor order, int top_k) -> Tensor",
+    _take_copies,
+    lambda x, order, top_k: x.new_empty(order.shape[0], x.shape[1]),
+)
+"""`permute` without autograd."""
 
 
-@torch.library.custom_op("hecate::unpermute", mutates_args=())
-def _unpermute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    if order.numel() == inverse.numel():
+def _sum_copies(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    rows = _padded(rows, inverse)
+    if top_k == 1:
         return rows.index_select(0, inverse)
-    return rows.new_zeros(inverse.shape[0], rows.shape[1]).index_copy_(0, order, rows)
+    tokens, width = inverse.shape[0] // top_k, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    for first, last in _blocks(tokens, top_k * width):
+        copies = rows.index_select(0, inverse[first * top_k : last * top_k])
+        torch.sum(copies.view(last - first, top_k, width), 1, out=out[first:last])
+    return out
 
 
-@_unpermute.register_fake
-def _(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return rows.new_empty(inverse.shape[0], rows.shape[1])
+sum_copies = register(
+    "sum_copies(Tensor rows, Tensor inverse, int top_k) -> Tensor",
+    _sum_copies,
+    lambda rows, inverse, top_k: rows.new_empty(inverse.shape[0] // top_k, rows.shape[1]),
+)
+"""The sum of each token's rows, `[N, d]` to `[T, d]`, without autograd: the transpose of `take_copies`."""
 
 
-def _save_permute(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch.library's own signature
-    _, order, inverse, ctx.top_k = inputs
-    ctx.save_for_backward(order, inverse)
+def _combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    (tokens, top_k), width = weights.shape, rows.shape[1]
+    factors = weights.to(_sum_dtype(rows, weights)).unsqueeze(-1)
+    rows, out = _padded(rows, inverse), rows.new_empty(tokens, width)
+    for first, last in _blocks(tokens, top_k * width):
+        copies = rows.index_select(0, inverse[first * top_k : last * top_k]).view(last - first, top_k, width)
+        out[first:last] = (copies * factors[first:last]).sum(1)
+    return out
 
 
-def _permute_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    order, inverse = ctx.saved_tensors
-    per_copy = torch.ops.hecate.unpermute(grad, order, inverse)
-    if ctx.top_k > 1:
-        per_copy = per_copy.unflatten(0, (-1, ctx.top_k)).sum(1)
-    return per_copy, None, None, None
+_combine_op = register(
+    "combine(Tensor rows, Tensor weights, Tensor inverse) -> Tensor",
+    _combine,
+    lambda rows, weights, inverse: rows.new_empty(weights.shape[0], rows.shape[1]),
+)
 
 
-def _save_unpermute(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, order, inverse = inputs
-    ctx.save_for_backward(order, inverse)
+def _combine_backward(grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    (tokens, top_k), width = weights.shape, rows.shape[1]
+    dtype, present = _sum_dtype(rows, weights), rows.shape[0]
+    rows = _padded(rows, inverse)
+    to_rows, to_weights = torch.empty_like(rows), torch.empty_like(weights)
+    for first, last in _blocks(tokens, top_k * width):
+        places = inverse[first * top_k : last * top_k]
+        of_token = grad[first:last].to(dtype).unsqueeze(1)
+        scaled = (of_token * weights[first:last].unsqueeze(-1)).to(rows.dtype)
+        to_rows.index_copy_(0, places, scaled.view(-1, width))
+        copies = rows.index_select(0, places).view(last - first, top_k, width)
+        to_weights[first:last] = (of_token * copies).sum(2)
+    return to_rows[:present], to_weights
 
 
-def _unpermute_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    order, inverse = ctx.saved_tensors
-    return torch.ops.hecate.permute(grad, order, inverse, 1), None, None
+_combine_backward_op = register(
+    "combine_backward(Tensor grad, Tensor rows, Tensor weights, Tensor inverse) -> (Tensor, Tensor)",
+    _combine_backward,
+    lambda grad, rows, weights, inverse: (torch.empty_like(rows), torch.empty_like(weights)),
+)
 
 
-_permute.register_autograd(_permute_backward, setup_context=_save_permute)
-_unpermute.register_autograd(_unpermute_backward, setup_context=_save_unpermute)
+def _padded(rows: Tensor, inverse: Tensor) -> Tensor:
+    """`rows [N, d]`, with a row of zeros behind the last if some copies have no expert."""
+    return rows if rows.shape[0] == inverse.shape[0] else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def _sum_dtype(rows: Tensor, weights: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
+
+
+def _blocks(tokens: int, per_token: int) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK // max(1, per_token))
+    return ((first, min(first + step, tokens)) for first in range(0, tokens, step))
+
+
+# Their derivatives. Each function is linear in every argument, so its derivatives are again functions of this file.
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.top_k = top_k
+        return take_copies(x, order, top_k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _SumCopies.apply(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
+
+
+class _SumCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, inverse)
+        ctx.top_k = top_k
+        return sum_copies(rows, inverse, top_k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _Permute.apply(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, weights, inverse)
+        return _combine_op(rows, weights, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return *_CombineBackward.apply(grad, *ctx.saved_tensors), None
+
+
+class _CombineBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tensor):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(grad, rows, weights, inverse)
+        return _combine_backward_op(grad, rows, weights, inverse)
+
+    @staticmethod
+    def backward(ctx, to_rows: Tensor, to_weights: Tensor):  # type: ignore[no-untyped-def]
+        grad, rows, weights, inverse = ctx.saved_tensors
+        to_grad = combine(to_rows, weights, inverse) + combine(rows, to_weights, inverse)
+        return to_grad, *_CombineBackward.apply(grad, to_rows, to_weights, inverse), None

@@ -52,9 +52,13 @@ class Plan:
         *,
         expert_bytes: int = 1,
         lower_bound: float = 1.0,
+        holders: Int64 | None = None,
     ) -> Plan:
-        """Make a plan from `placement` and `quota`. It is not validated; see `validate`."""
-        holders = native_holders(placement.matrix)
+        """Make a plan from `placement` and `quota`. It is not validated; see `validate`.
+
+        `holders` may be given if they are known already.
+        """
+        holders = native_holders(placement.matrix) if holders is None else holders
         return cls(placement, owners, topology, holders, quota, expert_bytes, lower_bound)
 
     def __post_init__(self) -> None:
@@ -124,8 +128,10 @@ def _read_only(array: Int64) -> Int64:
 
 
 def with_copies(placement: Placement, copies: Int64 | Sequence[tuple[int, int]]) -> Placement:
-    """`placement` with the pairs `copies`, int `[copies, 2]` (expert, device), added."""
+    """`placement` with the pairs `copies`, int `[copies, 2]` (expert, device), added; itself if there are none."""
     pairs = np.asarray(copies, dtype=np.int64).reshape(-1, 2)
+    if not len(pairs):
+        return placement
     matrix = placement.matrix.copy()
     matrix[pairs[:, 0], pairs[:, 1]] = True
     return Placement(matrix)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate._native import even_quota as native_even_quota
-from hecate._native import exact_quota as native_exact_quota
+from hecate._native import even_assignment, exact_assignment, within
 from hecate._native import holder_loads as native_holder_loads
 from hecate._native import min_max_loads as native_min_max_loads
 from hecate.loads.counts import check_counts
 from hecate.placement import Placement, Topology
 
-__all__ = ["even_quota", "exact_quota", "holder_loads", "min_max_loads"]
+__all__ = ["balanced", "even_pairs", "even_quota", "exact_pairs", "exact_quota", "holder_loads", "min_max_loads"]
+
+Int64 = NDArray[np.int64]
 
 
 def min_max_loads(loads: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
@@ -36,7 +37,7 @@ def exact_quota(counts: NDArray[np.integer], placement: Placement, topology: Top
         ValueError: `counts` is not an integer array `[num_devices, num_experts]` of non-negative numbers, or an expert
             has no holder.
     """
-    return native_exact_quota(*_checked(counts, placement, topology))
+    return exact_assignment(*_checked(counts, placement, topology))[1]
 
 
 def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topology) -> NDArray[np.int64]:
@@ -46,7 +47,26 @@ def even_quota(counts: NDArray[np.integer], placement: Placement, topology: Topo
     node, or among all holders if the node has none. Each source device starts with a different holder when it
     distributes a remainder. Errors are those of `exact_quota`.
     """
-    return native_even_quota(*_checked(counts, placement, topology))
+    return even_assignment(*_checked(counts, placement, topology))[1]
+
+
+# The functions below run between the gate and the exchange of tokens, on counts that ranks have exchanged: C-contiguous
+# int64 and not negative. They check nothing.
+
+
+def exact_pairs(counts: Int64, placement: Placement, topology: Topology) -> tuple[Int64, Int64]:
+    """The pairs of `placement`, int64 `[pairs, 2]`, and `exact_quota` over them."""
+    return exact_assignment(counts, placement.matrix, topology.devices_per_node)
+
+
+def even_pairs(counts: Int64, placement: Placement, topology: Topology) -> tuple[Int64, Int64]:
+    """The pairs of `placement`, int64 `[pairs, 2]`, and `even_quota` over them."""
+    return even_assignment(counts, placement.matrix, topology.devices_per_node)
+
+
+def balanced(counts: Int64, placement: Placement, dial_ppm: int) -> bool:
+    """Whether these holders allow a max/mean device load of `dial_ppm` parts per million; see `target_load`."""
+    return within(counts, placement.matrix, dial_ppm)
 
 
 def _checked(

@@ -12,7 +12,7 @@ from hecate.planning.calibrate import added, copies_ns, few_copies, parts_per_mi
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies
 from hecate.planning.plan import Plan
-from hecate.planning.quota import exact_quota, min_max_loads
+from hecate.planning.quota import balanced, exact_pairs, min_max_loads
 from hecate.planning.reshard import few_moves
 from hecate.policies.base import LayerSetting, finished, overlap_degree
 
@@ -46,11 +46,12 @@ class Balanced:
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
         """The fewest further copies that reach `max_imbalance`, if they pay off by the cost model."""
-        if not layer.calibrate:
+        dial = parts_per_million(layer.max_imbalance)
+        if not layer.calibrate or balanced(counts, placement, dial):
             return placement
         loads = counts.sum(axis=0)
         devices = layer.topology.num_devices
-        target = target_load(int(loads.sum()), devices, parts_per_million(layer.max_imbalance))
+        target = target_load(int(loads.sum()), devices, dial)
         used = placement.matrix.sum(axis=0) - np.bincount(owners, minlength=devices)
         limits = CopyLimits.of(layer.topology, layer.memory_slots - used)
         more = few_copies(loads, placement, layer.topology, limits, target=target, prefer="crossings")
@@ -62,7 +63,8 @@ class Balanced:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """Plan with the quota of smallest maximum device load."""
-        return finished(layer, owners, placement, exact_quota(counts, placement, layer.topology))
+        holders, quota = exact_pairs(counts, placement, layer.topology)
+        return finished(layer, owners, placement, quota, holders)
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """Owners as balanced as those of Algorithm 2, with fewer experts moved."""

@@ -92,6 +92,12 @@ def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int
     return layer.cost.overlap_degree(layer.tokens_per_device, crosses)
 
 
-def finished(layer: LayerSetting, owners: NDArray[np.int64], placement: Placement, quota: NDArray[np.int64]) -> Plan:
-    """A plan with this `quota`, int64 `[source device, pair]`."""
-    return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes)
+def finished(
+    layer: LayerSetting,
+    owners: NDArray[np.int64],
+    placement: Placement,
+    quota: NDArray[np.int64],
+    holders: NDArray[np.int64] | None = None,
+) -> Plan:
+    """A plan with this `quota`, int64 `[source device, pair]`, over the pairs `holders` of `placement`."""
+    return Plan.build(placement, owners, layer.topology, quota, expert_bytes=layer.cost.expert_bytes, holders=holders)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
-from hecate.planning.quota import even_quota
+from hecate.planning.quota import even_pairs
 from hecate.policies.base import LayerSetting, finished
 
 __all__ = ["ExpertParallel"]
@@ -30,7 +30,8 @@ class ExpertParallel:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """All tokens of an expert to its only holder."""
-        return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
+        holders, quota = even_pairs(counts, placement, layer.topology)
+        return finished(layer, owners, placement, quota, holders)
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """`owners`, unchanged."""

@@ -12,7 +12,7 @@ from hecate.placement import Placement
 from hecate.planning.calibrate import added, copies_ns, tokens_ns
 from hecate.planning.materialize import sparse_materialization
 from hecate.planning.plan import Plan
-from hecate.planning.quota import even_quota
+from hecate.planning.quota import even_pairs, even_quota
 from hecate.planning.reshard import heterogeneous_sharding
 from hecate.policies.base import LayerSetting, finished, overlap_degree
 
@@ -44,7 +44,8 @@ class Hecate:
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """Tokens stay on their device, or are divided evenly over their node's holders, or over all (section 4.4)."""
-        return finished(layer, owners, placement, even_quota(counts, placement, layer.topology))
+        holders, quota = even_pairs(counts, placement, layer.topology)
+        return finished(layer, owners, placement, quota, holders)
 
     def reshard(self, layers: Sequence[LayerSetting], loads: Sequence[Int64], owners: Sequence[Int64]) -> list[Int64]:
         """Algorithm 2."""

@@ -85,20 +85,28 @@ def test_permute_and_combine(top_k: int) -> None:
     x, weights = _random(tokens, 4), _random(tokens, top_k)
     rows = permute(x, order, inverse, top_k)
     torch.testing.assert_close(rows, x.repeat_interleave(top_k, dim=0)[order])
-    torch.testing.assert_close(combine(rows, weights, order, inverse), x * weights.sum(1, keepdim=True))
+    torch.testing.assert_close(combine(rows, weights, inverse), x * weights.sum(1, keepdim=True))
     assert torch.autograd.gradcheck(
-        lambda x, w: combine(permute(x, order, inverse, top_k).sin(), w, order, inverse), (x, weights)
+        lambda x, w: combine(permute(x, order, inverse, top_k).sin(), w, inverse), (x, weights)
     )
 
 
 def test_block_order() -> None:
-    assert block_order([2, 0, 3], [2, 0, 1], CPU).tolist() == [2, 3, 4, 0, 1]
-    assert block_order([], [], CPU).tolist() == []
+    # Blocks of 2, 0 and 3 rows; the last one comes first. Its rows move from place 2 to 0.
+    assert block_order(torch.tensor([[2, -3], [3, 2]]), 5).tolist() == [2, 3, 4, 0, 1]
+    assert block_order(torch.empty(2, 0, dtype=torch.int64), 0).tolist() == []
 
 
 def test_ops_are_registered_correctly() -> None:
-    x, weight, groups = _random(5, 4), _random(3, 6, 4), Groups.of((3, 0, 2), CPU)
-    torch.library.opcheck(torch.ops.hecate.grouped_linear.default, (x, weight, groups.ends, groups.sizes))
-    order = torch.randperm(10)
-    torch.library.opcheck(torch.ops.hecate.permute.default, (x, order, invert(order), 2))
-    torch.library.opcheck(torch.ops.hecate.unpermute.default, (_random(10, 4), order, invert(order)))
+    ops, order = torch.ops.hecate, torch.randperm(10)
+    x, weight, groups = torch.rand(5, 4), torch.rand(3, 6, 4), Groups.of((3, 0, 2), CPU)
+    rows, factors, inverse = torch.rand(10, 4), torch.rand(5, 2), invert(order)
+    for op, arguments in (
+        (ops.grouped_linear, (x, weight, groups.ends, groups.sizes)),
+        (ops.grouped_weight_grad, (torch.rand(5, 6), x, groups.ends, groups.sizes)),
+        (ops.take_copies, (x, order, 2)),
+        (ops.sum_copies, (rows, inverse, 2)),
+        (ops.combine, (rows, factors, inverse)),
+        (ops.combine_backward, (x, rows, factors, inverse)),
+    ):
+        torch.library.opcheck(op.default, arguments)

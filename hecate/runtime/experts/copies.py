@@ -6,10 +6,12 @@ buffer has one row per expert held, including the owned ones (docs/design.md, de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,21 +110,43 @@ class Reduction:
 
     Args:
         home: the transfers.
-        add: adds the results to the owners' gradients.
+        add_own: adds the gradients of experts that only their owner holds; there is nothing to wait for.
+        add_sums: adds the sums that arrive.
     """
 
-    def __init__(self, home: Pending, add: Callable[[], None]) -> None:
+    def __init__(self, home: Pending, add_own: Callable[[], None], add_sums: Callable[[], None]) -> None:
         self._home = home
-        self._add = add
+        self._add_own: Callable[[], None] | None = add_own
+        self._add_sums = add_sums
+
+    def add_own(self) -> None:
+        """Add what needs no transfer to the owners' gradients; further calls do nothing."""
+        add, self._add_own = self._add_own, None
+        if add is not None:
+            add()
 
     def finish(self) -> None:
         """Wait for the transfers and add the sums to the owners' gradients."""
+        self.add_own()
         self._home.wait()
-        self._add()
+        self._add_sums()
+        self._add_sums = _nothing  # which holds the sums
 
     def discard(self) -> None:
         """Wait for the transfers and ignore their results: the backward pass that they belong to failed."""
+        self._add_own, self._add_sums = None, _nothing
         self._home.wait()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending positions as ranges [first, last)."""
+    for _, run in groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
+        found = [position for _, position in run]
+        yield found[0], found[-1] + 1
 
 
 class LayerCopies:
@@ -146,6 +170,7 @@ class LayerCopies:
         self._copies = self._new_experts(layer.owners, placement)
         self._buffer: Tensor | None = None
         self._pending: list[Pending] = []
+        self._reduction: Reduction | None = None  # whose own gradients may still have to be added
 
     @property
     def experts(self) -> list[int]:
@@ -205,25 +230,40 @@ class LayerCopies:
     def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor] | None = None) -> Reduction:
         """Start to sum gradients at the owners. Collective.
 
-        In state HELD. Gradients of experts that only their owner holds are added at once; the others are sent in
-        `reduce_dtype`.
+        In state HELD. Gradients of experts that have copies are sent in `reduce_dtype`. Those of experts that only
+        their owner holds are added by `Reduction.add_own`, so that nothing delays the launch.
 
         Args:
-            grads: kind -> one gradient `[*shape]` per expert held here, in the order of `experts`.
+            grads: kind -> one stack of gradients `[n, *shape]` per part of `parts`.
             target: where owners add them; see `ExpertPool.add_gradients`.
         """
         self._require(CopyState.HELD)
-        layer, owned = self.layer, self._owned
-        held = self.placement.matrix.sum(axis=1)
-        alone = [i for i, e in enumerate(owned) if held[e] == 1]
-        shared = [i for i, e in enumerate(owned) if held[e] > 1]
-        travel = shared + list(range(len(owned), len(self.experts)))
-        own = {kind: [grad[i] for i in alone] for kind, grad in grads.items()}
-        layer.pool.add_gradients(layer.place, alone, own, layer.comms.gradient_scale, target)
+        layer, owned = self.layer, len(self._owned)
+        held = self.placement.matrix[self._owned].sum(axis=1)
+        alone, shared = np.flatnonzero(held == 1).tolist(), np.flatnonzero(held > 1).tolist()
+        travel = shared + list(range(owned, len(self.experts)))
         layout = layer.gradient_layout(grads)
         rows = self._gradient_rows(len(travel), layout, layer.dtypes.reduce)
-        layout.pack({kind: [grad[i] for i in travel] for kind, grad in grads.items()}, rows)
-        return self._reduce(shared, dict(zip([self.experts[i] for i in travel], rows, strict=True)), layout, target)
+        if travel:
+            single = {kind: [row for stack in stacks for row in stack.unbind(0)] for kind, stacks in grads.items()}
+            layout.pack({kind: [each[i] for i in travel] for kind, each in single.items()}, rows)
+        contributed = dict(zip([self.experts[i] for i in travel], rows.unbind(0), strict=True))
+        home, add_sums = self._reduce(shared, contributed, layout, target)
+        own = {kind: stacks[0][:owned] for kind, stacks in grads.items()}
+
+        def add_own() -> None:
+            for first, last in _runs(alone):
+                part = {kind: stack[first:last] for kind, stack in own.items()}
+                layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
+
+        self._reduction = Reduction(home, add_own, add_sums)
+        return self._reduction
+
+    def add_own_gradients(self) -> None:
+        """Add what the last `reduce` left for `Reduction.add_own`, if that was not done yet."""
+        reduction, self._reduction = self._reduction, None
+        if reduction is not None:
+            reduction.add_own()
 
     def _reduce(
         self,
@@ -231,22 +271,26 @@ class LayerCopies:
         contributed: dict[int, Tensor],
         layout: ChunkLayout,
         target: Mapping[str, Tensor] | None,
-    ) -> Reduction:
+    ) -> tuple[Pending, Callable[[], None]]:
+        """The transfers, and what adds their results to the owners' gradients."""
         layer, wire = self.layer, self.layer.dtypes.reduce
         transport = layer.comms.reductions
         if transport is None or not self._anything_shared:
-            return Reduction(Pending(lambda: None), lambda: None)
+            return Pending(_nothing), _nothing
         moves = moves_between(layer.owners, self.placement).reversed
         sums = self._gradient_rows(len(shared), layout, accumulation_dtype(wire))
-        sums_of = dict(zip([self._owned[i] for i in shared], sums, strict=True))
+        sums_of = dict(zip([self._owned[i] for i in shared], sums.unbind(0), strict=True))
         layer.bytes_sent += len(moves.transfers) * layout.numel * wire.itemsize
         home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(moves, contributed, sums_of, wire))
 
         def add() -> None:
-            scale = layer.comms.gradient_scale
-            layer.pool.add_gradients(layer.place, shared, layout.views(sums), scale, target)
+            at = 0
+            for first, last in _runs(shared):
+                part = layout.views(sums[at : at + last - first])
+                layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
+                at += last - first
 
-        return Reduction(home, add)
+        return home, add
 
     def _require(self, state: CopyState) -> None:
         if self.state is not state:

@@ -138,27 +138,25 @@ class ExpertPool:
     def add_gradients(
         self,
         place: int,
-        positions: Sequence[int],
-        grads: Mapping[str, Sequence[Tensor] | Tensor],
+        first: int,
+        grads: Mapping[str, Tensor],
         scale: float,
         target: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add gradients to those of a layer's owned experts.
+        """Add gradients to those of consecutive owned experts of a layer.
 
         Args:
             place: position of the layer in the pool.
-            positions: positions of the experts among the layer's owned experts.
-            grads: kind -> one gradient `[*shape]` per position.
+            first: position of the first of these experts among the layer's owned experts.
+            grads: kind -> one stack of gradients `[n, *shape]`.
             scale: factor of the gradients.
             target: kind -> `[owned, *shape]`, where to add them; None adds to `.grad` of the parameters.
         """
         owned = self.rows(place)
         for kind, rows in grads.items():
-            if not self.parameters[kind].requires_grad:  # frozen since the forward pass
-                continue
-            sums = self.gradient(kind)[owned] if target is None else target[kind]
-            for position, row in zip(positions, rows, strict=True):
-                sums[position].add_(row, alpha=scale)
+            if self.parameters[kind].requires_grad:  # otherwise frozen since the forward pass
+                sums = self.gradient(kind)[owned] if target is None else target[kind]
+                sums[first : first + len(rows)].add_(rows, alpha=scale)
 
     def gradient(self, kind: str) -> Tensor:
         """Gradient rows `[slots, *shape]` of this device; made of zeros if there is no gradient yet."""

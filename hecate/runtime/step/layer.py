@@ -103,7 +103,7 @@ def _run(
     passes, dtype = engine.passes, engine.layers[index].experts.dtypes.param
     record = passes.record(index, top_k_index, top_k_weights)
     with label("dispatch", spec.name):
-        rows = record.dispatch.dispatch(hidden_states.to(dtype))
+        rows = record.dispatch.dispatch(hidden_states.to(dtype), record.copies.add_own_gradients)
     record.copies.ensure_held()
     with label("experts", spec.name):
         rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies))
@@ -176,10 +176,10 @@ class _ExpertWeights(torch.autograd.Function):
             raise RuntimeError(f"{name}: create_graph=True, but gradients of experts cannot be differentiated again")
         nodes = (node for node, _ in ctx.next_functions[-len(ctx.kinds) :])
         wanted = {kind for kind, node in zip(ctx.kinds, nodes, strict=True) if node and accumulates(node, name)}
-        rows: dict[str, list[Tensor]] = {kind: [] for kind in ctx.kinds if kind in wanted}
+        stacks: dict[str, list[Tensor]] = {kind: [] for kind in ctx.kinds if kind in wanted}
         for kind, grad in zip(ctx.stacks, grads, strict=True):
-            if kind in rows:
-                rows[kind].extend(grad.unbind(0))
-        if rows:
-            ctx.passes.after_expert_gradients(ctx.copies, rows)
+            if kind in stacks:
+                stacks[kind].append(grad)
+        if stacks:
+            ctx.passes.after_expert_gradients(ctx.copies, stacks)
         return (None,) * (4 + len(ctx.kinds))

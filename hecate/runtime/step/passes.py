@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hecate.labels import label
+from hecate.ops.permute import sort_by_expert
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
 from hecate.private_torch import at_end_of_backward, graph_task, in_backward
@@ -27,7 +28,7 @@ from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
 from hecate.runtime.step.record import LayerRecord
-from hecate.runtime.tokens.counts import ABSENT, RECOMPUTED, Position, count_tokens
+from hecate.runtime.tokens.counts import ABSENT, RECOMPUTED, Counting, Position
 from hecate.runtime.tokens.dispatch import dispatch_of
 
 __all__ = ["Passes"]
@@ -213,7 +214,9 @@ class Passes:
         trained = sum(p.requires_grad << i for i, p in enumerate(plans.experts.pool.parameters.values()))
         position = Position(self._step, layer, call, micro_batch.with_grad, trained)
         with label("count", plans.name):
-            counts = count_tokens(plans.name, position, index, weights, plans.num_experts, comms)
+            counting = Counting(position, index, weights, plans.num_experts, comms)
+            by_expert = sort_by_expert(index, plans.num_experts)  # while the counts are on their way
+            counts, tokens = counting.wait(plans.name)
         with label("plan", plans.name):
             plan = plans.plan(counts, copies.placement, max(1, index.shape[1]), settled=copies.settled)
         if debugging():
@@ -221,7 +224,7 @@ class Passes:
         if plan.placement != copies.placement:
             copies.extend(plan.placement)
         wire = plans.experts.dtypes.wire
-        dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire)
+        dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire, by_expert, tokens)
         absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
         return LayerRecord(counts, max(1, index.shape[1]), plan, dispatch, copies, absent)
 

@@ -2,31 +2,31 @@
 
 The token goes to a relay: the device that has the sender's index within its node. The relay forwards it to the experts'
 devices and sums their results before they return. Results equal those of the plain exchange up to rounding, and the
-order of every sum is fixed. With a wire dtype, rows are rounded whenever they leave a device; the relay sums in float32
-(or the compute dtype if that is wider) and rounds the sum once for the wire.
+order of every sum is fixed. How many rows go to each node follows from plan and counts, so that the host waits for
+nothing: as many as the device has tokens, or copies for that node if those are fewer. Rows without a token are padding,
+which the relay does not forward. With a wire dtype, rows are rounded whenever they leave a device; the relay sums in
+float32 (or the compute dtype if that is wider) and rounds the sum once for the wire.
 
-Shapes: T tokens of this device, k experts per token, n nodes, U (token, node) pairs sent, R such pairs received as a
-relay, C copies that the relay forwards, M rows computed here, d model width, D devices, P (expert, device) pairs of the
-plan.
+Shapes: T tokens of this device, k experts per token, n nodes, U rows sent to relays, R rows received as a relay, C
+copies that the relay forwards, M rows computed here, d model width, D devices, P (expert, device) pairs of the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hecate._native import arrival_table, rows_within_nodes
 from hecate.cost import LayerCost
-from hecate.ops.permute import invert, permute
-from hecate.placement import Topology
+from hecate.ops.permute import block_order, invert, permute, sort_by_expert
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert, sorted_by_expert
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, Sending, to_device
 
 __all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
 
@@ -36,7 +36,7 @@ class Leg:
     """One of the two exchanges: which source rows are sent, and how many go to each device.
 
     Attributes:
-        index: int64 `[rows sent]`, the source row of each sent row.
+        index: int64 `[rows sent]`, the source row of each sent row; any row for padding.
         slots: int64 `[source rows, most copies of one row]`, positions of each source row among the sent rows, padded
             with `len(index)`.
         sent, received: number of rows to and from each device.
@@ -53,10 +53,11 @@ class NodeDispatch(Dispatch):
     """Sends a row at most once to each other node: to the relay there, which forwards it.
 
     Attributes:
-        across: exchange between nodes: from T tokens to the U rows sent to relays, sorted by (node, token).
+        across: exchange between nodes: from T tokens to the U rows sent to relays, sorted by (node, token), each node's
+            padding last.
         here: bool `[U, k]`, which of the token's k copies are computed in that node.
         inside: exchange within the node: from R rows at the relay to C rows, sorted by (device, expert).
-        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, relay).
+        local_order, local_inverse: int64 `[M]`, received rows sorted by (row of the expert here, relay); None: sorted.
         sizes: received rows per expert held here, in the order of the experts' rows.
         wire: dtype of rows between devices; None keeps theirs.
         comms: process groups of the devices that share the experts.
@@ -65,18 +66,18 @@ class NodeDispatch(Dispatch):
     across: Leg
     here: Tensor
     inside: Leg
-    local_order: Tensor
-    local_inverse: Tensor
+    local_order: Tensor | None
+    local_inverse: Tensor | None
     sizes: tuple[int, ...]
     wire: torch.dtype | None
     comms: Comms
 
-    def dispatch(self, hidden: Tensor) -> Tensor:
+    def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         rows = _Take.apply(hidden, self.across.index, self.across.slots)
         rows = self._across(rows, back=False)
         rows = _Take.apply(rows, self.inside.index, self.inside.slots)
         rows = AllToAll.apply(rows, self.inside.sent, self.inside.received, self.comms, self.wire)
-        return permute(rows, self.local_order, self.local_inverse, 1)
+        return _sorted(rows, self.local_order, self.local_inverse)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         across, inside = self.across, self.inside
@@ -84,7 +85,7 @@ class NodeDispatch(Dispatch):
         shares = AllToAll.apply(shares, across.sent, across.received, self.comms, None)
         if self.wire is not None:
             shares = shares.to(torch.promote_types(shares.dtype, torch.float32))  # dtype of the sums below
-        copies = permute(rows, self.local_inverse, self.local_order, 1)
+        copies = _sorted(rows, self.local_inverse, self.local_order)
         copies = AllToAll.apply(copies, inside.received, inside.sent, self.comms, self.wire)
         sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
         sums = self._across(sums, back=True)
@@ -99,35 +100,35 @@ class NodeDispatch(Dispatch):
 def node_exchange_pays(plan: Plan, cost: LayerCost, top_k: int) -> bool:
     """Whether the node-aware exchange is predicted to be faster. Integers only, so the answer is the same on all ranks.
 
-    The number of a device's tokens that have an expert in a node is estimated as if each token chose its experts
-    independently.
+    For a device that sends as many rows as the mean device, to all other nodes alike.
     """
-    topology = plan.topology
-    node = plan.holders[:, 1] // topology.devices_per_node
-    to_node = np.stack([plan.quota[:, node == n].sum(axis=1) for n in range(topology.num_nodes)], axis=1)
-    plain = together = handed_on = 0
-    for device, copies in enumerate(to_node.tolist()):
-        tokens = sum(copies) // top_k
-        foreign = [c for n, c in enumerate(copies) if n != topology.node_of(device)]
-        missing = [(sum(copies) - c) ** top_k * tokens // max(1, sum(copies)) ** top_k for c in foreign]
-        plain = max(plain, sum(foreign))
-        together = max(together, sum(tokens - m for m in missing))
-        handed_on = max(handed_on, sum(copies))
-    model, size = cost.model, cost.token_bytes
-    messages = topology.num_devices * model.message_ns
-    plain_ns = 2 * (messages + plain * size * 1_000_000_000 // model.inter_node_bandwidth)
-    # Row counts, the copies' pairs and weights cross between nodes too; every copy is forwarded inside the node.
+    topology, model, size = plan.topology, cost.model, cost.token_bytes
+    devices, others = topology.num_devices, topology.num_nodes - 1
+    if not others:
+        return False
+    rows, inside = rows_within_nodes(plan.holders, plan.quota, topology.devices_per_node)
+    foreign = (rows - inside) // devices
+    together = min(rows // top_k // devices * others, foreign)
+    messages = devices * model.message_ns
+    plain_ns = 2 * (messages + foreign * size * 1_000_000_000 // model.inter_node_bandwidth)
+    # The experts and weights of rows cross between nodes too; every copy is forwarded inside the node.
     extra = 8 * top_k
     across_ns = together * (2 * size + extra) * 1_000_000_000 // model.inter_node_bandwidth
-    inside_ns = 2 * handed_on * size * 1_000_000_000 // model.intra_node_bandwidth
-    # Require that a third of the time is saved: packing at relays and waiting for their counts are not in the model.
-    return topology.num_nodes > 1 and 3 * (7 * messages + across_ns + inside_ns) < 2 * plain_ns
+    inside_ns = 2 * (rows // devices) * size * 1_000_000_000 // model.intra_node_bandwidth
+    # Require that a third of the time is saved: packing at relays is not in the model.
+    return 3 * (6 * messages + across_ns + inside_ns) < 2 * plain_ns
 
 
 def node_dispatch(
-    plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
+    plan: Plan,
+    index: Tensor,
+    comms: Comms,
+    local_rows: Sequence[int],
+    wire: torch.dtype | None = None,
+    by_expert: Tensor | None = None,
+    tokens: NDArray[np.int64] | None = None,
 ) -> NodeDispatch:
-    """Make this device's dispatch according to `plan`. Collective.
+    """Make this device's dispatch according to `plan`. Collective; the host does not wait for the device.
 
     Args:
         plan: made from the counts of `index`, so that this device's quota row adds up to them.
@@ -135,89 +136,115 @@ def node_dispatch(
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+        by_expert: `sort_by_expert(index)`, if that is there already.
+        tokens: int64 `[D]`, tokens of each device; None: every copy on every device has an expert.
     """
-    topology, rank, device = comms.topology, comms.rank, index.device
-    per_node = topology.devices_per_node
-    pair_of = _pairs_of_copies(plan, index, rank)  # [T, k]
-    holder = torch.from_numpy(plan.holders[:, 1].copy()).to(device)
-    node_of = torch.where(pair_of >= 0, holder[pair_of] // per_node, -1)
-    nodes = torch.arange(topology.num_nodes, device=device).view(-1, 1, 1)
-    copies = node_of == nodes  # [n, T, k]
-    present = copies.any(2)
-    sent, received = _exchange_counts(present.sum(1), comms)
-    place, token = torch.nonzero_static(present, size=sum(sent)).unbind(1)  # by node and token
-    slots = torch.full((index.shape[0], topology.num_nodes), token.numel(), device=device)
-    slots[token, place] = torch.arange(token.numel(), device=device)
-    across = Leg(token, slots, sent, received)
-    here = copies[place, token]
+    if tokens is None:
+        tokens = plan.quota.sum(axis=1) // index.shape[1]
+    order = sort_by_expert(index, len(plan.owners)) if by_expert is None else by_expert
+    expert, holder = plan.holders.T
+    rank_of_pair = np.empty(len(holder), dtype=np.int64)  # sorted by (device, expert)
+    rank_of_pair[np.lexsort((expert, holder))] = np.arange(len(holder))
+    node = holder // comms.topology.devices_per_node
+    tables = to_device(np.stack([plan.quota[comms.rank], node, rank_of_pair]), index.device)
+    pair_of = _pairs_of_copies(tables[0], int(plan.quota[comms.rank].sum()), order, index)
+    sent, received = _rows_across(plan, tokens, comms)
+    across, meant = _across_leg(pair_of, tables[1], sent, received, comms)
+    at_relay = Sending(meant, sent, received, comms, None).wait()
+    by_relay = plan.quota.reshape(comms.topology.num_nodes, -1, len(holder)).sum(axis=0)
+    by_relay *= node == comms.topology.node_of(comms.rank)
+    table, from_relays, sizes = arrival_table(plan.holders, by_relay, comms.rank, list(local_rows))
+    inside = _inside_leg(at_relay, tables[2], holder, by_relay, from_relays, comms)
+    blocks = to_device(table, index.device).view(2, -1)
+    local_order = block_order(blocks, sum(sizes)) if len(table) else None
+    inverse = None if local_order is None else invert(local_order)
+    return NodeDispatch(across, meant >= 0, inside, local_order, inverse, sizes, wire, comms)
 
-    meant = torch.where(here, pair_of[token], -1)
-    at_relay = meant.new_empty(sum(received), index.shape[1])
-    dist.all_to_all_single(at_relay, meant, list(received), list(sent), group=comms.tokens)
-    inside, by_relay = _inside(plan, at_relay, topology, rank)
-    local_order, sizes = order_by_expert(plan, by_relay, rank, local_rows, device)
-    return NodeDispatch(across, here, inside, local_order, invert(local_order), sizes, wire, comms)
 
-
-def _pairs_of_copies(plan: Plan, index: Tensor, rank: int) -> Tensor:
+def _pairs_of_copies(quota: Tensor, copies: int, by_expert: Tensor, index: Tensor) -> Tensor:
     """The (expert, device) pair of each token copy, `[T, k]`; -1: the copy has no expert.
 
     If copies are sorted by expert, those of one pair are a consecutive block, whose length is the pair's quota.
     """
-    copies = int(plan.quota[rank].sum())
-    by_expert = sorted_by_expert(index, copies)
-    quota = torch.from_numpy(plan.quota[rank].copy()).to(index.device)
     pairs = torch.repeat_interleave(torch.arange(quota.numel(), device=index.device), quota, output_size=copies)
-    return by_expert.new_full((index.numel(),), -1).scatter_(0, by_expert, pairs).view(index.shape)
+    pair_of = by_expert.new_full((index.numel(),), -1)
+    return pair_of.scatter_(0, by_expert[index.numel() - copies :], pairs).view(index.shape)
 
 
-def _exchange_counts(to_node: Tensor, comms: Comms) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Exchange numbers of rows; returns those to and from each device.
+def _rows_across(plan: Plan, tokens: NDArray[np.int64], comms: Comms) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Number of rows to and from each device in the exchange between nodes; `tokens` is int64 `[D]`.
 
     Rows to a node go to its relay: the device with this device's index within the node.
     """
     topology = comms.topology
-    sent = to_node.new_zeros(topology.num_devices)
-    sent[comms.rank % topology.devices_per_node :: topology.devices_per_node] = to_node
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=comms.tokens)
-    both = torch.stack([sent, received]).tolist()  # waits for the device only once
-    return tuple(both[0]), tuple(both[1])
+    place, own = comms.rank % topology.devices_per_node, topology.node_of(comms.rank)
+    peers = slice(place, None, topology.devices_per_node)  # with this device's index within their nodes
+    node = plan.holders[:, 1] // topology.devices_per_node
+    served = plan.quota[peers]
+    to_node = np.bincount(node, weights=served[own], minlength=topology.num_nodes).astype(np.int64)
+    sent, received = np.zeros((2, topology.num_devices), dtype=np.int64)
+    sent[peers] = np.minimum(to_node, tokens[comms.rank])
+    received[peers] = np.minimum(served[:, node == own].sum(axis=1), tokens[peers])
+    return tuple(sent.tolist()), tuple(received.tolist())
 
 
-def _inside(plan: Plan, at_relay: Tensor, topology: Topology, rank: int) -> tuple[Leg, NDArray[np.int64]]:
+def _across_leg(
+    pair_of: Tensor, node_of_pair: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms
+) -> tuple[Leg, Tensor]:
+    """The exchange between nodes, and int32 `[U, k]`: the pairs that each row is meant for in its node; -1: none."""
+    device, nodes, rows = pair_of.device, comms.topology.num_nodes, sum(sent)
+    tokens, top_k = pair_of.shape
+    node_of = torch.where(pair_of >= 0, node_of_pair[pair_of.clamp(min=0)], -1)
+    copies = node_of == torch.arange(nodes, device=device).view(-1, 1, 1)  # [n, T, k]
+    present = copies.any(2)
+    place = comms.rank % comms.topology.devices_per_node
+    per_node = np.array(sent[place :: comms.topology.devices_per_node], dtype=np.int64)
+    start = to_device(np.cumsum(per_node) - per_node, device).view(-1, 1)
+    slots = torch.where(present, start + present.cumsum(1) - 1, rows)  # [n, T]
+    # Tokens that are absent from a node are written to a row behind the last, which is dropped.
+    meant = torch.full((rows + 1, top_k), -1, dtype=torch.int32, device=device)
+    meant[slots.flatten()] = torch.where(copies, pair_of, -1).to(torch.int32).flatten(0, 1)
+    token = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    token[slots.flatten()] = torch.arange(tokens, device=device).repeat(nodes)
+    return Leg(token[:rows], slots.t().contiguous(), sent, received), meant[:rows]
+
+
+def _inside_leg(
+    at_relay: Tensor,
+    rank_of_pair: Tensor,
+    holder: NDArray[np.int64],
+    by_relay: NDArray[np.int64],
+    from_relays: tuple[int, ...],
+    comms: Comms,
+) -> Leg:
     """The exchange within the node, as seen by a relay.
 
     Args:
-        plan: the plan.
-        at_relay: int64 `[R, k]`, the (expert, device) pairs that each received row goes to; -1: none.
-        topology: devices and nodes.
-        rank: this device.
-
-    Returns:
-        The leg, and int64 `[D, P]`: rows that each relay sends to each pair (zero for relays in other nodes).
+        at_relay: int32 `[R, k]`, the (expert, device) pairs that each received row goes to; -1: none.
+        rank_of_pair: int64 `[P]`, position of each pair sorted by (device, expert).
+        holder: `[P]`, the device of each pair.
+        by_relay: `[devices per node, P]`, rows that each relay of this node sends to each pair.
+        from_relays: rows that each relay sends to this device.
+        comms: process groups and topology.
     """
-    per_node, devices = topology.devices_per_node, topology.num_devices
-    expert, holder = plan.holders.T
-    rank_of_pair = np.empty(len(holder), dtype=np.int64)
-    rank_of_pair[np.lexsort((expert, holder))] = np.arange(len(holder))
-    near = holder // per_node == topology.node_of(rank)
-    # A relay receives all tokens from devices that have its index within their nodes.
-    by_relay = np.zeros_like(plan.quota)
-    for place in range(per_node):
-        relay = topology.node_of(rank) * per_node + place
-        by_relay[relay] = plan.quota[place::per_node].sum(axis=0) * near
-    order_key = torch.from_numpy(rank_of_pair).to(at_relay.device)
+    topology = comms.topology
+    to_pair = by_relay[comms.rank % topology.devices_per_node]
+    copies = int(to_pair.sum())
     flat = at_relay.flatten()
-    copies = int(by_relay[rank].sum())
-    key = torch.where(flat >= 0, order_key[flat.clamp(min=0)], len(holder))
-    taken = torch.argsort(key, stable=True)[:copies]
-    slots = torch.full_like(flat, copies)
-    slots[taken] = torch.arange(copies, device=flat.device)
-    sent = np.bincount(holder, weights=by_relay[rank], minlength=devices).astype(np.int64)
-    received = by_relay[:, holder == rank].sum(axis=1)
+    key = torch.where(flat >= 0, rank_of_pair[flat.clamp(min=0)], len(holder))
+    taken = sort_by_expert(key, len(holder) + 1)[:copies]
+    slots = torch.full_like(key, copies)
+    slots[taken] = torch.arange(copies, device=key.device)
+    sent = np.bincount(holder, weights=to_pair, minlength=topology.num_devices).astype(np.int64)
+    received = np.zeros_like(sent)
+    first = topology.node_of(comms.rank) * topology.devices_per_node
+    received[first : first + topology.devices_per_node] = from_relays
     index = taken // at_relay.shape[1]
-    return Leg(index, slots.view_as(at_relay), tuple(sent.tolist()), tuple(received.tolist())), by_relay
+    return Leg(index, slots.view_as(at_relay), tuple(sent.tolist()), tuple(received.tolist()))
+
+
+def _sorted(rows: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    return rows if order is None or inverse is None else permute(rows, order, inverse, 1)
 
 
 def _gather_slots(rows: Tensor, slots: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Exchange of token counts: how many tokens each device routes to each expert.
 
-With the plain dispatch, this is the only place in a layer where the host waits for the accelerator.
-
 Shapes: T tokens of this device, k experts per token, D devices, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,11 +16,15 @@ from torch import Tensor
 from hecate.errors import NonFiniteError
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
+from hecate.runtime.tokens.exchange import to_device
 
-__all__ = ["ABSENT", "RECOMPUTED", "Position", "count_tokens"]
+__all__ = ["Counting", "Position"]
 
-OUTSIDE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(7)
-"""Columns after the experts' counts in the exchanged row."""
+ABOVE, BELOW, NONE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(9)
+"""Columns of the exchanged row after the experts' counts.
+
+The first three count copies: those whose index is E or more, less than -1, and `ABSENT`.
+"""
 
 ABSENT = -1
 """The index of a token copy that goes to no expert."""
@@ -49,64 +51,92 @@ class Position:
     with_grad: bool
     trained: int
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What ranks compare, in the order of the columns."""
+        return self.step, self.layer, self.call, int(self.with_grad), self.trained
+
     def __str__(self) -> str:
         kind = f"with gradients of weight kinds {self.trained:b}" if self.with_grad else "without gradients"
         call = "a recomputation of " if self.call == RECOMPUTED else f"call {self.call + 1} of " if self.call else ""
         return f"{call}MoE layer {self.layer} {kind} after {self.step} optimizer steps"
 
 
-def count_tokens(
-    name: str, position: Position, index: Tensor, weights: Tensor, num_experts: int, comms: Comms
-) -> NDArray[np.int64]:
-    """Exchange how many tokens each device routes to each expert. Collective.
+class Counting:
+    """Counts of all devices on their way to the host. Making one launches the exchange. Collective.
 
     Args:
-        name: name of the layer, for errors.
         position: position of this rank.
         index: `[T, k]` expert of each token copy; -1: none.
         weights: `[T, k]` router weights; those of copies without an expert are not read.
         num_experts: E.
         comms: process groups of the ranks that share the experts.
-
-    Returns:
-        int64 `[D, E]`, on the host.
-
-    Raises:
-        ValueError: an index is outside [0, E) and not -1; on every rank, naming layer and rank.
-        NonFiniteError: a weight is not finite; on every rank, naming layer and rank. With several replicas this is not
-            raised, because other replicas would hang; the loss and the gradient norm then become NaN on all ranks.
-        RuntimeError: ranks are in different forward passes or layers; on every rank.
     """
-    row = _row(position, index, weights, num_experts)
-    table = row.new_empty(comms.topology.num_devices, row.numel())
-    if comms.tokens is None:
-        table[0] = row
-    else:
-        dist.all_gather(list(table.unbind(0)), row, group=comms.tokens)
-    everything = table.cpu().numpy()
-    counts, others = everything[:, :num_experts], everything[:, num_experts:]
-    _check_position(name, position, others[:, STEP:])
-    _check_range(name, others[:, OUTSIDE], num_experts)
-    if comms.replicas is None or comms.replicas.size() == 1:
-        _check_finite(name, others[:, NOT_FINITE])
-    return counts
+
+    def __init__(self, position: Position, index: Tensor, weights: Tensor, num_experts: int, comms: Comms) -> None:
+        self._position, self._num_experts, self._comms = position, num_experts, comms
+        self._top_k = max(1, index.shape[1])
+        row = _row(position, index, weights, num_experts)
+        self._table, self._work = row, None
+        if comms.tokens is not None:
+            self._table = row.new_empty(comms.topology.num_devices * row.numel())
+            self._work = dist.all_gather_into_tensor(self._table, row, group=comms.tokens, async_op=True)
+
+    def wait(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Wait for the counts: the only place in a layer where the host waits for the accelerator.
+
+        Args:
+            name: name of the layer, for errors.
+
+        Returns:
+            Int64 `[D, E]`, token copies per device and expert, and int64 `[D]`, tokens per device.
+
+        Raises:
+            ValueError: an index is outside [0, E) and not -1; on every rank, naming layer and rank.
+            NonFiniteError: a weight is not finite; on every rank, naming layer and rank. With several replicas this is
+                not raised, because other replicas would hang; the loss and the gradient norm then become NaN on all
+                ranks.
+            RuntimeError: ranks are in different forward passes or layers; on every rank.
+        """
+        if self._work is not None:
+            self._work.wait()
+        table = _on_host(self._table).reshape(self._comms.topology.num_devices, -1)
+        counts, others = table[:, : self._num_experts], table[:, self._num_experts :]
+        _check_position(name, self._position, others[:, STEP:])
+        _check_range(name, others[:, ABOVE] + others[:, BELOW], self._num_experts)
+        replicas = self._comms.replicas
+        if replicas is None or replicas.size() == 1:
+            _check_finite(name, others[:, NOT_FINITE])
+        copies = counts.sum(axis=1) + others[:, NONE]
+        return np.ascontiguousarray(counts), copies // self._top_k
+
+
+def _on_host(table: Tensor) -> NDArray[np.int64]:
+    """Copy `table` to the host with one transfer and one wait."""
+    if table.device.type == "cpu":
+        return table.numpy()
+    pinned = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    pinned.copy_(table, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return pinned.numpy()
 
 
 def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E + 7]`: this rank's counts, then the columns that all ranks check."""
-    valid, absent = (index >= 0) & (index < num_experts), index == ABSENT
-    # Copies without an expert go to a column that the next line overwrites.
-    slot = torch.where(valid, index, num_experts + OUTSIDE + absent.to(index.dtype)).flatten()
-    row = torch.zeros(num_experts + TRAINED + 1, dtype=torch.int64, device=index.device)
-    row.scatter_add_(0, slot, torch.ones_like(slot, dtype=torch.int64))
-    row[num_experts + NOT_FINITE] = (~(torch.isfinite(weights.detach()) | absent)).sum()
-    for column, value in enumerate(astuple(position), num_experts + STEP):
-        row[column].fill_(int(value))
+    """int64 `[E + 9]`: this rank's counts, then the columns that all ranks check."""
+    start = np.zeros(num_experts + TRAINED + 1, dtype=np.int64)
+    start[num_experts + STEP :] = position.numbers
+    row = to_device(start, index.device)
+    slot = index.flatten().clamp(-2, num_experts).remainder_(num_experts + 3)  # -2 and -1 become BELOW and NONE
+    row.scatter_add_(0, slot, slot.new_ones(1).expand_as(slot))
+    own = weights.detach().masked_fill(index == ABSENT, 0)
+    row[num_experts + NOT_FINITE] = (own - own).count_nonzero()  # NaN if a weight is not finite
     return row
 
 
 def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
-    if (columns == np.array(astuple(own))).all():
+    if (columns == own.numbers).all():
         return
     rows = columns.tolist()
     everyone = [{"the pass": Position(step, layer, call, bool(grad), bits)} for step, layer, call, grad, bits in rows]

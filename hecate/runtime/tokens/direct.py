@@ -1,35 +1,39 @@
 """The plain dispatch: one all-to-all of rows to the experts and one back; in backward the same for gradients.
 
-Shapes: T tokens of this device, k experts per token, N rows sent, M rows received, d model width, D devices,
-P (expert, device) pairs of the plan. Copies of a token without an expert (-1) are not sent: then N < T * k.
+What the exchange does not need is computed after its launch: the inverses and the order by expert.
+
+Shapes: T tokens of this device, k experts per token, N rows sent, M rows received, d model width. Copies of a token
+without an expert (-1) are not sent: then N < T * k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.ops.permute import block_order, combine, invert, permute
+from hecate._native import direct_tables
+from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum_copies, take_copies
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch, order_by_expert, sorted_by_expert
+from hecate.runtime.tokens.exchange import Dispatch, Sending, to_device
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DirectDispatch(Dispatch):
     """Sends each row directly to the device that computes it.
 
     Attributes:
-        order, inverse: int64 `[N]` and `[T * k]`, how rows are sorted by (destination, expert), and the inverse.
+        order: int64 `[N]`, the copies of tokens (`t * k + j`) sorted by (destination, expert).
+        copies: T * k, including copies without an expert.
         sent, received: number of rows to and from each device.
-        local_order, local_inverse: int64 `[M]`, permutation that sorts received rows by (row of the expert here,
-            source), and its inverse.
+        blocks: int64 `[2, B]`, how received rows are sorted by (row of the expert here, source), see `block_order`;
+            None if they arrive in that order, for example because one expert is held here.
         sizes: received rows per expert held here, in the order of the experts' rows.
         top_k: experts per token.
         wire: dtype of rows between devices; None keeps theirs.
@@ -37,29 +41,123 @@ class DirectDispatch(Dispatch):
     """
 
     order: Tensor
-    inverse: Tensor
+    copies: int
     sent: tuple[int, ...]
     received: tuple[int, ...]
-    local_order: Tensor
-    local_inverse: Tensor
+    blocks: Tensor | None
     sizes: tuple[int, ...]
     top_k: int
     wire: torch.dtype | None
     comms: Comms
 
-    def dispatch(self, hidden: Tensor) -> Tensor:
-        rows = permute(hidden, self.order, self.inverse, self.top_k)
-        rows = AllToAll.apply(rows, self.sent, self.received, self.comms, self.wire)
-        return permute(rows, self.local_order, self.local_inverse, 1)
+    @cached_property
+    def inverse(self) -> Tensor:
+        """int64 `[T * k]`, the inverse of `order`; N for copies without an expert."""
+        return invert(self.order, self.copies)
+
+    @cached_property
+    def local_order(self) -> Tensor | None:
+        """int64 `[M]`, permutation that sorts received rows by (row of the expert here, source); None: sorted."""
+        return None if self.blocks is None else block_order(self.blocks, sum(self.received))
+
+    @cached_property
+    def local_inverse(self) -> Tensor | None:
+        """The inverse of `local_order`."""
+        return None if self.local_order is None else invert(self.local_order)
+
+    def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+        return _ToExperts.apply(hidden, self, meanwhile)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        rows = permute(rows, self.local_inverse, self.local_order, 1)
-        rows = AllToAll.apply(rows, self.received, self.sent, self.comms, self.wire)
-        return combine(rows, weights, self.order, self.inverse)
+        stays = self.comms.tokens is None and self.blocks is None
+        return combine(rows if stays else _Home.apply(rows, self), weights, self.inverse)
+
+    # Without autograd.
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """From rows in `order` here to rows by expert on the experts' devices. Collective."""
+        sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
+        order, _ = self.local_order, self.inverse  # while the rows are on their way
+        rows = sending.wait()
+        return rows if order is None else rows.index_select(0, order)
+
+    def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+        """The reverse of `leave`. Collective."""
+        if self.local_inverse is not None:
+            rows = rows.index_select(0, self.local_inverse)
+        sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
+        meanwhile()
+        return sending.wait()
+
+
+# Each is the other's transpose, so that backward passes can be differentiated too.
+
+
+class _ToExperts(torch.autograd.Function):
+    """Tokens `[T, d]` to the rows `[M, d]` of the experts here."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, way: DirectDispatch, meanwhile: Callable[[], None]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way, ctx.meanwhile = way, meanwhile
+        return way.leave(take_copies(hidden, way.order, way.top_k))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        with ctx.way.comms.guard():
+            return _ToTokens.apply(grad, ctx.way, ctx.meanwhile), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Rows `[M, d]` of the experts here to sums `[T, d]` per token."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: DirectDispatch, meanwhile: Callable[[], None]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way = way
+        return sum_copies(way.come_home(rows, meanwhile), way.inverse, way.top_k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        with ctx.way.comms.guard():
+            return _ToExperts.apply(grad, ctx.way, _nothing), None, None
+
+
+class _Home(torch.autograd.Function):
+    """Rows `[M, d]` of the experts here to rows `[N, d]` in `order`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: DirectDispatch) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way = way
+        return way.come_home(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        with ctx.way.comms.guard():
+            return _Away.apply(grad, ctx.way), None
+
+
+class _Away(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: DirectDispatch) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way = way
+        return way.leave(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        with ctx.way.comms.guard():
+            return _Home.apply(grad, ctx.way), None
+
+
+def _nothing() -> None:
+    pass
 
 
 def direct_dispatch(
-    plan: Plan, index: Tensor, comms: Comms, local_rows: Sequence[int], wire: torch.dtype | None = None
+    plan: Plan,
+    index: Tensor,
+    comms: Comms,
+    local_rows: Sequence[int],
+    wire: torch.dtype | None = None,
+    by_expert: Tensor | None = None,
 ) -> DirectDispatch:
     """Make this device's dispatch according to `plan`.
 
@@ -69,27 +167,14 @@ def direct_dispatch(
         comms: this device's process groups and topology.
         local_rows: experts held here, in the order of their rows.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+        by_expert: `sort_by_expert(index)`, if that is there already.
     """
-    device, rank = index.device, comms.rank
-    num_devices = plan.quota.shape[0]
-    expert, holder = plan.holders.T
+    table, leaving, sent, received, sizes = direct_tables(plan.holders, plan.quota, comms.rank, list(local_rows))
+    both = to_device(table, index.device)
     # Sorted by expert, this device's rows are consecutive blocks, one per pair. Reorder the blocks by destination.
-    to_pair = plan.quota[rank]
-    by_expert = sorted_by_expert(index, int(to_pair.sum()))
-    order = by_expert[block_order(to_pair, np.lexsort((expert, holder)), device)]
-    sent = np.bincount(holder, weights=to_pair, minlength=num_devices).astype(np.int64)
-
-    local_order, sizes = order_by_expert(plan, plan.quota, rank, local_rows, device)
-    received = plan.quota[:, holder == rank].sum(axis=1)
-    return DirectDispatch(
-        order,
-        invert(order, index.numel()),
-        tuple(sent.tolist()),
-        tuple(received.tolist()),
-        local_order,
-        invert(local_order),
-        sizes,
-        index.shape[1],
-        wire,
-        comms,
-    )
+    order = sort_by_expert(index, len(plan.owners)) if by_expert is None else by_expert
+    order = order[index.numel() - sum(sent) :]  # copies without an expert come first
+    if comms.topology.num_devices > 1:
+        order = order.index_select(0, block_order(both[: 2 * leaving].view(2, -1), sum(sent)))
+    blocks = both[2 * leaving :].view(2, -1) if len(table) > 2 * leaving else None
+    return DirectDispatch(order, index.numel(), sent, received, blocks, sizes, index.shape[1], wire, comms)

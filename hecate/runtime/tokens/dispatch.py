@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.cost import LayerCost
@@ -24,8 +26,10 @@ def dispatch_of(
     local_rows: Sequence[int],
     cost: LayerCost,
     wire: torch.dtype | None = None,
+    by_expert: Tensor | None = None,
+    tokens: NDArray[np.int64] | None = None,
 ) -> Dispatch:
-    """Make this device's dispatch according to `plan`. Collective.
+    """Make this device's dispatch according to `plan`. The host does not wait for the device.
 
     Args:
         plan: made from the counts of `index`, so that this device's quota row adds up to them.
@@ -34,7 +38,9 @@ def dispatch_of(
         local_rows: experts held here, in the order of their rows.
         cost: cost of the layer, by which the kind of dispatch is chosen.
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
+        by_expert: `sort_by_expert(index)`, if that is there already.
+        tokens: int64 `[D]`, tokens of each device; None: every copy on every device has an expert.
     """
-    if comms.tokens is not None and node_exchange_pays(plan, cost, index.shape[1]):
-        return node_dispatch(plan, index, comms, local_rows, wire)
-    return direct_dispatch(plan, index, comms, local_rows, wire)
+    if comms.tokens is not None and node_exchange_pays(plan, cost, max(1, index.shape[1])):
+        return node_dispatch(plan, index, comms, local_rows, wire, by_expert, tokens)
+    return direct_dispatch(plan, index, comms, local_rows, wire, by_expert)

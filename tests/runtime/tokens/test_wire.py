@@ -99,8 +99,8 @@ def test_rows_are_cast_weights_and_counts_are_not(
 ) -> None:
     for sent in groups(4).run(payloads, 4, 2, wire):
         assert sent["direct_dispatch"] == {(WIDTH, expected)}
-        counts, pairs, weights = (1, torch.int64), (TOP_K, torch.int64), (TOP_K, torch.float32)
-        assert sent["node_dispatch"] == {counts, pairs, weights, (WIDTH, expected)}
+        pairs, weights = (TOP_K, torch.int32), (TOP_K, torch.float32)
+        assert sent["node_dispatch"] == {pairs, weights, (WIDTH, expected)}
 
 
 def send_thirds() -> None:

@@ -1,0 +1,220 @@
+"""One process of `benchmarks.host`: times one rank's host work in one MoE layer, with a process group that sends nothing.
+
+Runs on the checkout that PYTHONPATH names, and finds the parts by names that all compared commits have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import timedelta
+from statistics import median
+from time import thread_time_ns
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed import fake_pg
+
+import hecate
+from hecate.collectives.transport import Transport, Work
+from hecate.cost import CostModel
+from hecate.models.moe import Experts
+from hecate.policies.balanced import Balanced
+from hecate.runtime import comms
+from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.layer import LayerPlans
+from hecate.runtime.step.layer import FSSDPExperts
+from hecate.runtime.step.passes import Passes
+from hecate.runtime.tokens import dispatch
+
+PER_NODE = 8
+TOP_K = 2
+TOKENS = 128  # of a device; few, so that the sort and the permutations cost little more than their call
+WIDTH = 8
+RANK = 3
+WARM_UP = 3
+REPEATS = 7  # of each pass; the shortest counts
+FAST = CostModel(hidden_permille=800)
+
+BACKEND = fake_pg.__name__ and "fake"  # importing the module registers the backend
+
+Times = dict[str, list[int]]
+
+
+class Model(nn.Module):
+    """One MoE layer with a given choice of experts; the dense part is one vector."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.experts = Experts(experts, WIDTH, WIDTH)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.1)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """`[T, d]`, `[T, k]`, `[T, k]` to `[T, d]`."""
+        return self.experts(hidden * self.scale, index, weights)
+
+
+class NoTransport(Transport):
+    """Sends no experts and no gradients."""
+
+    def gather(self, *_: object) -> Work:
+        return Work(lambda: None)
+
+    def reduce(self, *_: object) -> Work:
+        return Work(lambda: None)
+
+
+class Done:
+    """A handle of communication that has ended."""
+
+    def __init__(self, at_wait: Callable[[], None]) -> None:
+        self._at_wait = at_wait
+
+    def wait(self) -> bool:
+        self._at_wait()
+        return True
+
+
+class Watch:
+    """Replaces the collectives of a layer by ones that only fill in what other ranks would send, and notes times."""
+
+    def __init__(self) -> None:
+        self.times: Times = defaultdict(list)
+        self.counts = torch.empty(0, dtype=torch.int64)
+        self.began = self.known = 0
+        self.waits = True
+        for cls, name, part in (
+            (Balanced, "calibrate", "calibrate"),
+            (Balanced, "assign", "assign"),
+            (LayerPlans, "book", "book"),
+            (FSSDPExperts, "forward", "forward"),
+            (dispatch, "node_exchange_pays", "exchange choice"),
+            (dispatch, "direct_dispatch", "dispatch record"),
+        ):
+            setattr(cls, name, self.timed(getattr(cls, name), part))
+        comms.timeout_of = lambda *_: timedelta(minutes=1)  # a group of the backend "fake" has no timeout
+        comms.transport_of = lambda group, _, topology, links: NoTransport(group, topology)
+        Passes.record = self._begins(Passes.record)  # type: ignore[method-assign]
+        dist.all_gather = self._all_gather
+        dist.all_gather_into_tensor = self._all_gather_into_tensor
+        dist.all_to_all_single = self._all_to_all
+
+    def routed(self, devices: int, experts: int, step: int) -> Tensor:
+        """Draw the experts of all devices' tokens from a Zipf law whose loads drift from step to step.
+
+        Returns those of this rank's, `[TOKENS, TOP_K]`.
+        """
+        rng = np.random.default_rng([devices, experts, step])
+        loads = 1 / (1 + np.random.default_rng(0).permutation(experts)) * rng.uniform(0.9, 1.1, experts)
+        keys = rng.exponential(size=(devices, TOKENS, experts)) / loads
+        picks = np.argpartition(keys, TOP_K, axis=2)[:, :, :TOP_K]
+        rows = [np.bincount(of_device.ravel(), minlength=experts) for of_device in picks]
+        self.counts = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return torch.from_numpy(picks[RANK].copy())
+
+    def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            start = thread_time_ns()
+            result = call(*args, **options)
+            self.times[part].append(thread_time_ns() - start)
+            return result
+
+        return timed
+
+    def _begins(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def begins(*args: Any, **options: Any) -> Any:
+            self.began, self.known = thread_time_ns(), 0
+            return call(*args, **options)
+
+        return begins
+
+    def _know(self) -> None:
+        self.known = thread_time_ns()
+
+    def _fill(self, table: Tensor, row: Tensor) -> None:
+        experts = self.counts.shape[1]
+        table.copy_(row.expand_as(table))
+        table[:, :experts] = self.counts
+
+    def _all_gather(self, tensors: list[Tensor], row: Tensor, group: object = None) -> None:
+        base = tensors[0]._base
+        assert base is not None
+        self._fill(base, row)
+        self._know()
+
+    def _all_gather_into_tensor(
+        self, table: Tensor, row: Tensor, group: object = None, async_op: bool = False
+    ) -> Done | None:
+        self._fill(table.view(-1, row.numel()), row)
+        self._know()
+        return Done(self._know) if async_op else None
+
+    def _all_to_all(
+        self, out: Tensor, rows: Tensor, *sizes: object, group: object = None, async_op: bool = False
+    ) -> Done | None:
+        if self.known and rows.is_floating_point():
+            now = thread_time_ns()
+            self.times["bubble"].append(now - self.known)
+            self.times["gate to all-to-all"].append(now - self.began)
+            self.known = 0
+        out.zero_()
+        return Done(lambda: None) if async_op else None
+
+
+def measure(watch: Watch, devices: int, experts: int, passes: int) -> dict[str, float]:
+    """Median nanoseconds of each part."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(PER_NODE)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the heartbeat writes to it
+    dist.init_process_group("fake", store=store, rank=RANK, world_size=devices)
+    config = hecate.FSSDPConfig(
+        policy="balanced", overlap_degree=2, memory_slots=2, cost=FAST, dense="none", calibrate="pays"
+    )
+    torch.manual_seed(0)
+    model = Model(experts)
+    engine = hecate.fully_shard(model, None, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(WARM_UP):  # then there is a history, and copies are planned from it
+        _one_pass(model, watch.routed(devices, experts, step)).backward()
+        optimizer.step()
+    _one_pass(model, watch.routed(devices, experts, WARM_UP))
+    least: Times = defaultdict(list)
+    with patch.object(PlanAhead, "start"):  # its threads would take turns with this one
+        for step in range(WARM_UP, WARM_UP + passes):
+            index = watch.routed(devices, experts, step)
+            watch.times.clear()
+            for _ in range(REPEATS):
+                watch.timed(_one_pass(model, index).backward, "backward")()
+            for part, times in watch.times.items():
+                least[part].append(min(times))
+    engine.close()
+    dist.destroy_process_group()
+    return {part: float(median(times)) for part, times in least.items()}
+
+
+def _one_pass(model: Model, index: Tensor) -> Tensor:
+    hidden = torch.ones(TOKENS, WIDTH, requires_grad=True)
+    return model(hidden, index, torch.full(index.shape, 1.0 / TOP_K, requires_grad=True)).sum()
+
+
+def main() -> None:
+    """Arguments: number of passes, then settings DEVICESxEXPERTS. Prints a JSON object: setting -> part -> ns."""
+    torch.set_num_threads(1)
+    watch = Watch()
+    found = {}
+    for setting in sys.argv[2:]:
+        devices, experts = map(int, setting.split("x"))
+        found[setting] = measure(watch, devices, experts, int(sys.argv[1]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
