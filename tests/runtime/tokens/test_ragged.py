@@ -184,9 +184,9 @@ def test_order_without_some_copies() -> None:
     expected = torch.zeros(6, 4, dtype=torch.float64)
     expected[order] = rows
     expected = (expected.view(3, 2, 4) * weights[:, :, None]).sum(1)
-    assert torch.equal(combine(rows, weights, order, inverse), expected)
+    assert torch.equal(combine(rows, weights, inverse), expected)
     assert torch.equal(permute(x, order, inverse, 2), x[order // 2])
     inputs = (x.requires_grad_(), rows.requires_grad_(), weights.requires_grad_())
     torch.autograd.gradcheck(
-        lambda x, rows, weights: combine(rows + permute(x, order, inverse, 2), weights, order, inverse), inputs
+        lambda x, rows, weights: combine(rows + permute(x, order, inverse, 2), weights, inverse), inputs
     )
