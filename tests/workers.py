@@ -27,10 +27,16 @@ class WorkerError(AssertionError):
 
 
 class Group:
-    """`world_size` processes in one gloo group, one thread each."""
+    """`world_size` processes in one gloo group, one thread each.
 
-    def __init__(self, world_size: int, timeout: timedelta = TIMEOUT) -> None:
-        context = mp.get_context("forkserver")
+    Args:
+        world_size: the number of processes.
+        timeout: of collectives.
+        start: how processes are started: "forkserver" is fast; with "spawn" they end as scripts do.
+    """
+
+    def __init__(self, world_size: int, timeout: timedelta = TIMEOUT, start: str = "forkserver") -> None:
+        context = mp.get_context(start)
         context.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.world_size = world_size

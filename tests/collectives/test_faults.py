@@ -90,7 +90,7 @@ def many_small_ones(transport: Transport) -> None:
 def test_a_killed_rank_is_an_error_on_every_survivor(
     kind: type[Transport], world: int, collectives: Callable[[Transport], None]
 ) -> None:
-    group = Group(world)
+    group = Group(world, start="spawn")
     try:
         for pipe in group.pipes:
             pipe.send((survive, (kind, collectives)))

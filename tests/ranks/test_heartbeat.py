@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hecate.errors import MissingRankError
 from hecate.private_torch import default_store
 from hecate.ranks.heartbeat import Heartbeat
-from tests.workers import Group, free_port
+from tests.workers import Group, Groups, free_port
 
 
 def _wait_for_victim(victim: int, sign: signal.Signals) -> tuple[str, list[int]]:
@@ -41,7 +41,7 @@ def _survivors(sign: signal.Signals) -> list[tuple[str, list[int]]]:
             pipe.send((_wait_for_victim, (2, sign)))
         return [pipe.recv()[1] for pipe in group.pipes[:2]]
     finally:
-        os.kill(group.processes[2].pid, signal.SIGKILL)
+        group.processes[2].kill()
         group.close()
 
 
@@ -68,12 +68,8 @@ def _error_without_missing_rank() -> str:
         heart.stop()
 
 
-def test_passes_other_errors_on() -> None:
-    group = Group(2)
-    try:
-        assert group.run(_error_without_missing_rank) == ["RuntimeError: something else"] * 2
-    finally:
-        group.close()
+def test_passes_other_errors_on(groups: Groups) -> None:
+    assert groups(2).run(_error_without_missing_rank) == ["RuntimeError: something else"] * 2
 
 
 def test_the_error_travels_between_processes() -> None:
