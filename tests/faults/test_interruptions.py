@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.faults.jobs import POLL_SECONDS, TINY, TORCHRUN, Job, command, differ
 from tests.faults.wholeness import missing
 from tests.workers import free_port
 
-STEPS, INTERVAL = 60, 20
+STEPS, INTERVAL = 80, 20
 RUN = (f"steps={STEPS}", f"save_interval={INTERVAL}", "timeout_seconds=60")
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -37,24 +38,6 @@ def assert_like_unbroken(root: Path, name: str) -> None:
     assert differences(root / "runs" / name, root / "runs" / "unbroken") == []
 
 
-@pytest.mark.parametrize(("sign", "target"), [(signal.SIGTERM, "one rank"), (signal.SIGUSR1, "the parent")])
-def test_signal_saves_and_asks_for_a_requeue(root: Path, sign: signal.Signals, target: str) -> None:
-    name = sign.name.lower()
-    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
-        job.wait_for_step(3)
-        os.kill(job.ranks()[1] if target == "one rank" else job.process.pid, sign)
-        assert "asked to stop: saved step" in job.end(expect=85)
-    stopped = last_step(job.run)
-    assert 3 <= stopped < STEPS
-    assert (job.run / "checkpoints" / f"step-{stopped:08d}").exists()
-    before = (job.run / "metrics.jsonl").read_text()
-    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
-        job.end(expect=0)
-    # With the seconds that each step took: none was made again.
-    assert (job.run / "metrics.jsonl").read_text().startswith(before)
-    assert_like_unbroken(root, name)
-
-
 def press_ctrl_c(job: Job, target: str) -> None:
     if target == "the terminal":
         os.killpg(job.process.pid, signal.SIGINT)
@@ -62,31 +45,98 @@ def press_ctrl_c(job: Job, target: str) -> None:
         os.kill(job.ranks()[1] if target == "one rank" else job.process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "the terminal",
-        pytest.param("the parent", marks=pytest.mark.long),
-        pytest.param("one rank", marks=pytest.mark.long),
-    ],
-)
-def test_ctrl_c_saves_and_ends(root: Path, target: str) -> None:
-    name = f"ctrl-c-{target.split()[1]}"
-    with Job(root, name, command(root, f"name={name}", *RUN, "save_interval=1")) as job:
-        job.wait_for_step(3)
-        press_ctrl_c(job, target)
-        output = job.end(expect=130)
+def stop(root: Path, name: str, send: Callable[[Job], None], code: int, *overrides: str) -> None:
+    """Start a run or go on with it, interrupt it after three steps, and check what is left."""
+    log = root / "runs" / name / "metrics.jsonl"
+    before = log.read_text() if log.exists() else ""
+    done = last_step(log.parent)
+    with Job(root, name, command(root, f"name={name}", *RUN, *overrides)) as job:
+        job.wait_for_step(done + 3)
+        send(job)
+        output = job.end(expect=code)
     stopped = last_step(job.run)
-    assert f"asked to stop: saved step {stopped}, exit 130" in output
+    assert done + 3 <= stopped < STEPS
+    # With the seconds that each step took: none was made again.
+    assert log.read_text().startswith(before)
+    assert f"asked to stop: saved step {stopped}, exit {code}" in output
     assert "Traceback" not in output
     newest = latest(job.run / "checkpoints")
     assert newest is not None
     assert newest.name == f"step-{stopped:08d}"
     assert missing(newest) == []
     assert not (job.run / "lock").exists()
+
+
+def stop_before_the_first_step(root: Path, name: str, send: Callable[[Job], None], code: int) -> None:
+    with Job(root, name, command(root, f"name={name}", *RUN)) as job:
+        job.wait_until(lambda: len(job.ranks()) == 2, "two ranks")
+        send(job)
+        assert "Traceback" not in job.end(expect=code)
+    assert last_step(job.run) == 0
+
+
+def finish(root: Path, name: str) -> None:
+    log = root / "runs" / name / "metrics.jsonl"
+    before = log.read_text()
     with Job(root, name, command(root, f"name={name}", *RUN)) as job:
         job.end(expect=0)
+    assert log.read_text().startswith(before)
     assert_like_unbroken(root, name)
+
+
+def refuse_a_second_trainer(job: Job) -> None:
+    """The folder of a run that is at work stays as it is."""
+    for rank in job.ranks():  # they must not end before the other job has started
+        os.kill(rank, signal.SIGSTOP)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
+    with Job(job.root, job.run.name, command(job.root, f"name={job.run.name}", "resume=false", *RUN)) as other:
+        output = other.end(expect=1)
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
+    assert "another trainer is at work in it (host" in output
+    assert any(f"process {rank})" in output for rank in job.ranks())
+    for rank in job.ranks():
+        os.kill(rank, signal.SIGCONT)
+
+
+def signal_one_rank_while_another_trainer_is_refused(job: Job) -> None:
+    refuse_a_second_trainer(job)
+    os.kill(job.ranks()[1], signal.SIGTERM)
+
+
+def signal_the_parent(job: Job) -> None:
+    os.kill(job.process.pid, signal.SIGUSR1)
+
+
+def terminate_the_parent(job: Job) -> None:
+    os.kill(job.process.pid, signal.SIGTERM)
+
+
+def press_ctrl_c_in_the_terminal(job: Job) -> None:
+    press_ctrl_c(job, "the terminal")
+
+
+# One run is started again after each signal, because starting the processes is what takes the time.
+
+
+def test_a_run_goes_on_after_signals_to_parent_and_terminal(root: Path) -> None:
+    stop(root, "often", signal_the_parent, 85)
+    stop(root, "often", press_ctrl_c_in_the_terminal, 130, "save_interval=1")
+    finish(root, "often")
+
+
+def test_a_run_goes_on_after_signals_before_and_after_its_first_step(root: Path) -> None:
+    stop_before_the_first_step(root, "early", terminate_the_parent, 85)
+    stop_before_the_first_step(root, "early", press_ctrl_c_in_the_terminal, 130)
+    stop(root, "early", signal_one_rank_while_another_trainer_is_refused, 85)
+    finish(root, "early")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["the parent", "one rank"])
+def test_ctrl_c_saves_and_ends(root: Path, target: str) -> None:
+    name = f"ctrl-c-{target.split()[1]}"
+    stop(root, name, lambda job: press_ctrl_c(job, target), 130, "save_interval=1")
+    finish(root, name)
 
 
 def test_second_ctrl_c_ends_at_once(root: Path) -> None:
@@ -102,14 +152,6 @@ def test_second_ctrl_c_ends_at_once(root: Path) -> None:
     assert all(missing(path.parent) == [] for path in job.run.glob("checkpoints/*/manifest.json"))
 
 
-def test_ctrl_c_before_the_first_step_ends_without_a_traceback(root: Path) -> None:
-    with Job(root, "early", command(root, "name=early", *RUN)) as job:
-        job.wait_until(lambda: len(job.ranks()) == 2, "two ranks")
-        press_ctrl_c(job, "the terminal")
-        assert "Traceback" not in job.end(expect=130)
-    assert last_step(job.run) == 0
-
-
 @pytest.mark.long
 def test_ctrl_c_under_torchrun_saves(root: Path) -> None:
     start = command(root, "name=agent-c", *RUN, "save_interval=1", launcher=TORCHRUN)
@@ -123,31 +165,6 @@ def test_ctrl_c_under_torchrun_saves(root: Path) -> None:
     with Job(root, "agent-c", command(root, "name=agent-c", *RUN)) as job:
         job.end(expect=0)
     assert_like_unbroken(root, "agent-c")
-
-
-def test_second_trainer_is_refused_and_the_first_goes_on(root: Path) -> None:
-    with Job(root, "shared", command(root, "name=shared", *RUN)) as job:
-        job.wait_for_step(1)
-        for rank in job.ranks():  # they must not end before the other job has started
-            os.kill(rank, signal.SIGSTOP)
-        before = sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
-        with Job(root, "shared", command(root, "name=shared", "resume=false", *RUN)) as other:
-            output = other.end(expect=1)
-        assert before == sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
-        assert "another trainer is at work in it (host" in output
-        assert any(f"process {rank})" in output for rank in job.ranks())
-        for rank in job.ranks():
-            os.kill(rank, signal.SIGCONT)
-        job.end(expect=0)
-    assert_like_unbroken(root, "shared")
-
-
-def test_signal_before_the_first_step_asks_for_a_requeue(root: Path) -> None:
-    with Job(root, "early", command(root, "name=early", *RUN)) as job:
-        job.wait_until(lambda: len(job.ranks()) == 2, "two ranks")
-        os.kill(job.process.pid, signal.SIGTERM)
-        job.end(expect=85)
-    assert last_step(job.run) == 0
 
 
 def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
