@@ -32,6 +32,7 @@ from hecate.adapters.transformers import (
     follows_experts_interface,
     interface_mlp,
     interface_weights,
+    refuse_router,
     refuse_tensor_parallel,
 )
 from hecate.experts import ExpertMLP, ExpertsSpec, WeightSpec
@@ -85,6 +86,7 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
                     f"{name}: {type(parent).__name__} adapts its weights; adapters (LoRA) fit the dense part only, so "
                     "leave experts out of target_parameters and target_modules"
                 )
+            refuse_router(name, parent)
             found.append(FoundExperts(parent, module, spec))
     _refuse_tied(model, found)
     if not found:

@@ -26,6 +26,7 @@ __all__ = [
     "interface_mlp",
     "interface_weights",
     "kept_in_float32",
+    "refuse_router",
     "refuse_tensor_parallel",
 ]
 
@@ -81,6 +82,23 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
             raise ValueError(
                 f"fully_shard: {type(module).__name__} was loaded with tp_size={size}: tensor parallel training is not "
                 "supported; load it without tp_plan and without distributed_config"
+            )
+
+
+def refuse_router(name: str, layer: nn.Module) -> None:
+    """ValueError if a layer's router gives experts one weight per expert of the layer, instead of one per choice.
+
+    phimoe's does in transformers 5.0, whose own experts then read the weights of other experts.
+
+    Args:
+        name: name of the layer's experts module, for the error.
+        layer: the module that holds it and the router.
+    """
+    for child, router in layer.named_children():
+        if type(router).__name__.endswith("TopKRouter") and not hasattr(router, "top_k"):
+            raise ValueError(
+                f"{name}: its router {child} ({type(router).__name__}) has no top_k, so its weights are "
+                "[tokens, experts]; experts need those of the chosen ones, [tokens, top_k]; use a newer transformers"
             )
 
 

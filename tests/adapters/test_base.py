@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -66,6 +67,19 @@ def test_experts_of_an_early_transformers_5() -> None:
     hecate.fully_shard(model)
     tokens = torch.arange(3, 11).unsqueeze(0)
     torch.testing.assert_close(model(tokens).logits, tiny_model("mixtral")(tokens).logits)
+
+
+def test_a_router_that_weights_all_experts_is_refused() -> None:
+    """As that of phimoe in transformers 5.0; later ones have `top_k`."""
+    model = GPTMoE(TINY)
+    gate = model.blocks[1].moe.gate
+    gate.__class__ = type("PhimoeTopKRouter", (type(gate),), {})
+    gate.top_k = 2
+    hecate.fully_shard(copy.deepcopy(model))
+    del gate.top_k
+    expected = r"blocks\.1\.moe\.experts: its router gate \(PhimoeTopKRouter\) has no top_k"
+    with pytest.raises(ValueError, match=expected):
+        hecate.fully_shard(model)
 
 
 def test_two_flags_of_the_interface_make_no_experts() -> None:
