@@ -34,7 +34,12 @@ class FSSDPConfig:
         memory_slots: most copies that a device may hold per layer (the paper's m); "auto" takes what fits in
             `memory_share` of the free memory, at most 2. Memory is allocated for at most as many copies as there are
             experts that the device does not own.
-        memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1].
+            "auto" is chosen in `fully_shard`, before optimizer state and gradients exist: their estimate, a gradient
+            and two float32 moments per trained element of this device, is taken off first. Before each of the next
+            three steps memory is measured again, and all ranks lower their slots if what is free then asks for it; they
+            are never raised.
+        memory_share: share of the free device memory that "auto" may fill with copies, in (0, 1]; the rest is for
+            activations and gathered dense weights.
         rematerialize: release copies after forward and gather them again for backward.
         calibrate: whether to gather further copies after the gate, when the true loads are known: "pays" (if the cost
             model predicts a gain), "always", or False.

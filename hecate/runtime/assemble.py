@@ -19,6 +19,7 @@ from hecate.runtime.experts.moving_state import MovingState
 from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.experts.pool import ExpertPool, make_pools
+from hecate.runtime.experts.slots import SlotsWatch, reserved_memory
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans, make_plans
 from hecate.runtime.plans.ownership import Resharder
@@ -76,13 +77,15 @@ def assemble(setup: Setup, model: nn.Module) -> Parts:
     rematerialize = setup.config.rematerialize and setup.num_devices > 1
     shared = SharedBuffers(copies_memory, setup.device) if rematerialize else None
     layers = make_plans(setup, model, pools, comms, shared, copies_memory)
+    slots = SlotsWatch(setup, [layer.experts for layer in layers], shared)
+    slots.lower(reserved_memory(setup, model, pools))
     experts = tuple(FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers)
     dense = make_dense(setup, model, [p for pool in pools for p in pool.parameters.values()])
     watch, resharder = _follow_optimizers(setup, model, pools, layers, comms, before)
     ahead = PlanAhead(layers, comms.topology.devices_per_node)
     passes = Passes(layers, comms, dense, ahead, rematerialize=rematerialize)
     unchanged = Unchanged(model, pools)
-    engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, shared, setup.device, unchanged)
+    engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, slots, shared, setup.device, unchanged)
     for module in experts:
         module.connect(engine)
     return Parts(comms, pools, dense, experts, watch, ahead, resharder, copies_memory, engine)

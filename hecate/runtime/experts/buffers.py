@@ -50,6 +50,17 @@ class SharedBuffers:
             with torch.inference_mode(False):  # evaluation may run first; autograd cannot save inference tensors
                 self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that both buffers take."""
+        return sum(buffer.numel() for buffer in self._bytes)
+
+    def free(self) -> None:
+        """Give the memory of both back; `reserve` allocates it anew. Only between steps."""
+        self.evict()
+        self._memory.add(-self.num_bytes)
+        self._bytes = [torch.empty(0, dtype=torch.uint8)] * 2
+
     def lend(self, tenant: Tenant, turn: int, num_bytes: int) -> Tensor:
         """Lend one of the buffers to `tenant`; the tenant before it is released.
 

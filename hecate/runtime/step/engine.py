@@ -24,6 +24,7 @@ from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.buffers import SharedBuffers
 from hecate.runtime.experts.optimizers import OptimizerWatch
+from hecate.runtime.experts.slots import SlotsWatch
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.plans.ownership import Resharder
@@ -51,6 +52,7 @@ class Engine:
         ahead: plans the copies of a step.
         resharder: changes owners between steps.
         watch: reports when an optimizer has stepped.
+        slots: lowers the number of copies that devices may hold if memory is short.
         shared: the buffers of re-materialization, or None.
         device: the device of the experts.
         unchanged: checks that users have not changed the model.
@@ -65,6 +67,7 @@ class Engine:
         ahead: PlanAhead,
         resharder: Resharder,
         watch: OptimizerWatch,
+        slots: SlotsWatch,
         shared: SharedBuffers | None,
         device: torch.device,
         unchanged: Unchanged,
@@ -77,6 +80,7 @@ class Engine:
         self._ahead = ahead
         self._resharder = resharder
         self._watch = watch
+        self._slots = slots
         self._device = device
         self._unchanged = unchanged
         self._shared = shared
@@ -146,6 +150,7 @@ class Engine:
     def _begin_step(self) -> list[Placement]:
         with label("reshard"):
             self._resharder.before_step(self.step)
+        self._slots.before_step()
         if self._shared is not None:
             self._shared.reserve(max(layer.experts.buffer_bytes for layer in self.layers))
         with label("plan"):
