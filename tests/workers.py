@@ -1,4 +1,4 @@
-"""Gloo process groups that run functions of test modules on every rank."""
+"""Process groups that run functions of test modules on every rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
+
+from tests.bench import DEFAULT, Bench, set_bench
 
 TIMEOUT = timedelta(seconds=60)
 PRELOADED = ["hecate", "transformers"]
@@ -27,15 +30,18 @@ class WorkerError(AssertionError):
 
 
 class Group:
-    """`world_size` processes in one gloo group, one thread each.
+    """`world_size` processes in one group, one thread each.
 
     Args:
         world_size: the number of processes.
         timeout: of collectives.
         start: how processes are started: "forkserver" is fast; with "spawn" they end as scripts do.
+        bench: device, backend and dtype.
     """
 
-    def __init__(self, world_size: int, timeout: timedelta = TIMEOUT, start: str = "forkserver") -> None:
+    def __init__(
+        self, world_size: int, timeout: timedelta = TIMEOUT, start: str = "forkserver", bench: Bench = DEFAULT
+    ) -> None:
         context = mp.get_context(start)
         context.set_forkserver_preload(PRELOADED)
         port = free_port()
@@ -44,7 +50,8 @@ class Group:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, timeout, theirs), daemon=True)
+            given = (rank, world_size, port, timeout, bench, theirs)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -73,12 +80,16 @@ class Group:
 class Groups:
     """Groups by world size, started on first use; a group that failed is replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, bench: Bench = DEFAULT) -> None:
+        self._bench = bench
         self._running: dict[int, Group] = {}
 
     def __call__(self, world_size: int) -> Groups._Guard:
+        """Skips the test if this machine has not enough GPUs."""
+        if reason := self._bench.lacks(world_size):
+            pytest.skip(reason)
         if world_size not in self._running:
-            self._running[world_size] = Group(world_size)
+            self._running[world_size] = Group(world_size, bench=self._bench)
         return Groups._Guard(self, world_size)
 
     def discard(self, world_size: int) -> None:
@@ -110,11 +121,12 @@ def _receive(pipe: Connection) -> tuple[bool, Any]:
         return False, "the process died"
 
 
-def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, timeout: timedelta, bench: Bench, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    set_bench(bench, rank)
     os.environ.pop("LOCAL_WORLD_SIZE", None)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(bench.backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
     while True:
         try:
             task = pipe.recv()

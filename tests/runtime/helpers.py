@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of the runtime: small models and their plain counterparts, in float64."""
+"""Helpers shared by the tests of the runtime: small models and their plain counterparts, in float64 by default."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import hecate
 from hecate.cost import CostModel
 from hecate.models.gpt import GPTMoE
 from hecate.models.moe import Experts, MoE, TopKGate
 from hecate.models.transformer import ModelConfig
+from tests.bench import TOLERANCES, device, dtype_or, mesh_of
 from tests.runtime.reference import full_gradients
 
 SMALL = ModelConfig(
@@ -74,8 +74,7 @@ class Pair:
     def __init__(self, plain: nn.Module, mesh: tuple[int, ...] | None = None, **changes: Any) -> None:
         self.plain = plain
         self.model = copy.deepcopy(plain)
-        made = None if mesh is None else init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))
-        self.engine = hecate.fully_shard(self.model, made, settings(**changes))
+        self.engine = hecate.fully_shard(self.model, mesh_of(mesh), settings(**changes))
 
     @property
     def both(self) -> tuple[nn.Module, nn.Module]:
@@ -113,9 +112,10 @@ class Pair:
 
 
 def close(what: str, actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    """Assert that the error is at most `rtol` times the norm of the expected tensor."""
-    error = float((actual.double() - expected.double()).norm())
-    norm = float(expected.double().norm())
+    """Assert that the error is at most `rtol` (more, if pytest was given a coarser dtype) times the expected norm."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error, norm = float((actual - expected).norm()), float(expected.norm())
+    rtol = max(rtol, TOLERANCES[dtype_or(torch.float64)].parameter)
     assert error <= rtol * norm + 1e-15, f"{what}: error {error:.3g}, norm {norm:.3g}"
 
 
@@ -129,30 +129,31 @@ def world() -> int:
 
 def gpt(config: ModelConfig = SMALL, seed: int = 0) -> nn.Module:
     """A small GPT with a router that prefers some experts."""
-    model = GPTMoE(config).double()
+    model = GPTMoE(config).to(dtype_or(torch.float64))
     model.init_weights(seed=seed)
     with torch.no_grad():
         for block in model.blocks:
             block.moe.gate.weight.mul_(40)
             block.moe.experts.up.mul_(5)
             block.moe.experts.down.mul_(5)
-    return model
+    return model.to(device())
 
 
 def net(experts: Sequence[int] = (4, 4), seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return Net(experts).double()
+    return Net(experts).to(device(), dtype_or(torch.float64))
 
 
 def tokens(seed: int, of: int) -> tuple[Tensor, Tensor]:
     """One rank's inputs and targets, `[2, 8]` each."""
     drawn = torch.randint(17, (2, 9), generator=torch.Generator().manual_seed(100 * seed + of))
-    return drawn[:, :-1], drawn[:, 1:]
+    return drawn[:, :-1].to(device()), drawn[:, 1:].to(device())
 
 
 def floats(seed: int, of: int) -> Tensor:
     """One rank's inputs, `[6, WIDTH]`."""
-    return torch.randn(6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * seed + of))
+    drawn = torch.randn(6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(100 * seed + of))
+    return drawn.to(device(), dtype_or(torch.float64))
 
 
 def lm_loss(seed: int) -> Callable[[nn.Module, int], Tensor]:

@@ -8,13 +8,13 @@ import torch
 
 from hecate.placement import Placement
 from hecate.runtime.experts.copies import CopyState, LayerCopies
-from tests.runtime.helpers import Pair, error_of, net, world
+from tests.runtime.helpers import Pair, error_of, floats, net, world
 from tests.workers import Groups
 
 
 def _states(rematerialize: bool) -> None:
     pair = Pair(net((4,)), dense="replicate", rematerialize=rematerialize, memory_slots=2)
-    pair.model(torch.zeros(0, 8, dtype=torch.float64))  # reserves the buffers that layers share
+    pair.model(floats(0, 0)[:0])  # reserves the buffers that layers share
     layer = pair.engine._engine.layers[0].experts
     before = layer.memory.now
     owners = layer.owners
