@@ -165,13 +165,20 @@ class FSSDP(Stateful):
             self._parts.dense.set_sync(True)
 
     @contextmanager
-    def naming_missing_ranks(self) -> Iterator[None]:
+    def naming_missing_ranks(self, exit_code: int | None = None) -> Iterator[None]:
         """Context for a training loop: if a collective fails because ranks died or hang, the error names them.
+
+        Over NCCL a collective with a missing rank raises nothing; the host waits until NCCL ends the process. Which
+        rank is missing is therefore also written to the log of every rank, some 30 s after its last heartbeat.
+
+        Args:
+            exit_code: end the process with this code if a rank is missing and this one has been stuck inside the
+                context for 20 s, for launchers that start a job again; None leaves the end to NCCL.
 
         Raises:
             hecate.errors.MissingRankError: chained to the backend's own error.
         """
-        with self._comms.guard():
+        with self._comms.guard(exit_code):
             yield
 
     def on_reshard(self, callback: Moved) -> RemovableHandle:

@@ -2,6 +2,8 @@
 
 A backend only knows that a connection broke or timed out. With many ranks, the connection may have been to a rank that
 is alive and only gave up earlier. A rank whose counter no longer increases is the one that died or hangs.
+
+Over NCCL nothing raises: the host blocks until NCCL's watchdog ends the process. `hecate.ranks.watch` looks meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 from hecate.errors import MissingRankError
+from hecate.ranks.stuck import Inside
+from hecate.ranks.watch import watch
 
 __all__ = ["Heartbeat"]
 
@@ -39,6 +43,8 @@ CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out"
 class Heartbeat:
     """Increments this rank's counter from a thread until `stop()` is called, or the object or the process ends.
 
+    A second thread watches other ranks (`hecate.ranks.watch`).
+
     One process may have several heartbeats (one per engine); the rank has left when all of them have stopped.
 
     Args:
@@ -56,10 +62,17 @@ class Heartbeat:
         self._stop = threading.Event()
         self._store.add(f"{rank}/alive", 1)
         # The thread must not keep this object alive, so that `stop` runs when the last user drops it.
-        beat = partial(_beat, self._store, str(rank), interval.total_seconds(), self._stop)
-        self._thread = threading.Thread(target=beat, name="hecate-heartbeat", daemon=True)
-        self._thread.start()
-        self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, self._thread)
+        seconds = interval.total_seconds()
+        beat = partial(_beat, self._store, str(rank), seconds, self._stop)
+        self._inside = Inside()
+        look = partial(watch, self._store, rank, world_size, seconds, self._stop, self._inside)
+        threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for run, name in ((beat, "hecate-heartbeat"), (look, "hecate-watch"))[: min(world_size, 2)]
+        ]
+        for thread in threads:
+            thread.start()
+        self.stop = weakref.finalize(self, _leave, self._store, rank, self._stop, threads)
 
     def missing(self) -> list[int]:
         """Ranks that have not left but made no beat during `PATIENCE` intervals; rank 0 if its store is gone."""
@@ -75,10 +88,16 @@ class Heartbeat:
         return suspects
 
     @contextmanager
-    def naming_missing_ranks(self) -> Iterator[None]:
-        """Context that turns a RuntimeError into `MissingRankError` if a rank is missing, and else passes it on."""
+    def naming_missing_ranks(self, exit_code: int | None = None) -> Iterator[None]:
+        """Context that turns a RuntimeError into `MissingRankError` if a rank is missing, and else passes it on.
+
+        Args:
+            exit_code: if a rank is missing and this process is stuck in the context, where nothing will raise (NCCL),
+                it names the rank and ends with this code; None: it only names it.
+        """
         try:
-            yield
+            with self._inside.entered(exit_code):
+                yield
         except (MissingRankError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
@@ -123,10 +142,11 @@ def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) 
             return
 
 
-def _leave(store: dist.Store, rank: int, stop: threading.Event, thread: threading.Thread) -> None:
+def _leave(store: dist.Store, rank: int, stop: threading.Event, threads: list[threading.Thread]) -> None:
     stop.set()
-    if thread is not threading.current_thread():  # the garbage collector may run this in the heartbeat thread
-        thread.join()
+    for thread in threads:
+        if thread is not threading.current_thread():  # the garbage collector may run this in one of them
+            thread.join()
     with suppress(RuntimeError, OSError):  # the store may be gone already
         # Python stores the uncaught exception here before it prints it.
         if (error := getattr(sys, "last_value", None)) is not None:

@@ -215,9 +215,9 @@ class Comms:
             release(group)
             destroy(group)
 
-    def guard(self) -> AbstractContextManager[None]:
-        """A context in which a collective that fails names the ranks that are missing."""
-        return nullcontext() if self.heart is None else self.heart.naming_missing_ranks()
+    def guard(self, exit_code: int | None = None) -> AbstractContextManager[None]:
+        """A context in which a collective that fails names the ranks that are missing; see `Heartbeat`."""
+        return nullcontext() if self.heart is None else self.heart.naming_missing_ranks(exit_code)
 
 
 def destroy(group: dist.ProcessGroup) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,7 +101,8 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
                 name = launch_name(store)
                 store = _of_this_attempt(store, rank, settings)
             local_rank = int(os.environ.get("LOCAL_RANK", rank))
-            with _group(settings, store, rank, local_rank, stop, launches(name)) as world:
+            group = _group(settings, store, rank, local_rank, stop, launches(name))
+            with _requeued(settings.requeue_exit_code, rank), group as world:
                 run(config, world)
         return
     # The parent holds the store, so that it outlives every rank: the remaining ranks can find out who is missing.
@@ -158,16 +160,25 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
     for name, value in LOOPBACK.items():
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
+    with (
+        _requeued(settings.requeue_exit_code, rank),
+        listening(settings.requeue_exit_code) as stop,
+        _group(settings, store, rank, rank, stop, launches(None)) as world,
+    ):
+        run(config, world)
+
+
+@contextmanager
+def _requeued(code: int, rank: int) -> Iterator[None]:
+    """End with exit code `code` if another rank is missing: this one has done nothing wrong, and the run can go on."""
     try:
-        with (
-            listening(settings.requeue_exit_code) as stop,
-            _group(settings, store, rank, rank, stop, launches(None)) as world,
-        ):
-            run(config, world)
+        yield
     except MissingRankError as error:
-        # The parent reports only the process that failed first, which knows least about the cause.
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
+        traceback.print_exc()
+        # The launcher may report only the process that failed first, which knows least about the cause.
+        print(f"rank {rank}: {error}; exit {code}", file=sys.stderr, flush=True)
+        sys.last_value = error  # as of an uncaught exception: the heartbeat tells the others why this rank ends
+        raise SystemExit(code) from error
 
 
 @contextmanager

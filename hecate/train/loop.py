@@ -43,6 +43,7 @@ def run(config: Mapping[str, Any], world: World) -> None:
 
     Raises:
         SystemExit: a process was asked to stop, and all have saved; code `requeue_exit_code`, or 130 after Ctrl-C.
+        MissingRankError: another rank died or hangs.
         FolderInUseError: another trainer is using the run's folder; nothing was changed.
     """
     settings = Settings.from_config(config)
@@ -52,7 +53,9 @@ def run(config: Mapping[str, Any], world: World) -> None:
         if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
             return
         trainer = Trainer(settings, world, folder)
-        with trainer.engine.naming_missing_ranks():
+        # Over gloo a collective with a missing rank raises, after `timeout_seconds` at the latest; over NCCL none does.
+        silent = settings.requeue_exit_code if world.device.type == "cuda" else None
+        with trainer.engine.naming_missing_ranks(silent):
             trainer.resume()
             if not trainer.train():
                 raise SystemExit(trainer.exit_code)

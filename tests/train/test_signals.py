@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from unittest import mock
 
 import pytest
 
+from hecate.errors import MissingRankError
+from hecate.train.distributed import _requeued
 from hecate.train.signals import StopRequest, exit_code
 from tests.faults.jobs import own_environment
 
@@ -78,3 +82,16 @@ def test_ctrl_c_ends_a_process_that_hangs(deferred: bool, said: str) -> None:
         process.kill()
     assert process.returncode == 130
     assert errors == f"{said}: exit 130\n"
+
+
+def test_a_run_in_which_another_rank_is_missing_asks_for_a_requeue(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        mock.patch.object(sys, "last_value", None, create=True),
+        pytest.raises(SystemExit) as ended,
+        _requeued(85, 1),
+    ):
+        raise MissingRankError([0], timedelta(seconds=5))
+    assert ended.value.code == 85
+    assert capsys.readouterr().err.endswith(
+        "rank 1: rank 0 is missing: no heartbeat for 5 s; it died or hangs; exit 85\n"
+    )
