@@ -13,6 +13,7 @@ from hecate.collectives.on_stream import RoutedOnStream
 from hecate.collectives.plain import PointToPoint
 from hecate.collectives.queue import HostQueue
 from hecate.collectives.route import Links
+from hecate.collectives.through_host import ThroughHost
 from hecate.collectives.transport import Transport
 from hecate.placement import Topology
 from hecate.ranks.backend import backend_of
@@ -43,7 +44,8 @@ _GROUPS: WeakKeyDictionary[dist.ProcessGroup, _GroupTransports] = WeakKeyDiction
 def transport_of(group: dist.ProcessGroup, device_type: str, topology: Topology, links: Links) -> Transport:
     """The transport of a process group; the same object for the same arguments. Not collective.
 
-    The backend that serves `device_type` in the group decides: over gloo the host follows routes; over NCCL a side
+    The backend that serves `device_type` in the group decides: over gloo the host follows routes, with
+    copies of rows in its memory if they are elsewhere; over NCCL a side
     stream does, or, inside one node, every row is sent directly.
 
     Args:
@@ -84,10 +86,12 @@ def _make(group: dist.ProcessGroup, device_type: str, topology: Topology, links:
         # rules in a simulation (tests/collectives/test_rounds.py).
         plain = topology.num_nodes == 1
         transport = PointToPoint(group, topology) if plain else RoutedOnStream(group, topology, links)
+    elif backend == "gloo":
+        transport = ThroughHost(RoutedOnHost(group, topology, links, queue))
     else:
         raise ValueError(
-            f"Transport: the process group's backend for {device_type} is {backend}; must be nccl for cuda or gloo for "
-            "cpu. Pass backend='cpu:gloo,cuda:nccl' to torch.distributed.init_process_group"
+            f"Transport: the process group's backend for {device_type} is {backend}; must be nccl for cuda, or gloo. "
+            "Pass backend='cpu:gloo,cuda:nccl' to torch.distributed.init_process_group"
         )
     nodes = f"{topology.num_devices} devices on {topology.num_nodes} nodes"
     logger.debug("%s for %s over %s, %s", type(transport).__name__, device_type, backend, nodes)

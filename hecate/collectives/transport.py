@@ -25,8 +25,8 @@ class Work:
     On CUDA `wait()` makes the current stream wait, never the host.
     """
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
+    def __init__(self, finish: Callable[[], object]) -> None:
+        self._finish: Callable[[], object] | None = finish
 
     def wait(self) -> None:
         """Return when the results may be used on the current stream."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hecate.ops.grouped import Groups, grouped_linear
 from hecate.ops.plain import run_experts
+from hecate.ranks.messages import all_reduce
 
 __all__ = ["AuxScope", "Experts", "MoE", "Routing", "TopKGate"]
 
@@ -113,7 +114,7 @@ def _of_all_ranks(chosen: Tensor, likely: Tensor, tokens: int) -> tuple[Tensor, 
     tokens.
     """
     sums = torch.cat([chosen, likely.detach(), likely.new_full((1,), tokens)])
-    dist.all_reduce(sums)
+    all_reduce(sums)
     chosen, of_all, total = sums.split([len(chosen), len(likely), 1])
     return chosen, of_all + dist.get_world_size() * (likely - likely.detach()), total[0].clamp(min=1)
 

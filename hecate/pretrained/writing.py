@@ -23,6 +23,7 @@ from hecate.checkpoint.state import Entry
 from hecate.pretrained.conversion import Conversion, Format, Results, not_per_expert
 from hecate.pretrained.files import ShardFile, TensorMeta
 from hecate.ranks.agree import rank_and_world
+from hecate.ranks.messages import recv, send
 from hecate.text import listed
 
 __all__ = ["Writing"]
@@ -139,9 +140,9 @@ class Writing:
         assert isinstance(entry, ExpertRows)
         row = self._row(name, expert) if owner == self._rank else entry.rows.new_empty(self.shapes[name])
         if owner != writer and self._rank == owner:
-            dist.send(row.view(torch.uint8), group=self.group, group_dst=writer)
+            send(row, self.group, writer)
         elif owner != writer and self._rank == writer:
-            dist.recv(row.view(torch.uint8), group=self.group, group_src=owner)
+            recv(row, self.group, owner)
         return row
 
     def _row(self, name: str, expert: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hecate.placement import Placement
 from hecate.ranks.agree import agree, gather
 from hecate.ranks.backend import small_tensor_device
+from hecate.ranks.messages import all_gather
 
 __all__ = ["agree_on", "check_equal", "check_placements", "check_same", "debugging", "described"]
 
@@ -105,7 +106,7 @@ def _digest(data: bytes) -> str:
 def _all_have(fingerprint: int, group: dist.ProcessGroup) -> bool:
     row = torch.tensor([fingerprint], device=small_tensor_device(group))
     everyone = [torch.empty_like(row) for _ in range(group.size())]
-    dist.all_gather(everyone, row, group=group)
+    all_gather(everyone, row, group)
     return all(other == fingerprint for other in torch.cat(everyone).tolist())
 
 

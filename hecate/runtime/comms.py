@@ -24,6 +24,7 @@ from hecate.placement import Topology
 from hecate.private_torch import nccl_options, timeout_of
 from hecate.ranks.backend import backend_of
 from hecate.ranks.heartbeat import Heartbeat
+from hecate.ranks.messages import all_reduce
 
 __all__ = ["Comms", "ExposedTime", "Lane", "Pending", "StepTimes", "destroy", "make_comms"]
 
@@ -138,7 +139,7 @@ class Lane:
         self._exposed = exposed
         self._stream = torch.cuda.Stream(device) if self.on_cuda else None
 
-    def start(self, layer: int, launch: Callable[[], Work | dist.Work]) -> Pending:
+    def start(self, layer: int, launch: Callable[[], Work]) -> Pending:
         """Launch communication that begins after all compute issued so far.
 
         Args:
@@ -147,7 +148,7 @@ class Lane:
         """
         if self._stream is None:
             work = launch()
-            return Pending(lambda: self._exposed.wait(layer, lambda: _finish(work), on_cuda=False), launch)
+            return Pending(lambda: self._exposed.wait(layer, work.wait, on_cuda=False), launch)
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._current():
             launch().wait()
@@ -160,10 +161,6 @@ class Lane:
 
     def _current(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-def _finish(work: Work | dist.Work) -> None:
-    work.wait()
 
 
 @dataclass(frozen=True)
@@ -269,5 +266,5 @@ def _new_group(
     options = nccl_options(timeout, max_ctas) if over_nccl and max_ctas is not None else None
     group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, pg_options=options)
     # NCCL allows point-to-point calls between only some ranks after a first collective of all ranks.
-    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    all_reduce(torch.zeros(1, device=device), group=group)
     return group

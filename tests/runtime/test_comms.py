@@ -70,9 +70,9 @@ def test_nccl_groups_of_experts_have_few_ctas_and_a_high_priority() -> None:
     with (
         mock.patch.object(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), create=True),
         mock.patch.object(dist, "new_subgroups_by_enumeration", make),
-        mock.patch.object(dist, "all_reduce"),
         mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"),
         mock.patch.object(of_comms, "timeout_of", return_value=hour),
+        mock.patch.object(of_comms, "all_reduce"),
         mock.patch.object(torch, "zeros"),
     ):
         for device, limit in (("cuda", None), ("cuda", MAX_CTAS), ("cuda", MAX_CTAS), ("cpu", MAX_CTAS)):

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from hecate.adapters.transformers import kept_in_float32
 from hecate.private_torch import at_end_of_backward, post_accumulate_hooks, refuse_hooks
+from hecate.ranks.messages import all_reduce, broadcast
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.setup import Setup
 from hecate.values.local import local_tensor
@@ -128,8 +128,8 @@ class ReplicatedDense(Dense):
     def _sum(self, tensors: list[Tensor]) -> None:
         for dim in range(self._mesh.ndim):
             group = self._mesh.get_group(dim)
-            for work in [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
-                work.wait()
+            for wait in [all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
+                wait()
 
     def _add(self, parameter: nn.Parameter, grad: Tensor) -> None:
         if parameter.grad is None:
@@ -147,7 +147,7 @@ class ReplicatedDense(Dense):
         for parameter, where in places.items():
             for dim in range(self._mesh.ndim):
                 group = self._mesh.get_group(dim)
-                dist.broadcast(parameter.data, group=group, group_src=0)
+                broadcast(parameter.data, group)
             as_is = self._dtype is None or parameter in self._kept
             leaf = parameter.data if as_is else parameter.data.to(self._dtype)
             yield _Replica(

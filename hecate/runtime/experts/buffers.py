@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.ranks.messages import all_reduce
 from hecate.runtime.setup import Setup
 
 __all__ = ["CopiesMemory", "SharedBuffers", "memory_slots"]
@@ -102,10 +103,13 @@ def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_
         return 0
     if config.memory_slots != "auto":
         return min(config.memory_slots, num_experts)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() // devices_per_node
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] // setup.sharers
+    else:
+        free = _available_memory() // devices_per_node
     alive = min(2, len(setup.layers)) if config.rematerialize else len(setup.layers)
     slots = torch.tensor(min(2, int(free * config.memory_share) // max(1, alive * expert_bytes)), device=device)
-    dist.all_reduce(slots, op=dist.ReduceOp.MIN)  # the smallest over all ranks, so that all make the same plan
+    all_reduce(slots, op=dist.ReduceOp.MIN)  # the smallest over all ranks, so that all make the same plan
     return int(slots)
 
 

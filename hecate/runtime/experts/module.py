@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hecate.experts import ExpertsSpec
 from hecate.ranks.agree import gather, rank_and_world
+from hecate.ranks.messages import broadcast
 from hecate.runtime.experts.by_expert import experts_of, misfit, rows_of
 from hecate.runtime.experts.copies import LayerExperts
 from hecate.values.local import local_tensor
@@ -177,7 +177,7 @@ def _from_rank_0(weight: InPool, entry: Tensor | None, device: torch.device) -> 
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     if entry is not None:
         whole.copy_(entry.detach())
-    dist.broadcast(whole, src=0)
+    broadcast(whole)
     return whole
 
 

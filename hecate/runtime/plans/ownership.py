@@ -16,6 +16,7 @@ from hecate.collectives.transport import Transport
 from hecate.experts import POOL_PREFIX
 from hecate.placement import Placement
 from hecate.policies.base import Policy
+from hecate.ranks.messages import all_reduce
 from hecate.ranks.same import check_placements
 from hecate.runtime.comms import Comms
 from hecate.runtime.experts.move import move
@@ -120,7 +121,7 @@ class Resharder:
         if self._comms.replicas is None:
             return values
         total = torch.from_numpy(values).to(self._layers[0].experts.pool.device)
-        dist.all_reduce(total, group=self._comms.replicas)
+        all_reduce(total, group=self._comms.replicas)
         return total.cpu().numpy()
 
     def _tensors(self, pool: ExpertPool) -> list[Tensor]:

@@ -16,6 +16,7 @@ from hecate.planning.limits import CopyLimits
 from hecate.planning.plan import Plan
 from hecate.planning.planner import lower_bound
 from hecate.policies.base import LayerSetting
+from hecate.ranks.messages import all_reduce
 
 __all__ = ["LayerTotals", "SummedLoads"]
 
@@ -97,12 +98,12 @@ class SummedLoads:
         self._sum: torch.Tensor | None = None
         if replicas is not None and loads:
             self._sum = torch.from_numpy(np.concatenate(loads)).to(device)
-            self._work = dist.all_reduce(self._sum, group=replicas, async_op=True)
+            self._wait = all_reduce(self._sum, group=replicas, async_op=True)
 
     def result(self) -> list[NDArray[np.int64]]:
         """Per layer, int64 `[E]`; waits for the sum."""
         if self._sum is not None:
-            self._work.wait()
+            self._wait()
             ends = np.cumsum([len(load) for load in self._loads])[:-1]
             self._loads, self._sum = np.split(self._sum.cpu().numpy(), ends), None
         return self._loads

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.collectives.transport import Work
 from hecate.labels import label
+from hecate.ranks.messages import all_reduce
 from hecate.runtime.comms import Comms, Pending
 from hecate.runtime.experts.copies import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
@@ -140,10 +142,8 @@ class ReplicaAverages:
             home = self._lane.start(layer.index, lambda: self._all_reduce(flat))
         self._under_way.append(_Average(layer, frozenset(sums), views, reached, home))
 
-    def _all_reduce(self, flat: Tensor) -> dist.Work:
-        work = dist.all_reduce(flat, group=self._replicas, async_op=True)
-        assert work is not None  # this rank is in the group
-        return work
+    def _all_reduce(self, flat: Tensor) -> Work:
+        return Work(all_reduce(flat, group=self._replicas, async_op=True))
 
     def _take(self, layer: LayerExperts) -> dict[str, Tensor]:
         """Gradients that this device has of a layer since the last round: kind -> `[owned, *shape]`."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.errors import NonFiniteError
+from hecate.ranks.messages import all_gather_into
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import to_device
@@ -77,10 +77,10 @@ class Counting:
         self._position, self._num_experts, self._comms = position, num_experts, comms
         self._top_k = max(1, index.shape[1])
         row = _row(position, index, weights, num_experts)
-        self._table, self._work = row, None
+        self._table, self._arrived = row, None
         if comms.tokens is not None:
             self._table = row.new_empty(comms.topology.num_devices * row.numel())
-            self._work = dist.all_gather_into_tensor(self._table, row, group=comms.tokens, async_op=True)
+            self._arrived = all_gather_into(self._table, row, comms.tokens, async_op=True)
 
     def wait(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Wait for the counts: the only place in a layer where the host waits for the accelerator.
@@ -98,8 +98,8 @@ class Counting:
                 ranks.
             RuntimeError: ranks are in different forward passes or layers; on every rank.
         """
-        if self._work is not None:
-            self._work.wait()
+        if self._arrived is not None:
+            self._arrived()
         table = _on_host(self._table).reshape(self._comms.topology.num_devices, -1)
         counts, others = table[:, : self._num_experts], table[:, self._num_experts :]
         _check_position(name, self._position, others[:, STEP:])

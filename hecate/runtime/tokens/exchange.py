@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hecate.ranks.messages import all_to_all
 from hecate.runtime.comms import Comms
 
 __all__ = ["AllToAll", "Dispatch", "Sending", "to_device"]
@@ -60,19 +60,17 @@ class Sending:
     ) -> None:
         self._rows, self._sent, self._received, self._rank = rows, sent, received, comms.rank
         self._packed = self._arrived = rows
-        self._work: dist.Work | None = None
+        self._wait: Callable[[], object] | None = None
         if comms.tokens is not None:
             self._packed = rows.to(wire or rows.dtype).contiguous()
             self._arrived = self._packed.new_empty(sum(received), rows.shape[1])
-            self._work = dist.all_to_all_single(
-                self._arrived, self._packed, list(received), list(sent), group=comms.tokens, async_op=True
-            )
+            self._wait = all_to_all(self._arrived, self._packed, received, sent, comms.tokens, async_op=True)
 
     def wait(self) -> Tensor:
         """The rows that arrived, sorted by the device they come from. On CUDA the host does not wait."""
-        if self._work is None:
+        if self._wait is None:
             return self._arrived
-        self._work.wait()
+        self._wait()
         out = self._arrived.to(self._rows.dtype)
         if self._packed.dtype != self._rows.dtype:
             rank, sent, received = self._rank, self._sent, self._received

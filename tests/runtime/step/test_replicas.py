@@ -5,9 +5,9 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.collectives.transport import Work
 from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.replicas import ReplicaAverages
 from tests.runtime.helpers import Pair, case, close, net, rank, square_loss
@@ -81,7 +81,7 @@ def _order(**changes: object) -> tuple[list[str], set[torch.dtype], Pair]:
     dtypes = set()
     launch, gradients, finish = ReplicaAverages._all_reduce, Passes.after_expert_gradients, Passes._finish_backward
 
-    def launched(self: ReplicaAverages, flat: Tensor) -> dist.Work:
+    def launched(self: ReplicaAverages, flat: Tensor) -> Work:
         dtypes.add(flat.dtype)
         events.append(f"launch {self._left}")
         return launch(self, flat)
