@@ -71,6 +71,11 @@ CASES = {
         4,
         Case(config("balanced", reshard_interval=1, overlap_degree="auto"), mesh=(2, 2), batch=(4, 4, 1, 1)),
     ),
+    "4-mesh-2x2-bfloat16-gradients": (
+        4,
+        # One step: what bfloat16 rounds would grow in the next ones.
+        Case(config("balanced", reduce_dtype=torch.bfloat16), mesh=(2, 2), accumulate=2, steps=1, **FLOAT32),
+    ),
     "4-mesh-2x2-replicate": (4, Case(config("balanced", dense="replicate"), mesh=(2, 2), accumulate=2)),
     "4-balanced-remat": (
         4,
