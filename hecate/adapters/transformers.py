@@ -34,6 +34,11 @@ DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 LATER = {"has_gate": True, "has_post_expert_norm": False}
 """Attributes that early 5.x versions do not set -> the value that describes their modules."""
 
+UNDECORATED = ("Step3p7Experts",)
+"""Classes without the decorator, and so without its attributes, whose forward pass is that of the interface."""
+PLAIN = {**LATER, "has_bias": False, "is_transposed": False}
+"""Attributes -> values that describe the modules of `UNDECORATED`."""
+
 CONSTANTS = {"MiniMaxLightningAttention": ("slope_rate", "query_decay", "key_decay", "diagonal_decay")}
 """Class -> buffers that are multiplied with hidden states and must therefore have their dtype.
 
@@ -45,6 +50,8 @@ would lose too much precision.
 
 def follows_experts_interface(module: nn.Module) -> bool:
     """Whether `module` carries the attributes that the decorator sets."""
+    if type(module).__name__ in UNDECORATED:
+        return True
     flags = [getattr(module, name, LATER.get(name)) for name in DESCRIPTION]
     gate = hasattr(module, "has_gate") or callable(getattr(module, "_apply_gate", None))
     return gate and all(isinstance(flag, bool) for flag in flags)
@@ -66,11 +73,12 @@ def interface_weights(name: str, module: Any) -> tuple[str, ...]:
             f"{name}: transformers holds only a part of its experts here; load the model without a tp_plan"
         )
     first = _first(module)
-    names = (first, f"{first}_bias", "down_proj", "down_proj_bias") if module.has_bias else (first, "down_proj")
+    has_bias = _flag(module, "has_bias")
+    names = (first, f"{first}_bias", "down_proj", "down_proj_bias") if has_bias else (first, "down_proj")
     if missing := [n for n in names if not isinstance(getattr(module, n, None), nn.Parameter)]:
         raise ValueError(
             f"{name} ({type(module).__name__}): has no parameter {', '.join(missing)}; transformers' experts interface "
-            f"asks for {', '.join(names)} where has_gate={_later(module, 'has_gate')} and has_bias={module.has_bias}"
+            f"asks for {', '.join(names)} where has_gate={_flag(module, 'has_gate')} and has_bias={has_bias}"
         )
     return names
 
@@ -164,21 +172,21 @@ def interface_mlp(module: nn.Module) -> ExpertMLP:
 def _mlp(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
     """Outputs `[N, d]` of the experts for `rows` `[N, d]` sorted by expert."""
     hidden = _linear(module, rows, groups, weights, _first(module))
-    hidden = module._apply_gate(hidden) if _later(module, "has_gate") else module.act_fn(hidden)
+    hidden = module._apply_gate(hidden) if _flag(module, "has_gate") else module.act_fn(hidden)
     hidden = _linear(module, hidden, groups, weights, "down_proj")
-    return module.post_expert_norm(hidden) if _later(module, "has_post_expert_norm") else hidden
+    return module.post_expert_norm(hidden) if _flag(module, "has_post_expert_norm") else hidden
 
 
 def _first(module: Any) -> str:
-    return "gate_up_proj" if _later(module, "has_gate") else "up_proj"
+    return "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
 
 
-def _later(module: Any, name: str) -> bool:
-    """A bool attribute that only later versions of transformers set; see `LATER`."""
-    return bool(getattr(module, name, LATER[name]))
+def _flag(module: Any, name: str) -> bool:
+    """One of the attributes `DESCRIPTION`, which not all modules have; see `LATER` and `PLAIN`."""
+    return bool(getattr(module, name, PLAIN[name]))
 
 
 def _linear(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor], kind: str) -> Tensor:
-    weight = weights[kind].transpose(1, 2) if module.is_transposed else weights[kind]
+    weight = weights[kind].transpose(1, 2) if _flag(module, "is_transposed") else weights[kind]
     out = grouped_linear(rows, weight, groups)
-    return grouped_bias(out, weights[f"{kind}_bias"], groups) if module.has_bias else out
+    return grouped_bias(out, weights[f"{kind}_bias"], groups) if _flag(module, "has_bias") else out

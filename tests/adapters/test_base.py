@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,5 +134,37 @@ class DenseExperts(nn.Module):
 
 
 def test_look_alikes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"has_post_expert_norm; what looks like one is 0 \(DenseExperts\)"):
+    with pytest.raises(
+        ValueError, match=r"what looks like one is 0 \(DenseExperts with up\[4, 8, 8\], which lacks has_gate"
+    ):
         hecate.fully_shard(nn.Sequential(DenseExperts()))
+
+
+def test_step3p7_without_the_decorator() -> None:
+    """Its experts follow the interface, but have none of its attributes."""
+    modeling = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    config = SimpleNamespace(num_local_experts=4, hidden_size=8, moe_intermediate_size=6, hidden_act="silu")
+    model = nn.ModuleDict({"experts": modeling.Step3p7Experts(config, swiglu_limit=0.5)}).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model.forward = lambda *args: model["experts"](*args)  # type: ignore[method-assign]
+    plain = copy.deepcopy(model["experts"])
+    engine = hecate.fully_shard(model)
+    x = torch.randn(9, 8, dtype=torch.float64)
+    weights, index = torch.rand(9, 4, dtype=torch.float64).topk(2)
+    ours, expected = model(x, index, weights), plain(x, index, weights)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(engine.pools[0].parameters["gate_up_proj"].grad, plain.gate_up_proj.grad)
+
+
+def test_experts_that_do_not_fit_are_named_with_what_they_lack() -> None:
+    modeling = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash")
+    config = SimpleNamespace(
+        n_routed_experts=4, zero_expert_num=2, hidden_size=8, expert_ffn_hidden_size=6, hidden_act="silu"
+    )
+    model = nn.ModuleDict({"experts": modeling.LongcatFlashExperts(config)})
+    lacks = r"experts \(LongcatFlashExperts with gate_up_proj\[6, 12, 8\], down_proj\[4, 8, 6\], which lacks has_gate"
+    with pytest.raises(ValueError, match=lacks):
+        hecate.fully_shard(model)
