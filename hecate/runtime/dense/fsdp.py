@@ -13,6 +13,7 @@ from hecate.adapters.transformers import kept_in_float32
 from hecate.private_torch import forget_step, shard_beside
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.dense.prefetch import Prefetch
+from hecate.runtime.dense.towers import Towers
 from hecate.runtime.setup import Setup
 
 __all__ = ["ShardedDense"]
@@ -36,11 +37,13 @@ class ShardedDense(Dense):
     def __init__(self, setup: Setup, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         ignored = set(ignored) | {p for p in model.parameters() if not p.ndim}
         kept = kept_in_float32(model)
-        for unit in [*_blocks(setup, model), model]:
+        blocks = _blocks(setup, model)
+        for unit in [*blocks, model]:
             _shard(unit, setup, ignored, kept)
         assert isinstance(model, FSDPModule)
         self._model = model
         self._prefetch = Prefetch(model)
+        self._towers = Towers(model, blocks)
 
     def set_sync(self, sync: bool) -> None:
         """Set it by FSDP2's `set_requires_gradient_sync`."""
@@ -48,8 +51,9 @@ class ShardedDense(Dense):
         self._model.set_requires_gradient_sync(sync)
 
     def enter(self) -> None:
-        """FSDP2's hooks gather the parameters; here, free those that no block has used."""
+        """A pass begins. FSDP2's hooks gather the parameters; here, free those that no block has used."""
         self._prefetch.settle()
+        self._towers.new_pass()
 
     def leave(self) -> None:
         """Nothing to do: FSDP2's hooks reshard the parameters."""

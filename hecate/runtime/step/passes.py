@@ -54,6 +54,8 @@ class Passes:
         rematerialize: bool,
     ) -> None:
         self._layers = tuple(layers)
+        self._names = [layer.name for layer in layers]
+        self._experts = [layer.num_experts for layer in layers]
         self._comms = comms
         self._dense = dense
         self._ahead = ahead
@@ -209,14 +211,14 @@ class Passes:
 
     def _plan(self, micro_batch: MicroBatch, layer: int, call: int, index: Tensor, weights: Tensor) -> LayerRecord:
         plans, comms = self._layers[layer], self._comms
-        with label("gather", plans.name):
-            copies = micro_batch.launch(plans.experts, self._placements[layer])
         trained = sum(p.requires_grad << i for i, p in enumerate(plans.experts.pool.parameters.values()))
         position = Position(self._step, layer, call, micro_batch.with_grad, trained)
         with label("count", plans.name):
-            counting = Counting(position, index, weights, plans.num_experts, comms)
+            counting = Counting(position, index, weights, self._experts, comms)
             by_expert = sort_by_expert(index, plans.num_experts)  # while the counts are on their way
-            counts, tokens = counting.wait(plans.name)
+            counts, tokens = counting.wait(self._names)
+        with label("gather", plans.name):  # after the ranks have found that they are in the same layer
+            copies = micro_batch.launch(plans.experts, self._placements[layer])
         with label("plan", plans.name):
             plan = plans.plan(counts, copies.placement, max(1, index.shape[1]), settled=copies.settled)
         if debugging():

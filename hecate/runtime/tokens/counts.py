@@ -5,6 +5,7 @@ Shapes: T tokens of this device, k experts per token, D devices, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ ABOVE, BELOW, NONE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(9)
 
 The first three count copies: those whose index is E or more, less than -1, and `ABSENT`.
 """
+
+REMEDY = "give a batch without images one blank image, and add its output times zero"
+"""What to do if some ranks skip a part of the model."""
 
 ABSENT = -1
 """The index of a token copy that goes to no expert."""
@@ -69,24 +73,28 @@ class Counting:
         position: position of this rank.
         index: `[T, k]` expert of each token copy; -1: none.
         weights: `[T, k]` router weights; those of copies without an expert are not read.
-        num_experts: E.
+        experts: number of experts of each layer. Rows have room for the most, so that ranks that are in different
+            layers can tell.
         comms: process groups of the ranks that share the experts.
     """
 
-    def __init__(self, position: Position, index: Tensor, weights: Tensor, num_experts: int, comms: Comms) -> None:
-        self._position, self._num_experts, self._comms = position, num_experts, comms
+    def __init__(
+        self, position: Position, index: Tensor, weights: Tensor, experts: Sequence[int], comms: Comms
+    ) -> None:
+        self._position, self._comms = position, comms
+        self._num_experts, self._most = experts[position.layer], max(experts)
         self._top_k = max(1, index.shape[1])
-        row = _row(position, index, weights, num_experts)
+        row = _row(position, index, weights, self._num_experts, self._most)
         self._table, self._arrived = row, None
         if comms.tokens is not None:
             self._table = row.new_empty(comms.topology.num_devices * row.numel())
             self._arrived = all_gather_into(self._table, row, comms.tokens, async_op=True)
 
-    def wait(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def wait(self, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Wait for the counts: the only place in a layer where the host waits for the accelerator.
 
         Args:
-            name: name of the layer, for errors.
+            names: names of all layers, for errors.
 
         Returns:
             Int64 `[D, E]`, token copies per device and expert, and int64 `[D]`, tokens per device.
@@ -101,8 +109,9 @@ class Counting:
         if self._arrived is not None:
             self._arrived()
         table = _on_host(self._table).reshape(self._comms.topology.num_devices, -1)
-        counts, others = table[:, : self._num_experts], table[:, self._num_experts :]
-        _check_position(name, self._position, others[:, STEP:])
+        counts, others = table[:, : self._num_experts], table[:, self._most :]
+        name = names[self._position.layer]
+        _check_position(names, self._position, others[:, STEP:])
         _check_range(name, others[:, ABOVE] + others[:, BELOW], self._num_experts)
         replicas = self._comms.replicas
         if replicas is None or replicas.size() == 1:
@@ -123,19 +132,21 @@ def _on_host(table: Tensor) -> NDArray[np.int64]:
     return pinned.numpy()
 
 
-def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 `[E + 9]`: this rank's counts, then the columns that all ranks check."""
-    start = np.zeros(num_experts + TRAINED + 1, dtype=np.int64)
-    start[num_experts + STEP :] = position.numbers
+def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int, most: int) -> Tensor:
+    """int64 `[most + 9]`: this rank's counts, then the columns that all ranks check."""
+    start = np.zeros(most + TRAINED + 1, dtype=np.int64)
+    start[most + STEP :] = position.numbers
     row = to_device(start, index.device)
-    slot = index.flatten().clamp(-2, num_experts).remainder_(num_experts + 3)  # -2 and -1 become BELOW and NONE
+    slot = index.flatten().clamp(-2, num_experts).remainder_(most + 3)  # -2 and -1 become the columns BELOW and NONE
+    if num_experts < most:
+        slot.masked_fill_(slot == num_experts, most + ABOVE)
     row.scatter_add_(0, slot, slot.new_ones(1).expand_as(slot))
     own = weights.detach().masked_fill(index == ABSENT, 0)
-    row[num_experts + NOT_FINITE] = (own - own).count_nonzero()  # NaN if a weight is not finite
+    row[most + NOT_FINITE] = (own - own).count_nonzero()  # NaN if a weight is not finite
     return row
 
 
-def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> None:
+def _check_position(names: Sequence[str], own: Position, columns: NDArray[np.int64]) -> None:
     if (columns == own.numbers).all():
         return
     rows = columns.tolist()
@@ -144,7 +155,12 @@ def _check_position(name: str, own: Position, columns: NDArray[np.int64]) -> Non
         "call the model equally often, in the same mode and with the same parameters frozen (generate() of unequal "
         "lengths needs synced_gpus=True)"
     )
-    check_equal(name, everyone, rule, RuntimeError)
+    layers = [int(layer) for layer in columns[:, 1]]
+    if len(set(layers)) > 1:
+        ranks = {layer: [rank for rank, n in enumerate(layers) if n == layer] for layer in sorted(set(layers))}
+        reached = " and ".join(f"{names[layer]} was reached by ranks {on}" for layer, on in ranks.items())
+        rule += f". {reached}: all ranks must run the same MoE layers; {REMEDY}"
+    check_equal(names[own.layer], everyone, rule, RuntimeError)
 
 
 def _check_range(layer: str, outside: NDArray[np.int64], num_experts: int) -> None:
