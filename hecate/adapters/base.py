@@ -79,7 +79,12 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     found = []
     modules = original_modules(model)
     for name, module in modules.items():
-        if name and (spec := _spec(name, module)) is not None:
+        if (spec := _spec(name, module)) is not None:
+            if not name:
+                kind = type(module).__name__
+                raise ValueError(
+                    f"fully_shard: the model itself, {kind}, is an experts module; wrap it in the module that calls it"
+                )
             parent = modules[name.rpartition(".")[0]]
             if getattr(parent, "base_layer", None) is module:
                 raise ValueError(
