@@ -42,6 +42,7 @@ ORDER = (
     "ema",
     "verify",
     "report",
+    "integrations",
     "train",
     "examples",
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hecate
-from hecate.examples.finetune_trainer import FSSDPTrainer
 from hecate.examples.shared import Text, tiny_model
+from hecate.integrations.trainer import FSSDPTrainer
 from hecate.ranks.agree import rank_and_world
 from hecate.ranks.join import join
 

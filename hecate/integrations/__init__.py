@@ -1,0 +1,1 @@
+"""Training loops of other libraries, with models under FSSDP."""
