@@ -171,9 +171,8 @@ Tokens amounts_for(const std::int64_t* counts, const Holders& holders, const std
   Tokens load(shape.devices, 0);
   Tokens amounts = preferred_amounts(counts, holders, groups, shape, limit, load);
   const int count = static_cast<int>(groups.size()), pairs = static_cast<int>(amounts.size());
-  const std::int64_t all = std::int64_t{1} << 60;
-  MinCostFlow flow(shape.devices + count + shape.experts, 2 * (count + pairs));
-  std::vector<int> first_arc(pairs, -1);
+  MinCostFlow flow(shape.devices + count + shape.experts, count + pairs);
+  std::vector<int> edge(pairs, -1);
   for (int g = 0; g < count; ++g) {
     const Group& group = groups[g];
     if (holders.first[group.expert + 1] - holders.first[group.expert] < 2) continue;
@@ -182,18 +181,16 @@ Tokens amounts_for(const std::int64_t* counts, const Holders& holders, const std
     for (int p = group.begin; p < group.end; ++p) {
       const int d = holders.device[p];
       const std::int64_t mine = counts[std::int64_t{d} * shape.experts + group.expert];
-      first_arc[p] = flow.add_arc(vertex, d, mine, std::min(mine, amounts[p]), -worth.own);
-      flow.add_arc(vertex, d, all, std::max<std::int64_t>(0, amounts[p] - mine), 0);
+      edge[p] = flow.add_edge(vertex, d, amounts[p], mine, worth.own);
       sum += amounts[p];
     }
-    flow.add_arc(expert, vertex, group.tokens, std::min(group.tokens, sum), -worth.node);
-    flow.add_arc(expert, vertex, all, std::max<std::int64_t>(0, sum - group.tokens), 0);
+    flow.add_edge(expert, vertex, sum, group.tokens, worth.node);
   }
   Tokens excess(shape.devices + count + shape.experts, 0);
   for (int d = 0; d < shape.devices; ++d) excess[d] = load[d] - limit;
   flow.settle(excess);
   for (int p = 0; p < pairs; ++p)
-    if (first_arc[p] >= 0) amounts[p] = flow.flow(first_arc[p]) + flow.flow(first_arc[p] + 2);
+    if (edge[p] >= 0) amounts[p] = flow.amount(edge[p]);
   return amounts;
 }
 
