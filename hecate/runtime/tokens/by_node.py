@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hecate._native import arrival_table, rows_within_nodes
 from hecate.cost import LayerCost
-from hecate.ops.permute import block_order, invert, permute, sort_by_expert
+from hecate.ops.permute import block_order, invert, sort_by_expert
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import AllToAll, Dispatch, Sending, to_device
@@ -244,7 +244,22 @@ def _inside_leg(
 
 
 def _sorted(rows: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
-    return rows if order is None or inverse is None else permute(rows, order, inverse, 1)
+    return rows if order is None or inverse is None else _Reorder.apply(rows, order, inverse)
+
+
+class _Reorder(torch.autograd.Function):
+    """`rows[order]`. It saves no tensors: a rank whose rows arrive sorted does not call it, and under checkpointing the
+    first saved tensor that backward reads decides when the layer, with its collectives, is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.order, ctx.inverse = order, inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _Reorder.apply(grad, ctx.inverse, ctx.order), None, None
 
 
 def _gather_slots(rows: Tensor, slots: Tensor) -> Tensor:
