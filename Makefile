@@ -27,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Drawings of the docs from their text; needs graphviz.
-pictures: docs/flow.svg
+pictures: docs/flow.svg docs/streams.svg
 
 docs/%.svg: docs/%.dot
 	dot -Tsvg $< -o $@
