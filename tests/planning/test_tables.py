@@ -88,5 +88,7 @@ def test_locality_and_relays() -> None:
 def test_an_expert_that_is_not_held_is_refused() -> None:
     plan = random_plan(0, 2)
     held = local_rows(plan, 0)
-    with pytest.raises(ValueError, match=f"the plan has {len(held)} experts on device 0, of which only {len(held) - 1}"):
+    with pytest.raises(
+        ValueError, match=f"the plan has {len(held)} experts on device 0, of which only {len(held) - 1}"
+    ):
         direct_tables(plan.holders, plan.quota, 0, held[1:])
