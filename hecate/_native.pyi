@@ -44,7 +44,7 @@ def few_copies(
     order: int,
 ) -> _Int64: ...
 def robust_copies(
-    levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, swaps: int
+    levels: _Int64, owners: _Int64, limit_in: _Int64, limit_out: _Int64, allowed: _Bool, trials: int
 ) -> _Int64: ...
 
 # csrc/collectives

@@ -25,11 +25,11 @@ std::vector<int> as_simulated(const Request& request, const std::vector<Hop>& ho
                               const std::vector<int>& order, bool staged) {
   std::vector<int> round(hops.size());
   std::set<std::tuple<int, int, int>> taken;
-  const bool waits = std::any_of(hops.begin(), hops.end(), [](const Hop& h) { return !h.after.empty(); });
+  const bool waits = std::any_of(hops.begin(), hops.end(), [](const Hop& h) { return h.after >= 0; });
   for (int i : order) {
     const Hop& hop = hops[i];
     int at = waits ? static_cast<int>(timing.start[i] / timing.slot) : 0;
-    for (int before : hop.after) at = std::max(at, round[before] + 1);
+    if (hop.after >= 0) at = std::max(at, round[hop.after] + 1);
     if (hop.behind >= 0) at = std::max(at, round[hop.behind]);
     while (staged && !in_place(request, hop) && !taken.emplace(hop.src, hop.dst, at).second) ++at;
     round[i] = at;
@@ -133,7 +133,7 @@ class Backwards {
 
 void Backwards::find_waits(const std::vector<int>& simulated) {
   for (const Hop& hop : hops_) {
-    for (int before : hop.after) ++waits_[before];
+    if (hop.after >= 0) ++waits_[hop.after];
     if (hop.behind >= 0) ++waits_[hop.behind];
   }
   for (std::size_t i = 0; i < hops_.size(); ++i)
@@ -242,7 +242,7 @@ void Backwards::put(int i, int now) {
     from.sums += carried.buffers;
     from.used_after += carried.buffers;
   }
-  for (int before : hop.after) release(before, now - 1);
+  if (hop.after >= 0) release(hop.after, now - 1);
   if (hop.behind >= 0) release(hop.behind, now);
 }
 

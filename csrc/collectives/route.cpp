@@ -2,7 +2,10 @@
 #include "collectives/route.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
+
+#include "collectives/simulate.hpp"
 
 namespace hecate {
 
@@ -11,31 +14,23 @@ namespace {
 constexpr std::int64_t kLeastPiece = 64 * 1024;  // bytes
 constexpr int kMostPieces = 64;
 
-using Hops = std::vector<Hop> (*)(const Request&, const Travel&);
+using Hops = void (*)(const Request&, const Groups&, const Travel&, std::vector<Hop>&);
 using Rounds = std::vector<int> (*)(const Request&, const std::vector<Hop>&, const Timing&, const std::vector<int>&);
 
 class Choice {
  public:
-  Choice(const Request& request, Hops hops) : request_(request), hops_of_(hops) {
-    consider(Travel{});
+  Choice(const Request& request, Hops hops, bool with_owners)
+      : request_(request), groups_(request, with_owners), hops_of_(hops), simulator_(request) {
+    hops_of_(request_, groups_, shape_, hops_);
+    simulator_.run(hops_, kForever, timing_);
     direct_ns_ = timing_.total;
   }
 
-  // Keep `shape` if it is 2 % faster than the best so far, or 5 % if it has more hops, since hops have costs that the
-  // model does not know. Returns how long it takes.
-  std::int64_t consider(const Travel& shape) {
-    std::vector<Hop> hops = hops_of_(request_, shape);
-    Timing timing = simulate(request_, hops);
-    const std::int64_t total = timing.total, margin = timing_.total / (hops.size() > hops_.size() ? 20 : 50);
-    if (hops_.empty() || total < timing_.total - margin)
-      shape_ = shape, hops_ = std::move(hops), timing_ = std::move(timing);
-    return total;
-  }
-
-  // Try every shape, and double its number of pieces as long as that saves 1 %.
-  void search(const std::vector<Travel>& shapes) {
+  // Try every shape, the most promising ones first, and double its number of pieces as long as that saves 1 %.
+  void search(std::vector<Travel> shapes) {
+    if (hops_.empty()) return;
     const std::int64_t most = std::min<std::int64_t>(kMostPieces, request_.chunk_bytes / kLeastPiece);
-    for (Travel shape : shapes) {
+    for (Travel shape : sorted(shapes)) {
       std::int64_t least = consider(shape), before;
       do {
         before = least;
@@ -48,11 +43,44 @@ class Choice {
   Route route(Rounds rounds) const;
 
  private:
+  static constexpr std::int64_t kForever = std::numeric_limits<std::int64_t>::max();
+
+  // By ascending bound, since what is found first spares the simulation of what is slower. Pieces shorten chains.
+  std::vector<Travel> sorted(const std::vector<Travel>& shapes) {
+    std::vector<std::pair<std::int64_t, std::size_t>> order;
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      hops_of_(request_, groups_, shapes[i], trial_hops_);
+      const Bound bound = simulator_.bound(trial_hops_);
+      order.emplace_back(std::max(bound.busiest, bound.chain / 4), i);
+    }
+    std::sort(order.begin(), order.end());
+    std::vector<Travel> found;
+    for (const auto& [bound, i] : order) found.push_back(shapes[i]);
+    return found;
+  }
+
+  // Keep `shape` if it is 2 % faster than the best so far, or 5 % if it has more hops, since hops have costs that the
+  // model does not know. Returns how long it takes; if it is not kept, this may be an estimate.
+  std::int64_t consider(const Travel& shape) {
+    hops_of_(request_, groups_, shape, trial_hops_);
+    const std::int64_t limit = timing_.total - timing_.total / (trial_hops_.size() > hops_.size() ? 20 : 50);
+    const Bound bound = simulator_.bound(trial_hops_);
+    const std::int64_t least = std::max(bound.busiest, bound.chain);
+    if (least >= limit) return least;
+    if (!simulator_.run(trial_hops_, limit, trial_)) return std::max(least, trial_.total);
+    shape_ = shape;
+    hops_.swap(trial_hops_);
+    std::swap(timing_, trial_);
+    return timing_.total;
+  }
+
   const Request& request_;
+  const Groups groups_;
   const Hops hops_of_;
+  Simulator simulator_;
   Travel shape_;
-  std::vector<Hop> hops_;
-  Timing timing_;
+  std::vector<Hop> hops_, trial_hops_;
+  Timing timing_, trial_;
   std::int64_t direct_ns_ = 0;
 };
 
@@ -77,7 +105,7 @@ Route Choice::route(Rounds rounds) const {
 }  // namespace
 
 Route gather_route(const Request& request) {
-  Choice choice(request, gather_hops);
+  Choice choice(request, gather_hops, false);
   const bool nodes = request.nodes() > 2, ports = request.nodes() > 1 && request.links.crossing < request.links.border;
   std::vector<Travel> shapes;
   for (int across : {kAll, 1, 2})
@@ -91,7 +119,7 @@ Route gather_route(const Request& request) {
 }
 
 Route reduce_route(const Request& request) {
-  Choice choice(request, reduce_hops);
+  Choice choice(request, reduce_hops, true);
   std::vector<Travel> shapes;
   for (int inside : {1, kAll})
     for (int across : {kAll, 1})

@@ -35,8 +35,31 @@ struct Request {
   int node_of(int device) const { return device / devices_per_node; }
   int nodes() const { return devices / devices_per_node; }
   bool held(int expert, int device) const { return holds[static_cast<std::size_t>(expert) * devices + device]; }
-  // The expert's holders in a node, other than `except`, in ascending order.
-  std::vector<int> holders(int expert, int node, int except = -1) const;
+};
+
+// The devices that hold an expert, in ascending order and grouped by node; with or without its owner.
+class Groups {
+ public:
+  struct Group {
+    int node;
+    const int* devices;
+    int size;
+    // The i-th device if counting starts at device number `shift`.
+    int at(int i, int shift) const { return devices[(i + shift) % size]; }
+  };
+
+  Groups(const Request& request, bool with_owner);
+
+  int groups(int expert) const { return first_[expert + 1] - first_[expert]; }
+  Group of(int expert, int i) const {
+    const int g = first_[expert] + i;
+    return {node_[g], device_.data() + begin_[g], begin_[g + 1] - begin_[g]};
+  }
+  // Number of holders other than the owner.
+  int others(int expert) const { return others_[expert]; }
+
+ private:
+  std::vector<int> device_, node_, begin_, first_, others_;
 };
 
 constexpr int kAll = std::numeric_limits<int>::max();
@@ -59,12 +82,14 @@ struct Hop {
   bool partial = false;   // reduce: it is a sum of several contributions
   bool final = false;     // reduce: it is added to the owner's result, not to a sum that the owner sends on
   bool alone = false;     // reduce: it is the owner's result, to which nothing is added
-  std::vector<int> after{};  // hops that must arrive before this one can be sent
+  int after = -1;         // hop that must arrive before this one can be sent, with those that it is behind
   int behind = -1;        // reduce: hop that the receiver adds before this one
 };
 
-std::vector<Hop> gather_hops(const Request& request, const Travel& shape);
-std::vector<Hop> reduce_hops(const Request& request, const Travel& shape);
+// Replaces `hops` by those of a shape; `after` and `behind` are lower than a hop's own number. `groups` are without
+// owners for gathers, with owners for reductions.
+void gather_hops(const Request& request, const Groups& groups, const Travel& shape, std::vector<Hop>& hops);
+void reduce_hops(const Request& request, const Groups& groups, const Travel& shape, std::vector<Hop>& hops);
 
 // Result of the simulation, in nanoseconds: when each hop starts, if it starts as soon as its resources are free, and
 // when all are done.
@@ -73,8 +98,6 @@ struct Timing {
   std::int64_t slot = 1;  // duration of the longest hop
   std::int64_t total = 0;
 };
-
-Timing simulate(const Request& request, const std::vector<Hop>& hops);
 
 // Assigns each hop to a round. `order` is the order in which the simulation starts hops; it is kept within each round.
 std::vector<int> gather_rounds(const Request& request, const std::vector<Hop>& hops, const Timing& timing,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "planning/limits.hpp"
+#include "planning/network.hpp"
 
 namespace hecate {
 

@@ -167,14 +167,14 @@ Out holder_loads_array(const Vector& loads, const Holding& placement) {
 }
 
 Out robust_copies_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
-                 const Holding& allowed, int swaps) {
+                 const Holding& allowed, int trials) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
     const Guesses guesses{levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
                           static_cast<int>(levels.shape(2))};
     const std::vector<int> owner_of(owners.data(), owners.data() + owners.shape(0));
-    copies = robust_copies(guesses, owner_of, limits_of(in, out, allowed.data()), swaps);
+    copies = robust_copies(guesses, owner_of, limits_of(in, out, allowed.data()), trials);
   }
   return pairs_array(copies);
 }
@@ -208,7 +208,7 @@ void bind_planning(nb::module_& m) {
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("holder_loads", &holder_loads_array, nb::arg("loads"), nb::arg("placement"));
   m.def("robust_copies", &robust_copies_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
-        nb::arg("allowed"), nb::arg("swaps"));
+        nb::arg("allowed"), nb::arg("trials"));
   m.def("few_copies", &few_copies_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
         nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("order"));
 }

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "planning/network.hpp"
+#include "planning/holding.hpp"
 
 namespace hecate {
 
@@ -18,29 +18,29 @@ struct Limits {
   const bool* allowed = nullptr;  // [experts, devices]; null: all copies are allowed
 
   // The holder with the most sends left (the first one on a tie), or -1 if none has any left.
-  int sender(const Network& network, int expert) const {
+  int sender(const Holding& holding, int expert) const {
     int best = -1;
-    for (int p = network.first_of_expert(expert); p >= 0; p = network.next_of_expert(p)) {
-      const int d = network.device_of[p];
+    for (int p = holding.first_of_expert(expert); p >= 0; p = holding.next_of_expert(p)) {
+      const int d = holding.device_of[p];
       if (out[d] > 0 && (best < 0 || out[d] > out[best] || (out[d] == out[best] && d < best))) best = d;
     }
     return best;
   }
 
-  bool can_send(const Network& network, int expert) const {
-    for (int p = network.first_of_expert(expert); p >= 0; p = network.next_of_expert(p))
-      if (out[network.device_of[p]] > 0) return true;
+  bool can_send(const Holding& holding, int expert) const {
+    for (int p = holding.first_of_expert(expert); p >= 0; p = holding.next_of_expert(p))
+      if (out[holding.device_of[p]] > 0) return true;
     return false;
   }
 
-  bool may_enter(const Network& network, int expert, int device) const {
-    return in[device] > 0 && (!allowed || allowed[static_cast<std::int64_t>(expert) * network.devices() + device]) &&
-           !network.holds(expert, device);
+  bool may_enter(const Holding& holding, int expert, int device) const {
+    return in[device] > 0 && (!allowed || allowed[static_cast<std::int64_t>(expert) * holding.devices() + device]) &&
+           !holding.holds(expert, device);
   }
 
-  void take(const Network& network, int expert, int device) {
+  void take(const Holding& holding, int expert, int device) {
     --in[device];
-    --out[sender(network, expert)];
+    --out[sender(holding, expert)];
   }
 };
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "for_each_true.hpp"
 #include "planning/network.hpp"
 
 namespace hecate {
@@ -13,19 +13,6 @@ struct Shape {
   int devices, experts, devices_per_node;
   int nodes() const { return devices / devices_per_node; }
 };
-
-// Calls `visit(i)` for every true entry of a row, in ascending order. Most entries are false, so it skips whole words.
-template <typename Visit>
-void for_each_true(const bool* row, int size, Visit visit) {
-  int i = 0;
-  for (std::uint64_t word; i + 8 <= size; i += 8) {
-    std::memcpy(&word, row + i, 8);
-    for (int j = i; word != 0 && j < i + 8; ++j)
-      if (row[j]) visit(j);
-  }
-  for (; i < size; ++i)
-    if (row[i]) visit(i);
-}
 
 // Holder pairs in ascending (expert, device) order; those of expert e have the indices [first[e], first[e + 1]).
 struct Holders {

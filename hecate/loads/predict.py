@@ -23,7 +23,10 @@ def predict(history: Int64, predictor: Predictor = "window") -> Int64:
     `history` is int64 `[steps >= 1, num_devices, num_experts]`, oldest first. Predictor "window" takes the mean of the
     steps (the paper's, with w = 5); "recent" gives each step twice the weight of the one before it.
     """
-    loads = history.sum(axis=1)
+    return _mean(history.sum(axis=1), predictor)
+
+
+def _mean(loads: Int64, predictor: Predictor) -> Int64:
     if predictor == "window":
         weights = np.ones(len(loads), dtype=np.int64)
     elif predictor == "recent":
@@ -40,7 +43,8 @@ def guesses(history: Int64, predictor: Predictor = "recent") -> Int64:
     step, times a factor that grows with the level. Deviations are at least 15 % of the prediction, so that loads that
     have not changed so far are still allowed to change. The first guess of each level is the prediction.
     """
-    mean, loads = predict(history, predictor), history.sum(axis=1)
+    loads = history.sum(axis=1)
+    mean = _mean(loads, predictor)
     experts = np.arange(len(mean), dtype=np.uint64)
     draw = _mix(experts[None, :] + np.arange(1, GUESSES, dtype=np.uint64)[:, None] * np.uint64(1 << 32))
     past = loads[(draw % np.uint64(len(loads))).astype(np.int64), experts.astype(np.int64)] - mean
