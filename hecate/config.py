@@ -46,6 +46,8 @@ class FSSDPConfig:
         reshard_interval: optimizer steps between re-shardings; 0 never re-shards. Off by default, because code outside
             of optimizers and `FSSDP` that refers to rows of pools must handle the change (`FSSDP.on_reshard`).
         load_window: steps of load history that copies are planned from (the paper's w).
+        planning_threads: CPU threads of each process that plan copies and routes while the backward pass runs, at low
+            priority on Linux; "auto" takes the process's share of the machine's cores, at most 4.
         cost: speed of links and compute: a cost model, the path of a profile file, or None for default numbers of the
             device type.
         master_dtype: dtype of owned parameters and optimizer state; None keeps the model's own.
@@ -70,6 +72,7 @@ class FSSDPConfig:
     calibrate: Calibrate = "pays"
     reshard_interval: int = 0
     load_window: int = 5
+    planning_threads: int | Literal["auto"] = "auto"
     cost: CostModel | str | None = None
     master_dtype: torch.dtype | None = None
     param_dtype: torch.dtype | None = None
@@ -93,9 +96,9 @@ class FSSDPConfig:
             raise ValueError(f"FSSDPConfig.memory_share={self.memory_share!r}: must be a number in (0, 1]")
         _count("reshard_interval", self.reshard_interval, 0)
         _count("load_window", self.load_window, 1)
-        for name in ("overlap_degree", "memory_slots"):
+        for name, least in (("overlap_degree", 0), ("memory_slots", 0), ("planning_threads", 1)):
             if getattr(self, name) != "auto":
-                _count(name, getattr(self, name), 0, ' or "auto"')
+                _count(name, getattr(self, name), least, ' or "auto"')
         if not _is_int(self.seed):
             raise ValueError(f"FSSDPConfig.seed={self.seed!r}: must be an integer")
         if not (self.cost is None or isinstance(self.cost, CostModel | str | os.PathLike)):

@@ -46,6 +46,8 @@ std::string name_of(const Travel& shape) {
 nb::tuple route(const std::string& kind, const Holding& holds, const Vector& owners, int devices_per_node,
                 std::int64_t chunk_bytes, std::int64_t partial_bytes, const Vector& links) {
   if (kind != "gather" && kind != "reduce") throw std::invalid_argument("route: kind must be gather or reduce");
+  if (holds.shape(0) >= kMostDevices || holds.shape(1) >= kMostDevices)
+    throw std::invalid_argument("route: must have fewer than 65536 experts and devices");
   const std::int64_t* l = links.data();
   const Request request{static_cast<int>(holds.shape(0)),
                         static_cast<int>(holds.shape(1)),

@@ -7,7 +7,8 @@
 #include <numeric>
 #include <set>
 #include <stdexcept>
-#include <tuple>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "collectives/route.hpp"
@@ -20,18 +21,24 @@ namespace {
 bool same_width(const Request& request) { return request.partial_bytes == request.chunk_bytes; }
 bool in_place(const Request& request, const Hop& hop) { return hop.alone && same_width(request); }
 
+// One number for two below kMostDevices and a third one.
+std::uint64_t key_of(int first, int second, int third) {
+  return (std::uint64_t(first) << 48) | (std::uint64_t(second) << 32) | static_cast<std::uint32_t>(third);
+}
+
 // Rounds that follow the simulated start times, in the order `order`. `staged`: at most one piece per peer and round.
 std::vector<int> as_simulated(const Request& request, const std::vector<Hop>& hops, const Timing& timing,
                               const std::vector<int>& order, bool staged) {
   std::vector<int> round(hops.size());
-  std::set<std::tuple<int, int, int>> taken;
+  std::unordered_set<std::uint64_t> taken;
+  if (staged) taken.reserve(hops.size());
   const bool waits = std::any_of(hops.begin(), hops.end(), [](const Hop& h) { return h.after >= 0; });
   for (int i : order) {
     const Hop& hop = hops[i];
     int at = waits ? static_cast<int>(timing.start[i] / timing.slot) : 0;
     if (hop.after >= 0) at = std::max(at, round[hop.after] + 1);
     if (hop.behind >= 0) at = std::max(at, round[hop.behind]);
-    while (staged && !in_place(request, hop) && !taken.emplace(hop.src, hop.dst, at).second) ++at;
+    while (staged && !in_place(request, hop) && !taken.insert(key_of(hop.src, hop.dst, at)).second) ++at;
     round[i] = at;
   }
   return round;
@@ -71,7 +78,8 @@ class Backwards {
   Backwards(const Request& request, const std::vector<Hop>& hops, const std::vector<int>& order,
             const std::vector<int>& simulated)
       : request_(request), hops_(hops), waits_(hops.size()), latest_(hops.size()), place_(hops.size()),
-        brings_(hops.size()), carries_(hops.size(), kNone), round_(hops.size()), devices_(request.devices) {
+        brings_(hops.size()), carries_(hops.size(), kNone), round_(hops.size()), devices_(request.devices),
+        used_(static_cast<std::size_t>(request.devices) * request.devices, kNever) {
     for (std::size_t k = 0; k < order.size(); ++k) place_[order[k]] = -static_cast<int>(k);
     find_waits(simulated);
     find_sums();
@@ -97,17 +105,19 @@ class Backwards {
 
  private:
   static constexpr int kNone = -1;
+  static constexpr int kNever = std::numeric_limits<int>::max();
   static constexpr int kDrained = 2;  // number of empty rounds after which no received piece is in memory any more
 
   void find_waits(const std::vector<int>& simulated);
   void find_sums();
   void find_limits(const std::vector<int>& simulated);
   std::size_t fill(int now);
-  bool fits(int i) const;
+  bool fits(int i, int now);
   void put(int i, int now);
   void release(int before, int latest);
   void next_round();
 
+  int& used(const Hop& hop) { return used_[static_cast<std::size_t>(hop.src) * request_.devices + hop.dst]; }
   bool staged(int i) const { return !in_place(request_, hops_[i]); }
 
   // Additional memory, in pieces, that the receiver's open sums need once hop `i` has a round. If the first piece that
@@ -128,7 +138,7 @@ class Backwards {
   std::vector<Device> devices_;
   std::set<std::pair<int, int>> ready_;  // (latest round, negative; hop): hops whose dependent hops all have rounds
   std::set<std::pair<int, int>> now_;    // (place, hop): those of them that may be in the current round
-  std::set<std::pair<int, int>> pairs_;  // (sender, receiver): the pairs used in the current round
+  std::vector<int> used_;                // [sender, receiver]: the last round that they were used in, or kNever
 };
 
 void Backwards::find_waits(const std::vector<int>& simulated) {
@@ -141,11 +151,15 @@ void Backwards::find_waits(const std::vector<int>& simulated) {
 }
 
 void Backwards::find_sums() {
-  std::map<std::tuple<int, int, int, bool>, int> known;  // expert, piece, device, final
+  std::unordered_map<std::uint64_t, int> known;  // of expert, device, piece and final
+  known.reserve(hops_.size());
+  const auto key = [](const Hop& hop, int device, bool final) {
+    return key_of(hop.expert, device, 2 * hop.piece + final);
+  };
   std::vector<std::map<int, int>> by_node;               // per sum: node -> number of hops
   for (std::size_t i = 0; i < hops_.size(); ++i) {
     const Hop& hop = hops_[i];
-    const auto [it, is_new] = known.emplace(std::make_tuple(hop.expert, hop.piece, hop.dst, hop.final), sums_.size());
+    const auto [it, is_new] = known.emplace(key(hop, hop.dst, hop.final), static_cast<int>(sums_.size()));
     if (is_new) {
       sums_.push_back({hop.final && same_width(request_) ? 0 : 1, hop.final});
       by_node.emplace_back();
@@ -160,21 +174,24 @@ void Backwards::find_sums() {
   for (std::size_t s = 0; s < sums_.size(); ++s)
     sums_[s].buffers += std::any_of(std::next(by_node[s].begin()), by_node[s].end(), [](auto& n) { return n.second > 1; });
   for (std::size_t i = 0; i < hops_.size(); ++i) {
-    const auto it = known.find({hops_[i].expert, hops_[i].piece, hops_[i].src, false});
+    const auto it = known.find(key(hops_[i], hops_[i].src, false));
     if (it != known.end()) carries_[i] = it->second;
   }
 }
 
 void Backwards::find_limits(const std::vector<int>& simulated) {
-  std::set<std::pair<int, int>> peers;
-  std::map<std::pair<int, int>, int> sent, received;
+  std::vector<char> peers(static_cast<std::size_t>(request_.devices) * request_.devices, 0);
+  const auto is_new = [&](int device, int peer) {
+    return !std::exchange(peers[static_cast<std::size_t>(device) * request_.devices + peer], 1);
+  };
+  std::unordered_map<std::uint64_t, int> sent, received;  // of device and round
   for (std::size_t i = 0; i < hops_.size(); ++i) {
     const Hop& hop = hops_[i];
     Device &from = devices_[hop.src], &to = devices_[hop.dst];
-    from.most_sent = std::max(from.most_sent, ++sent[{hop.src, simulated[i]}]);
-    to.most_received = std::max(to.most_received, ++received[{hop.dst, simulated[i]}]);
-    if (peers.emplace(hop.dst, hop.src).second) to.limit += 2;
-    if (hop.partial && peers.emplace(hop.src, hop.dst).second) from.limit += 2;
+    from.most_sent = std::max(from.most_sent, ++sent[key_of(0, hop.src, simulated[i])]);
+    to.most_received = std::max(to.most_received, ++received[key_of(0, hop.dst, simulated[i])]);
+    if (is_new(hop.dst, hop.src)) to.limit += 2;
+    if (hop.partial && is_new(hop.src, hop.dst)) from.limit += 2;
     const Sum& sum = sums_[brings_[i]];
     if (sum.missing == 1 && sum.final) continue;
     int& largest = sum.final ? to.largest_result : to.largest_sum;
@@ -194,7 +211,7 @@ std::size_t Backwards::fill(int now) {
   admit();
   for (auto it = now_.begin(); it != now_.end();) {
     const int i = it->second;
-    if (!fits(i)) {
+    if (!fits(i, now)) {
       ++it;
       continue;
     }
@@ -206,13 +223,13 @@ std::size_t Backwards::fill(int now) {
   return filled;
 }
 
-bool Backwards::fits(int i) const {
+bool Backwards::fits(int i, int now) {
   const Hop& hop = hops_[i];
   const Device &from = devices_[hop.src], &to = devices_[hop.dst];
   if (from.sent == from.most_sent || to.received == to.most_received) return false;
   if (staged(i)) {
     const int more = growth(i), sums = to.sums + more;
-    if (pairs_.count({hop.src, hop.dst}) || to.staged + 1 + to.staged_after + sums > to.limit) return false;
+    if (used(hop) == now || to.staged + 1 + to.staged_after + sums > to.limit) return false;
     if (more > 0 && to.finals + more + to.largest_sum >= to.limit) return false;
   }
   if (carries_[i] == kNone) return true;
@@ -227,7 +244,7 @@ void Backwards::put(int i, int now) {
   round_[i] = now;
   ++from.sent, ++to.received;
   if (staged(i)) {
-    pairs_.emplace(hop.src, hop.dst);
+    used(hop) = now;
     ++to.staged;
   }
   to.sums += growth(i);
@@ -253,7 +270,6 @@ void Backwards::release(int before, int latest) {
 }
 
 void Backwards::next_round() {
-  pairs_.clear();
   for (Device& device : devices_) {
     device.used_after = device.staged + device.staged_after + device.sums;
     device.staged_after = device.staged;

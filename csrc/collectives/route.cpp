@@ -92,6 +92,8 @@ Route Choice::route(Rounds rounds) const {
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return round[a] < round[b]; });
   Route result;
   result.shape = shape_;
+  result.hops.reserve(order.size());
+  result.round.reserve(order.size());
   for (int i : order) {
     result.hops.push_back(hops_[i]);
     result.round.push_back(round[i]);

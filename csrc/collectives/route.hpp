@@ -62,6 +62,8 @@ class Groups {
   std::vector<int> device_, node_, begin_, first_, others_;
 };
 
+constexpr int kMostDevices = 1 << 16;  // and experts
+
 constexpr int kAll = std::numeric_limits<int>::max();
 constexpr int kBinomial = 0;
 

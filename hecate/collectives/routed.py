@@ -42,19 +42,28 @@ class Routed(Transport):
         if not rows:
             return Work(nothing)
         row = next(iter(rows.values()))
-        route = gather_route(moves.src, moves.dst, self.topology, self.links, row.numel() * row.itemsize)
-        return self._start_gather(route.part(self._rank), rows, sent)
+        return self._start_gather(self._gather_parts(moves, row.numel() * row.itemsize), rows, sent)
 
     def reduce(self, moves: Moves, contributed: Rows, sums: Rows, wire: torch.dtype) -> Work:
         rows = [*contributed.values(), *sums.values()]
         if not rows:
             return Work(nothing)
-        numel, wide = rows[0].numel(), accumulation_dtype(wire)
-        sizes = (numel * wire.itemsize, numel * wide.itemsize)
-        route = reduce_route(moves.src, moves.dst, self.topology, self.links, *sizes)
-        parts = route.part(self._rank)
+        parts = self._reduce_parts(moves, rows[0].numel(), wire)
         state = ReductionState(self._rank, self.topology, parts, contributed, sums, wire, self._staging)
         return self._start_reduce(parts, state, rows[0].device)
+
+    def prepare_gather(self, moves: Moves, chunk_bytes: int) -> None:
+        self._gather_parts(moves, chunk_bytes)
+
+    def prepare_reduce(self, moves: Moves, numel: int, wire: torch.dtype) -> None:
+        self._reduce_parts(moves, numel, wire)
+
+    def _gather_parts(self, moves: Moves, chunk_bytes: int) -> Sequence[Part]:
+        return gather_route(moves.src, moves.dst, self.topology, self.links, chunk_bytes).part(self._rank)
+
+    def _reduce_parts(self, moves: Moves, numel: int, wire: torch.dtype) -> Sequence[Part]:
+        sizes = (numel * wire.itemsize, numel * accumulation_dtype(wire).itemsize)
+        return reduce_route(moves.src, moves.dst, self.topology, self.links, *sizes).part(self._rank)
 
     @abstractmethod
     def _start_gather(self, parts: Sequence[Part], rows: Rows, sent: Rows) -> Work:

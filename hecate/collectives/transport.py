@@ -79,3 +79,9 @@ class Transport(ABC):
             sums: where to write this rank's rows under `moves.dst`; zero if nobody contributes.
             wire: dtype of every rank's contributions.
         """
+
+    def prepare_gather(self, moves: Moves, chunk_bytes: int) -> None:  # noqa: B027  # most transports need nothing
+        """Compute in advance, in any thread, what `gather` needs for rows of `chunk_bytes`. Sends nothing."""
+
+    def prepare_reduce(self, moves: Moves, numel: int, wire: torch.dtype) -> None:  # noqa: B027
+        """Compute in advance, in any thread, what `reduce` needs for rows of `numel` elements. Sends nothing."""

@@ -37,6 +37,11 @@ class LoadHistory:
             self._steps.append(self._open)
             self._open = None
 
+    @property
+    def steps(self) -> tuple[Int64, ...]:
+        """The counts of the closed steps, oldest first; they do not change any more."""
+        return tuple(self._steps)
+
     def array(self) -> Int64:
         """Int64 `[steps, num_devices, num_experts]` of the closed steps, oldest first."""
         return np.stack(self._steps) if self._steps else np.zeros((0, *self._shape), dtype=np.int64)

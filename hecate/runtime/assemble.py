@@ -20,7 +20,7 @@ from hecate.runtime.experts.optimizer_states import OptimizerStates
 from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.experts.pool import ExpertPool, make_pools
 from hecate.runtime.experts.slots import SlotsWatch, reserved_memory
-from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.ahead import PlanAhead, number_of_threads
 from hecate.runtime.plans.layer import LayerPlans, make_plans
 from hecate.runtime.plans.ownership import Resharder
 from hecate.runtime.setup import Setup
@@ -82,7 +82,8 @@ def assemble(setup: Setup, model: nn.Module) -> Parts:
     experts = tuple(FSSDPExperts.take_over(layer.module, layer.index, layer.spec) for layer in setup.layers)
     dense = make_dense(setup, model, [p for pool in pools for p in pool.parameters.values()])
     watch, resharder = _follow_optimizers(setup, model, pools, layers, comms, before)
-    ahead = PlanAhead(layers, comms.topology.devices_per_node)
+    threads = number_of_threads(setup.config.planning_threads, comms.topology.devices_per_node)
+    ahead = PlanAhead(layers, threads)
     passes = Passes(layers, comms, dense, ahead, rematerialize=rematerialize)
     unchanged = Unchanged(model, pools)
     engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, slots, shared, setup.device, unchanged)

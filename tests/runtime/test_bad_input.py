@@ -52,6 +52,8 @@ def _batch() -> Tensor:
         ("memory_slots", 1.0, "must be an integer >= 0 and <= 2147483647"),
         ("load_window", 0, "must be an integer >= 1 and <= 2147483647"),
         ("load_window", 2**63, "must be an integer >= 1 and <= 2147483647"),
+        ("planning_threads", 0, 'must be an integer >= 1 and <= 2147483647 or "auto"'),
+        ("planning_threads", True, 'must be an integer >= 1 and <= 2147483647 or "auto"'),
         ("reshard_interval", 2**70, "must be an integer >= 0 and <= 2147483647"),
         ("reshard_interval", None, "must be an integer >= 0 and <= 2147483647"),
         ("memory_share", 0.0, r"must be a number in \(0, 1\]"),

@@ -77,6 +77,22 @@ class LayerExperts:
         wanted = {kind for kind, _ in self.pool.trainable()} if kinds is None else set(kinds)
         return ChunkLayout([w for w in self.pool.weights if w.kind in wanted])
 
+    def make_routes(self, owners: Placement, placement: Placement, gather: bool = True) -> None:
+        """Find the routes between `owners` and `placement` and keep them. Sends nothing; any thread may call it.
+
+        Args:
+            owners: the owner of each expert.
+            placement: the holders of each expert.
+            gather: whether the copies are still to be gathered; the route of their gradients is always made.
+        """
+        moves, comms = moves_between(owners, placement), self.comms
+        if comms.experts is None or comms.reductions is None or not moves.transfers:
+            return
+        if gather:
+            comms.experts.prepare_gather(moves, self.layout.numel * self.dtypes.param.itemsize)
+        if gradient := self.gradient_layout().numel:
+            comms.reductions.prepare_reduce(moves.reversed, gradient, self.dtypes.reduce)
+
     @property
     def casts(self) -> bool:
         """Whether experts compute in another dtype than the owned weights have."""

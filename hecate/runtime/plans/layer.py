@@ -43,23 +43,38 @@ def layer_cost(model: CostModel, spec: ExpertsSpec, experts: LayerExperts, dense
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """All inputs from which the copies of one layer for one step are planned; see `Policy.materialize`."""
+    """All inputs from which the copies of one layer for one step are planned; see `Policy.materialize`.
+
+    Attributes:
+        policy, setting: what plans, and what it is told about the layer.
+        steps: int64 `[D, E]` per past step, oldest first. They are stacked by the thread that plans.
+        owners: int64 `[E]`.
+        experts: the layer's experts.
+    """
 
     policy: Policy
     setting: LayerSetting
-    history: NDArray[np.int64]
+    steps: tuple[NDArray[np.int64], ...]
     owners: NDArray[np.int64]
+    experts: LayerExperts
 
     def placement(self) -> Placement:
-        """The placement to gather before the layer runs; without any history, the owners only."""
-        if not len(self.history):
-            return Placement.from_owners(self.owners, self.setting.topology.num_devices)
-        return self.policy.materialize(self.setting, self.history, self.owners)
+        """The placement to gather before the layer runs; without any history, the owners only.
+
+        The routes of its copies are made too, so that the thread that launches the gather and the reduction finds them.
+        """
+        owners = Placement.from_owners(self.owners, self.setting.topology.num_devices)
+        if not self.steps:
+            return owners
+        placement = self.policy.materialize(self.setting, np.stack(self.steps), self.owners)
+        self.experts.make_routes(owners, placement)
+        return placement
 
     def equals(self, other: Outlook) -> bool:
         """Whether `other` leads to the same placement."""
-        same = np.array_equal(self.history, other.history) and np.array_equal(self.owners, other.owners)
-        return same and self.setting == other.setting
+        same = len(self.steps) == len(other.steps) and np.array_equal(self.owners, other.owners)
+        pairs = zip(self.steps, other.steps, strict=False)
+        return same and self.setting == other.setting and all(a is b or np.array_equal(a, b) for a, b in pairs)
 
 
 class LayerPlans:
@@ -122,11 +137,11 @@ class LayerPlans:
 
     def outlook(self) -> Outlook:
         """What the next step is planned from, including the micro-batches booked so far."""
-        history, tokens = self.history.array(), self._tokens_per_device
+        steps, tokens = self.history.steps, self._tokens_per_device
         if self._totals.micro_batches:
-            history = np.concatenate([history, self._totals.counts[None]])[-self._config.load_window :]
+            steps = (*steps, self._totals.counts)[-self._config.load_window :]
             tokens = self._totals.tokens_per_device
-        return Outlook(self._policy, self.setting(tokens), history, self.owners)
+        return Outlook(self._policy, self.setting(tokens), steps, self.owners, self.experts)
 
     def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int, settled: bool = False) -> Plan:
         """Plan which device computes which tokens of one call in one micro-batch.

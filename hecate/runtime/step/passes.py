@@ -225,6 +225,7 @@ class Passes:
             self._check_plan(plans.name, plan)
         if plan.placement != copies.placement:
             copies.extend(plan.placement)
+            self._ahead.make_routes(plans.experts, plan.placement)
         wire = plans.experts.dtypes.wire
         dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire, by_expert, tokens)
         absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None

@@ -38,7 +38,7 @@ def _experts(ahead: PlanAhead) -> list[int]:
 
 def test_uses_what_was_begun_where_nothing_changed() -> None:
     layers = [_Layer(2), _Layer(3)]
-    ahead = PlanAhead(layers, processes=1)  # type: ignore[arg-type]
+    ahead = PlanAhead(layers, threads=2)  # type: ignore[arg-type]
     ahead.start()
     layers[1].value = 5  # as if one more micro-batch had come
     assert _experts(ahead) == [2, 5]
@@ -48,7 +48,7 @@ def test_uses_what_was_begun_where_nothing_changed() -> None:
 
 def test_plans_at_once_where_nothing_was_begun() -> None:
     layers = [_Layer(2), _Layer(3)]
-    ahead = PlanAhead(layers, processes=64)  # type: ignore[arg-type]
+    ahead = PlanAhead(layers, threads=1)  # type: ignore[arg-type]
     assert _experts(ahead) == [2, 3]
     ahead.start()
     ahead.start()
