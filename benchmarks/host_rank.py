@@ -1,4 +1,4 @@
-"""One process of `benchmarks.host`: times one rank's host work in one MoE layer, with a process group that sends nothing.
+"""One process of `benchmarks.host`: times one rank's host work in one MoE layer; its process group sends nothing.
 
 Runs on the checkout that PYTHONPATH names, and finds the parts by names that all compared commits have.
 """

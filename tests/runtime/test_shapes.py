@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ class Pyramid(nn.Module):
         super().__init__()
         sizes = ((WIDTH, 5, 16, 1), (6, 2, 4, 2), (4, 7, 12, 3))
         self.moes = nn.ModuleList([MoE(TopKGate(d, e, k), Experts(e, d, f)) for d, e, f, k in sizes])
-        self.between = nn.ModuleList([nn.Linear(a[0], b[0]) for a, b in zip(sizes, sizes[1:], strict=False)])
+        self.between = nn.ModuleList([nn.Linear(a[0], b[0]) for a, b in pairwise(sizes)])
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5)
 
