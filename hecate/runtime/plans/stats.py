@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from hecate.ops.upload import upload
 from hecate.planning.calibrate import parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
 from hecate.planning.plan import Plan
@@ -97,7 +98,7 @@ class SummedLoads:
         self._loads = list(loads)
         self._sum: torch.Tensor | None = None
         if replicas is not None and loads:
-            self._sum = torch.from_numpy(np.concatenate(loads)).to(device)
+            self._sum = upload(torch.from_numpy(np.concatenate(loads)), device)
             self._wait = all_reduce(self._sum, group=replicas, async_op=True)
 
     def result(self) -> list[NDArray[np.int64]]:

@@ -24,9 +24,10 @@ from torch import Tensor
 from hecate._native import arrival_table, rows_within_nodes
 from hecate.cost import LayerCost
 from hecate.ops.permute import block_order, invert, sort_by_expert
+from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import AllToAll, Dispatch, Sending, to_device
+from hecate.runtime.tokens.exchange import AllToAll, Dispatch, Sending
 
 __all__ = ["NodeDispatch", "node_dispatch", "node_exchange_pays"]
 
@@ -146,7 +147,7 @@ def node_dispatch(
     rank_of_pair = np.empty(len(holder), dtype=np.int64)  # sorted by (device, expert)
     rank_of_pair[np.lexsort((expert, holder))] = np.arange(len(holder))
     node = holder // comms.topology.devices_per_node
-    tables = to_device(np.stack([plan.quota[comms.rank], node, rank_of_pair]), index.device)
+    tables = upload(torch.from_numpy(np.stack([plan.quota[comms.rank], node, rank_of_pair])), index.device)
     pair_of = _pairs_of_copies(tables[0], int(plan.quota[comms.rank].sum()), order, index)
     sent, received = _rows_across(plan, tokens, comms)
     across, meant = _across_leg(pair_of, tables[1], sent, received, comms)
@@ -155,7 +156,7 @@ def node_dispatch(
     by_relay *= node == comms.topology.node_of(comms.rank)
     table, from_relays, sizes = arrival_table(plan.holders, by_relay, comms.rank, list(local_rows))
     inside = _inside_leg(at_relay, tables[2], holder, by_relay, from_relays, comms)
-    blocks = to_device(table, index.device).view(2, -1)
+    blocks = upload(torch.from_numpy(table), index.device).view(2, -1)
     local_order = block_order(blocks, sum(sizes)) if len(table) else None
     inverse = None if local_order is None else invert(local_order)
     return NodeDispatch(across, meant >= 0, inside, local_order, inverse, sizes, wire, comms)
@@ -199,7 +200,7 @@ def _across_leg(
     present = copies.any(2)
     place = comms.rank % comms.topology.devices_per_node
     per_node = np.array(sent[place :: comms.topology.devices_per_node], dtype=np.int64)
-    start = to_device(np.cumsum(per_node) - per_node, device).view(-1, 1)
+    start = upload(torch.from_numpy(np.cumsum(per_node) - per_node), device).view(-1, 1)
     slots = torch.where(present, start + present.cumsum(1) - 1, rows)  # [n, T]
     # Tokens that are absent from a node are written to a row behind the last, which is dropped.
     meant = torch.full((rows + 1, top_k), -1, dtype=torch.int32, device=device)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.errors import NonFiniteError
+from hecate.ops.upload import upload
 from hecate.ranks.messages import all_gather_into
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import to_device
 
 __all__ = ["Counting", "Position"]
 
@@ -136,7 +136,7 @@ def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int, m
     """int64 `[most + 9]`: this rank's counts, then the columns that all ranks check."""
     start = np.zeros(most + TRAINED + 1, dtype=np.int64)
     start[most + STEP :] = position.numbers
-    row = to_device(start, index.device)
+    row = upload(torch.from_numpy(start), index.device)
     slot = index.flatten().clamp(-2, num_experts).remainder_(most + 3)  # -2 and -1 become the columns BELOW and NONE
     if num_experts < most:
         slot.masked_fill_(slot == num_experts, most + ABOVE)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hecate._native import direct_tables
 from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum_copies, take_copies
+from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import Dispatch, Sending, to_device
+from hecate.runtime.tokens.exchange import Dispatch, Sending
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
@@ -170,7 +171,7 @@ def direct_dispatch(
         by_expert: `sort_by_expert(index)`, if that is there already.
     """
     table, leaving, sent, received, sizes = direct_tables(plan.holders, plan.quota, comms.rank, list(local_rows))
-    both = to_device(table, index.device)
+    both = upload(torch.from_numpy(table), index.device)
     # Sorted by expert, this device's rows are consecutive blocks, one per pair. Reorder the blocks by destination.
     order = sort_by_expert(index, len(plan.owners)) if by_expert is None else by_expert
     order = order[index.numel() - sum(sent) :]  # copies without an expert come first

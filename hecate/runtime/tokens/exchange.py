@@ -8,15 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.ranks.messages import all_to_all
 from hecate.runtime.comms import Comms
 
-__all__ = ["AllToAll", "Dispatch", "Sending", "to_device"]
+__all__ = ["AllToAll", "Dispatch", "Sending"]
 
 
 class Dispatch(ABC):
@@ -94,9 +92,3 @@ class AllToAll(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         with ctx.comms.guard():  # `apply`, so that the backward pass can be differentiated too
             return AllToAll.apply(grad, ctx.received, ctx.sent, ctx.comms, ctx.wire), None, None, None, None
-
-
-def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
-    """`values` on `device`, through pinned memory if that is an accelerator, so that the host does not wait for it."""
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
