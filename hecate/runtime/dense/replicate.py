@@ -11,12 +11,14 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from hecate.adapters.transformers import kept_in_float32
 from hecate.private_torch import at_end_of_backward, post_accumulate_hooks, refuse_hooks
+from hecate.ranks.anywhere import anywhere
 from hecate.ranks.messages import all_reduce, broadcast
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.setup import Setup
@@ -101,12 +103,9 @@ class ReplicatedDense(Dense):
         if not self.sync or not any(r.parameter.requires_grad for r in self._replicas):
             return
         trained = [r for r in self._replicas if r.parameter.requires_grad]
-        used = torch.tensor(
-            [r.leaf.grad is not None for r in trained], dtype=torch.int32, device=trained[0].leaf.device
-        )
-        self._sum([used])
         # A parameter that no rank used gets no gradient, so that optimizers leave it alone.
-        reduced = [r for r, by_any in zip(trained, used.tolist(), strict=True) if by_any]
+        used = anywhere([r.leaf.grad is not None for r in trained], self._groups, trained[0].leaf.device)
+        reduced = [r for r, by_any in zip(trained, used, strict=True) if by_any]
         grads = [self._wire(r.leaf) for r in reduced]
         self._sum(grads)
         for r, grad in zip(reduced, grads, strict=True):
@@ -126,8 +125,7 @@ class ReplicatedDense(Dense):
         return grad.to(self._reduce_dtype or grad.dtype)
 
     def _sum(self, tensors: list[Tensor]) -> None:
-        for dim in range(self._mesh.ndim):
-            group = self._mesh.get_group(dim)
+        for group in self._groups:
             for wait in [all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
                 wait()
 
@@ -145,8 +143,7 @@ class ReplicatedDense(Dense):
                 if parameter not in ignored:
                     places.setdefault(parameter, []).append((module, name))
         for parameter, where in places.items():
-            for dim in range(self._mesh.ndim):
-                group = self._mesh.get_group(dim)
+            for group in self._groups:
                 broadcast(parameter.data, group)
             as_is = self._dtype is None or parameter in self._kept
             leaf = parameter.data if as_is else parameter.data.to(self._dtype)
@@ -156,6 +153,11 @@ class ReplicatedDense(Dense):
                 where,
                 nn.Parameter(leaf, requires_grad=parameter.requires_grad),
             )
+
+    @property
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """One process group per dimension of the mesh."""
+        return [self._mesh.get_group(dim) for dim in range(self._mesh.ndim)]
 
     def _replicated(self, local: Tensor) -> Tensor:
         return DTensor.from_local(local, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
