@@ -1,5 +1,5 @@
 # `make train` and `make test` do all their set-up themselves: Python >= 3.10, gcc and git are enough.
-.PHONY: train test test-all lint pictures setup clean
+.PHONY: train test test-all cuda-dry-run lint pictures setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 TORCH := torch==2.13.0
 TORCH_CPU := https://download.pytorch.org/whl/cpu
+TORCH_CUDA := torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+CUDA_STAMP := $(CUDA_VENV)/.installed
 ARGS ?=
 
 # Two processes learn real text: make train ARGS="policy=ep name=ep"
@@ -20,6 +23,10 @@ test: $(STAMP)
 # With the long tail.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "long or not long" $(ARGS)
+
+# What would break or stall on CUDA, on a device that does not exist: needs torch's CUDA build (6 GB), but no GPU.
+cuda-dry-run: $(CUDA_STAMP)
+	$(CUDA_VENV)/bin/python -m tests.dry_run $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,5 +49,11 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,hf,dev]"
 	touch $(STAMP)
 
+$(CUDA_STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q "$(TORCH_CUDA)" "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
+	$(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation -C build-dir=build/cuda -e ".[hf]"
+	touch $(CUDA_STAMP)
+
 clean:
-	rm -rf build dist $(STAMP)
+	rm -rf build dist $(STAMP) $(CUDA_STAMP)

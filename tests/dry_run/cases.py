@@ -1,0 +1,37 @@
+"""The cases, and which of their ranks are run."""
+
+from __future__ import annotations
+
+from tests.dry_run.records import Case
+
+__all__ = ["CASES", "ranks_of"]
+
+SAMPLE = (0, 1, 7, 8, 33, 63)
+"""Ranks of 64 that are run: first and last of nodes of 8, and one in the middle."""
+
+ONE = [Case(model, "balanced", again, 1, 1) for model in ("gpt", "qwen3_moe") for again in (False, True)]
+EIGHT = [
+    Case("gpt", "ep", False, 8, 8),
+    Case("gpt", "hecate", False, 8, 8),
+    Case("gpt", "hecate", True, 8, 4),
+    Case("gpt", "balanced", True, 8, 8),
+    Case("gpt recomputed", "balanced", True, 8, 4),
+    Case("gpt", "balanced", False, 8, 8, dense="replicate"),
+    Case("gpt", "balanced", False, 8, 4, replicas=2),
+    Case("qwen3_moe", "balanced", False, 8, 8),
+    Case("qwen3_moe", "hecate", True, 8, 4),
+    Case("qwen3_moe", "ep", True, 8, 4),
+]
+MANY = [
+    Case("gpt", "ep", False, 64, 8),
+    Case("gpt", "balanced", False, 64, 8),
+    Case("gpt", "hecate", True, 64, 8),
+    Case("qwen3_moe", "balanced", True, 64, 8),
+    Case("qwen3_moe", "hecate", False, 64, 8),
+]
+CASES = [*ONE, *EIGHT, *MANY]
+
+
+def ranks_of(case: Case) -> tuple[int, ...]:
+    """All ranks of a small job; some of a large one, where messages to and from the others are not checked."""
+    return tuple(range(case.world)) if case.world <= 8 else SAMPLE

@@ -1,0 +1,19 @@
+"""What the processes run that have the fake runtime. Importing this file does not import torch."""
+
+from __future__ import annotations
+
+import traceback
+
+from tests.dry_run.records import Case, Outcome
+
+__all__ = ["run"]
+
+
+def run(case: Case, rank: int) -> Outcome | str:
+    """One rank, in a process that has the fake runtime; returns the traceback if it raises."""
+    from tests.dry_run.run import run_rank
+
+    try:
+        return run_rank(case, rank)
+    except Exception:
+        return traceback.format_exc()
