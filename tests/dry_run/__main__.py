@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.dry_run.cases import CASES, ranks_of
 from tests.dry_run.order import faults_in_order
 from tests.dry_run.records import Case, Fault, Outcome
-from tests.dry_run.worker import run
+from tests.dry_run.worker import run, unnoticed
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["LD_PRELOAD"] = str(build(Path(folder)))  # for the processes started below
         os.environ["OMP_NUM_THREADS"] = "1"
         with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+            if missed := pool.submit(unnoticed).result():
+                print("The fake device does not report what it must:", *missed, sep="\n  ")
+                return 1
             outcomes = {case: {rank: pool.submit(run, case, rank) for rank in ranks_of(case)} for case in cases}
             wrong = [case for case in cases if not report(case, outcomes[case])]
     print(f"{len(cases) - len(wrong)} of {len(cases)} cases are in order")

@@ -14,18 +14,17 @@ EIGHT = [
     Case("gpt", "ep", False, 8, 8),
     Case("gpt", "hecate", False, 8, 8),
     Case("gpt", "hecate", True, 8, 4),
-    Case("gpt", "balanced", True, 8, 8),
     Case("gpt recomputed", "balanced", True, 8, 4),
+    Case("gpt with 6 experts per token", "balanced", False, 8, 4),
     Case("gpt", "balanced", False, 8, 8, dense="replicate"),
     Case("gpt", "balanced", False, 8, 4, replicas=2),
     Case("qwen3_moe", "balanced", False, 8, 8),
-    Case("qwen3_moe", "hecate", True, 8, 4),
     Case("qwen3_moe", "ep", True, 8, 4),
 ]
 MANY = [
     Case("gpt", "ep", False, 64, 8),
-    Case("gpt", "balanced", False, 64, 8),
     Case("gpt", "hecate", True, 64, 8),
+    Case("gpt with 6 experts per token", "balanced", True, 64, 8),
     Case("qwen3_moe", "balanced", True, 64, 8),
     Case("qwen3_moe", "hecate", False, 64, 8),
 ]

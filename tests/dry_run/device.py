@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dry_run.records import Fault, Launch
+from tests.dry_run.streams import Streams
 
 __all__ = ["FakeDevice", "where"]
 
@@ -46,19 +48,27 @@ ALIGNED = 16
 
 
 def where() -> str:
-    """The innermost frame of this repository outside the dry run, behind the innermost one of other packages."""
+    """The innermost frames of this repository outside the dry run, behind the innermost one of other packages."""
     inner, own = "", []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(own) < DEEP:
-        path = Path(frame.f_code.co_filename)
-        parts = path.parts
-        if path.is_relative_to(ROOT) and not path.is_relative_to(HERE) and "site-packages" not in parts:
-            own.append(f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}")
-        elif not inner and not own and "site-packages" in parts and PASS_ON.isdisjoint(parts):
-            inside = parts[parts.index("site-packages") + 1 :]
-            inner = f"{'/'.join(inside)}:{frame.f_lineno} {frame.f_code.co_name}"
+        ours, path = _shown(frame.f_code.co_filename)
+        if path and (ours or not (inner or own)):
+            line = f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
+            own, inner = ([*own, line], inner) if ours else (own, line)
         frame = frame.f_back
     return " < ".join([inner, *own] if inner else own) or "?"
+
+
+@cache
+def _shown(filename: str) -> tuple[bool, str]:
+    """Whether a file is part of this repository, and how it is named; "" if it only passes calls on."""
+    path = Path(filename)
+    if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+        return True, "" if path.is_relative_to(HERE) else str(path.relative_to(ROOT))
+    if "site-packages" not in path.parts or not PASS_ON.isdisjoint(path.parts):
+        return False, ""
+    return False, "/".join(path.parts[path.parts.index("site-packages") + 1 :])
 
 
 def _allowed() -> bool:
@@ -96,8 +106,9 @@ class FakeDevice(TorchDispatchMode):
         self.log: list[Launch] = []
         self.strict = False
         self.answer: Answer = lambda tensor: None
-        self.batch: list | None = None
+        self._in_group_call = False
         self._fake = FakeTensorMode()
+        self._streams = Streams(self.fault, where)
 
     @contextmanager
     def running(self) -> Iterator[FakeDevice]:
@@ -105,10 +116,20 @@ class FakeDevice(TorchDispatchMode):
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") comes here instead of the runtime
         try:
-            with self._fake, self, mock.patch.object(FakeTensor, "data_ptr", _address):
+            with self._streams.followed(), self._fake, self, mock.patch.multiple(FakeTensor, **INSTEAD):
                 yield self
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
+
+    @contextmanager
+    def group_call(self) -> Iterator[None]:
+        """Context in which sends and receives are one call."""
+        self._in_group_call = True
+        try:
+            with self._streams.group_call():
+                yield
+        finally:
+            self._in_group_call = False
 
     def fault(self, kind: str, what: object) -> None:
         """Note a fault, unless it is an allowed host read or the model is still set up."""
@@ -118,6 +139,7 @@ class FakeDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See the class."""
+        torch._C._set_only_lift_cpu_tensors(True)  # a flag of the thread, and autograd has threads of its own
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it calls the operations on its local tensors
         kwargs = _indexed(kwargs or {})
@@ -131,6 +153,7 @@ class FakeDevice(TorchDispatchMode):
             with self._fake, self:
                 return OPDEFS[func.name()]._init_fn(*args, **kwargs)
         if func in TO_HOST and _leaves(func, args, device):
+            self._streams.kernel(on_cuda, [], [])
             return self._read(func, args)
         self._check_mixed(func, args, kwargs, [t for t in tensors if not isinstance(t, FakeTensor)])
         if func is aten._grouped_mm.default:
@@ -139,7 +162,25 @@ class FakeDevice(TorchDispatchMode):
             self._launch(func, args)
         args, kwargs = pytree.tree_map_only(Tensor, self._faked, (args, kwargs))
         with self._fake:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        self._follow(func, args, kwargs, result)
+        return result
+
+    def _follow(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        """Tell `Streams` what the operation reads, writes and allocates."""
+        if func.namespace == "c10d":
+            work = next(r for r in pytree.tree_leaves(result) if isinstance(r, torch.ScriptObject))
+            first, second = _fake_ones(args[0]), _fake_ones(args[1])
+            reads, writes = (first, []) if func._opname == "send" else (second, first)
+            self._streams.launch(_group_of(args).group_name, dist.Work.unbox(work), reads, writes)
+            return
+        given, made = _fake_ones((args, kwargs)), _fake_ones(result)
+        writes = _fake_ones([a for a, s in zip(args, func._schema.arguments, strict=False) if _is_written(s)])
+        writes += _fake_ones([kwargs.get(s.name) for s in func._schema.arguments if _is_written(s)])
+        storages = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in storages]
+        if fresh or writes:  # else it is a view: no kernel
+            self._streams.kernel(given, [*writes, *fresh], fresh)
 
     def _faked(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
@@ -179,16 +220,19 @@ class FakeDevice(TorchDispatchMode):
 
     def _launch(self, func: Any, args: tuple) -> None:
         if func._opname in ("send", "recv_"):
-            if self.batch is None:
+            if not self._in_group_call:
                 self.fault("message outside a group call", func)
             return
-        group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-        self.log.append(_collective(func, args, dist.ProcessGroup.unbox(group)))
+        self.log.append(_collective(func, args, _group_of(args)))
 
 
 def _address(tensor: Tensor) -> int:
     """Differs for tensors that do not share memory; fake ones have no address of their own."""
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
+
+
+INSTEAD = {"data_ptr": _address, "tolist": lambda tensor: tensor.cpu().tolist()}
+"""Methods of fake tensors; their own `tolist` reads element by element."""
 
 
 def _indexed(kwargs: dict) -> dict:
@@ -197,6 +241,19 @@ def _indexed(kwargs: dict) -> dict:
     if device is None or torch.device(device) != torch.device("cuda"):
         return kwargs
     return kwargs | {"device": torch.device("cuda", torch.cuda.current_device())}
+
+
+def _fake_ones(values: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, FakeTensor)]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _group_of(args: tuple) -> dist.ProcessGroup:
+    boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+    return dist.ProcessGroup.unbox(boxed)
 
 
 def _leaves(func: Any, args: tuple, device: object) -> bool:

@@ -20,7 +20,7 @@ def num_experts(world: int) -> int:
     return 8 if world == 1 else 2 * world + world // 2
 
 
-def gpt(world: int, checkpoint: bool = False) -> nn.Module:
+def gpt(world: int, top_k: int = 2, checkpoint: bool = False) -> nn.Module:
     """A GPT-MoE."""
     config = ModelConfig(
         vocab_size=256,
@@ -28,6 +28,7 @@ def gpt(world: int, checkpoint: bool = False) -> nn.Module:
         num_layers=LAYERS,
         num_heads=8,
         num_experts=num_experts(world),
+        top_k=top_k,
         checkpoint=checkpoint,
     )
     with torch.device("cuda"):
@@ -58,6 +59,7 @@ def qwen3(world: int) -> nn.Module:
 
 MODELS: Mapping[str, Callable[[int], nn.Module]] = {
     "gpt": gpt,
+    "gpt with 6 experts per token": lambda world: gpt(world, top_k=6),
     "gpt recomputed": lambda world: gpt(world, checkpoint=True),
     "qwen3_moe": qwen3,
 }

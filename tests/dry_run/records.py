@@ -33,7 +33,8 @@ class Fault:
 
     Attributes:
         kind: "host read" (the host waits for the device), "pageable copy" (it waits for the copy), "mixed devices",
-            "CPU scalar", "unaligned", "host wait", "message outside a group call".
+            "CPU scalar", "unaligned", "host wait", "message outside a group call", "streams" (memory that two streams
+            use, neither of which waits for the other).
         where: the innermost line of this repository, and of other code if that called torch.
         what: the operation.
     """

@@ -33,8 +33,10 @@ BATCH, LENGTH, STEP = 2, 256, 16
 """Every rank has sequences of another length: LENGTH less a multiple of STEP tokens."""
 
 
-COST = CostModel(flops=10**12, hidden_permille=1000)
-"""Slow compute: copies pay, so that they are made."""
+COST = CostModel(flops=10**12, hidden_permille=1000, message_ns=1_000, inter_node_bandwidth=2 * 10**9)
+"""Slow compute: copies pay, so that they are made. Slow links between nodes: so does the node-aware dispatch with many
+experts per token.
+"""
 
 
 def run_rank(case: Case, rank: int) -> Outcome:
@@ -118,11 +120,8 @@ def _seams(device: FakeDevice) -> Iterator[None]:
 
     def batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
         device.log.append(_group_call(operations))
-        device.batch = []
-        try:
+        with device.group_call():
             return batch(list(operations))
-        finally:
-            device.batch = None
 
     def gather(ranks: Ranks, value: Any) -> list[Any]:
         if ranks.group is not None:

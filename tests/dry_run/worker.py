@@ -6,7 +6,7 @@ import traceback
 
 from tests.dry_run.records import Case, Outcome
 
-__all__ = ["run"]
+__all__ = ["run", "unnoticed"]
 
 
 def run(case: Case, rank: int) -> Outcome | str:
@@ -17,3 +17,10 @@ def run(case: Case, rank: int) -> Outcome | str:
         return run_rank(case, rank)
     except Exception:
         return traceback.format_exc()
+
+
+def unnoticed() -> list[str]:
+    """Faults made on purpose that the fake device does not report."""
+    from tests.dry_run.selfcheck import missed
+
+    return missed()
