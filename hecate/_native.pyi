@@ -57,3 +57,9 @@ def route(
     partial_bytes: int,
     links: _Int64,
 ) -> tuple[_Int64, str, int, int, int]: ...
+
+# csrc/kernels
+def run_kernel(
+    name: str, args: _Int64, blocks: int, width: int, height: int, shared_bytes: int, order: int
+) -> None: ...
+def kernel_names() -> list[str]: ...

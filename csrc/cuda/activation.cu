@@ -1,0 +1,3 @@
+#include "activation.cuh"
+
+HECATE_ACTIVATION(HECATE_KERNEL)

@@ -1,0 +1,3 @@
+#include "combine.cuh"
+
+HECATE_COMBINE(HECATE_KERNEL)

@@ -1,0 +1,3 @@
+#include "permute.cuh"
+
+HECATE_PERMUTE(HECATE_KERNEL)

@@ -1,0 +1,3 @@
+#include "sort.cuh"
+
+HECATE_SORT(HECATE_KERNEL)

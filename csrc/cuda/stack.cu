@@ -1,0 +1,3 @@
+#include "stack.cuh"
+
+HECATE_STACK(HECATE_KERNEL)
