@@ -172,14 +172,32 @@ HECATE_HD void each_column(i64 width, bool aligned, int x, int threads, WithPack
 }
 
 // Returns the value before.
-template <typename Int>
-HECATE_HD Int atomic_add(Int* at, Int value) {
+HECATE_HD u32 atomic_add(u32* at, u32 value) {
 #ifdef __CUDA_ARCH__
   return atomicAdd(at, value);
 #else
-  const Int before = *at;
+  const u32 before = *at;
   *at += value;
   return before;
+#endif
+}
+
+HECATE_HD i64 atomic_add(i64* at, i64 value) {
+#ifdef __CUDA_ARCH__
+  using Word = unsigned long long;
+  return static_cast<i64>(atomicAdd(reinterpret_cast<Word*>(at), static_cast<Word>(value)));
+#else
+  const i64 before = *at;
+  *at += value;
+  return before;
+#endif
+}
+
+HECATE_HD void atomic_min(i64* at, i64 value) {
+#ifdef __CUDA_ARCH__
+  atomicMin(at, value);
+#else
+  if (value < *at) *at = value;
 #endif
 }
 
@@ -212,11 +230,14 @@ struct DeviceBlock {
   }
 };
 
-#define HECATE_KERNEL(name, ...)                                                  \
-  extern "C" __global__ void __launch_bounds__(256, 5) name(const __VA_ARGS__::Args args) { \
+// Bounds: threads of a block, and blocks of which a processor must be able to hold that many.
+#define HECATE_BOUNDED_KERNEL(bounds, name, ...)                                  \
+  extern "C" __global__ void __launch_bounds__ bounds name(const __VA_ARGS__::Args args) { \
     hecate::DeviceBlock block;                                                    \
     __VA_ARGS__::run(args, block);                                                \
   }
+#define HECATE_KERNEL(name, ...) HECATE_BOUNDED_KERNEL((256, 5), name, __VA_ARGS__)
+#define HECATE_SINGLE_BLOCK_KERNEL(name, ...) HECATE_BOUNDED_KERNEL((256, 1), name, __VA_ARGS__)
 #endif
 
 }  // namespace hecate

@@ -3,6 +3,7 @@
 #include "activation.cuh"
 #include "combine.cuh"
 #include "permute.cuh"
+#include "quota.cuh"
 #include "sort.cuh"
 #include "stack.cuh"
 
@@ -13,7 +14,7 @@ namespace hecate {
 const std::map<std::string, Twin>& twins() {
   static const std::map<std::string, Twin> all = {
       HECATE_SORT(HECATE_TWIN) HECATE_PERMUTE(HECATE_TWIN) HECATE_COMBINE(HECATE_TWIN) HECATE_STACK(HECATE_TWIN)
-          HECATE_ACTIVATION(HECATE_TWIN)};
+          HECATE_ACTIVATION(HECATE_TWIN) HECATE_QUOTA(HECATE_TWIN)};
   return all;
 }
 

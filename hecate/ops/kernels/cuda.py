@@ -21,6 +21,8 @@ KernelChoice = Literal["auto", "hecate", "torch"]
 OPTIONS = ("-std=c++17",)
 CAPABILITY = (8, 0)
 """Oldest compute capability that the kernels compile for."""
+SHARED_BYTES = 48 * 1024
+"""Shared memory of a block for which a kernel needs not ask."""
 
 
 def use_kernels(choice: KernelChoice, device: torch.device) -> bool:
@@ -94,7 +96,10 @@ def launch(
     index = _index(device)
     by_value = words.view(np.dtype((np.void, words.nbytes)))  # an array with one element goes by value
     with torch.cuda.device(index), _stream(torch.cuda.current_stream(index).cuda_stream, index):
-        _function(source, kernel, index)((blocks, 1, 1), (*block, 1), (by_value,), shared_mem=shared_bytes)
+        function = _function(source, kernel, index)
+        if shared_bytes > SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        function((blocks, 1, 1), (*block, 1), (by_value,), shared_mem=shared_bytes)
 
 
 def _index(device: torch.device) -> int:

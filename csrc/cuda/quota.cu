@@ -1,0 +1,3 @@
+#include "quota.cuh"
+
+HECATE_QUOTA(HECATE_SINGLE_BLOCK_KERNEL)
