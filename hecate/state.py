@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,7 +18,7 @@ from hecate.checkpoint.state import TrainingState, dense_tensors
 from hecate.checkpoint.state_dict import hide_pools
 from hecate.checkpoint.store import load
 from hecate.names import original_modules, original_name
-from hecate.pretrained.conversion import format_of
+from hecate.pretrained.conversion import Format, format_of, mixes_experts
 from hecate.pretrained.own import save_through
 from hecate.ranks.agree import agree
 from hecate.runtime.assemble import Parts, assemble
@@ -46,6 +47,7 @@ class Stateful:
             stack.name_by_stack()
         self._names = [original_name(key) for key in model.state_dict(keep_vars=True)]
         self._format = format_of(original_modules(model)[""])
+        _warn_of_mixed_experts(type(model).__name__, self._format, setup)
         self._parts: Parts = assemble(setup, model)
         self._engine, self._comms, self.pools = self._parts.engine, self._parts.comms, self._parts.pools
         self._saves = Saves()
@@ -229,3 +231,13 @@ class Stateful:
         if self._held.closed:
             raise RuntimeError("FSSDP: close() was called; it cannot be used any more")
         self._missing.check()
+
+
+def _warn_of_mixed_experts(model: str, form: Format, setup: Setup) -> None:
+    stacked = [f"{layer.spec.name}.{weight.kind}" for layer in setup.layers for weight in layer.spec.weights]
+    if reason := mixes_experts(form, stacked):
+        warnings.warn(
+            f"fully_shard: {model}: load_pretrained and save_pretrained will refuse folders of the hub's format: "
+            f"{reason}, which mixes experts; load with transformers before fully_shard, and save with FSSDP.save",
+            stacklevel=5,
+        )

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from hecate.pretrained.versions import converted, copied, loading, renamed, run, used
 
-__all__ = ["Conversion", "Format", "Results", "format_of", "not_per_expert", "steps_to_read", "steps_to_write"]
+__all__ = [
+    "Conversion",
+    "Format",
+    "Results",
+    "format_of",
+    "mixes_experts",
+    "not_per_expert",
+    "steps_to_read",
+    "steps_to_write",
+]
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,22 @@ def _add(
 
 def _any_matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def mixes_experts(form: Format, names: Iterable[str]) -> str | None:
+    """Why files of this format can neither be read nor written one expert at a time; None if they can.
+
+    Args:
+        form: format of the model's class.
+        names: names of stacked weights of experts.
+    """
+    for transform in (*form.reads, *form.writes):
+        if not getattr(transform, "operations", None):
+            continue
+        made = [name for name in names if any(re.search(p, name) for p in transform.target_patterns)]
+        if made and (operation := not_per_expert(Conversion(made[0], {}, transform))):
+            return f"transformers' conversion of {made[0]} has {operation}"
+    return None
 
 
 def not_per_expert(step: Conversion) -> str | None:

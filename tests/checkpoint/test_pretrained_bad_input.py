@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from transformers.core_model_loading import (
 )
 
 import hecate
+from hecate import api
 from hecate.pretrained import files, load
+from hecate.pretrained.conversion import Format
 from tests.adapters.tiny import tiny_model
 from tests.workers import Groups
 
@@ -334,3 +337,22 @@ def fill_disk(folder: Path) -> None:
             engine.save_pretrained(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("converter", "operation"), [(MIXED, "ErnieFuse"), (ACROSS, "Transpose"), (JOINED, r"Concatenate\(dim=0\)")]
+)
+def test_a_conversion_that_mixes_experts_is_told_before_training(converter: WeightConverter, operation: str) -> None:
+    """As ERNIE-4.5-VL's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "format_of", lambda model: Format(writes=(converter,)))
+        name = converter.target_patterns[0].split(".")[-1]
+        told = rf"save_pretrained will refuse .*\.0\.mlp\.experts\.{name} has {operation}"
+        with pytest.warns(UserWarning, match=told):
+            hecate.fully_shard(tiny_model("mixtral"))
+
+
+def test_usual_conversions_give_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hecate.fully_shard(tiny_model("mixtral"))
