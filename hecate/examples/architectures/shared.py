@@ -1,0 +1,63 @@
+"""Trains a model of two layers of one kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import hecate
+from hecate.examples.shared import join, say
+from hecate.models.moe import Experts
+from hecate.ranks.agree import rank_and_world
+
+__all__ = ["WIDTH", "Model", "experts", "train"]
+
+WIDTH = 32
+
+
+def experts(number: int, hidden: int = 32) -> Experts:
+    """Experts with random weights."""
+    made = Experts(number, WIDTH, hidden)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return made
+
+
+class Model(nn.Module):
+    """Two residual layers."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer(), layer()])
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, WIDTH]` to `[T, WIDTH]`."""
+        for layer in self.layers:
+            x = x + layer(nn.functional.rms_norm(x, (WIDTH,)))
+        return self.head(x)
+
+
+def train(layer: Callable[[], nn.Module], steps: int = 30) -> None:
+    """Learn a fixed random function; prints the loss and the loads."""
+    device = join()
+    torch.manual_seed(0)
+    model = Model(layer).to(device)
+    target = torch.randn(WIDTH, WIDTH, device=device)
+    engine = hecate.fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(1 + rank_and_world()[0])
+    for step in range(steps):
+        x = torch.randn(128, WIDTH, device=device)
+        loss = (model(x) - (x @ target).tanh()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (0, steps - 1):
+            say(f"step {step}: loss {loss.item():.4f}")
+    say(f"tokens an expert: {engine.loads().tolist()}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
