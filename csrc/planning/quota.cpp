@@ -126,10 +126,24 @@ Network even_network(const Tokens& loads, const Holders& holders, const Shape& s
   return network;
 }
 
+// Gives every expert's tokens to its first holder. Balancing this takes less time than balancing an even split.
+Network first_network(const Tokens& loads, const Holders& holders, const Shape& shape) {
+  Network network(shape.experts, shape.devices, static_cast<int>(holders.expert.size()));
+  for (std::size_t p = 0; p < holders.expert.size(); ++p) {
+    const int e = holders.expert[p];
+    network.add_pair(e, holders.device[p], network.holders(e) ? 0 : loads[e]);
+  }
+  return network;
+}
+
 }  // namespace
 
 std::int64_t min_max_load(const Tokens& loads, const Holders& holders, const Shape& shape) {
-  return even_network(loads, holders, shape).min_max();
+  return first_network(loads, holders, shape).min_max();
+}
+
+bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, std::int64_t target) {
+  return first_network(loads, holders, shape).drain(target);
 }
 
 bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, std::int64_t target) {
