@@ -1,4 +1,4 @@
-"""Host time of one MoE layer: from the counts the host waits for to the launch of the tokens' all-to-all, and more.
+"""Host time of one MoE layer: from the counts the host waits for to the launch of the all-to-all, and more.
 
     python -m benchmarks.host --json benchmarks/results/host.json [--against COMMIT [--native FILE]]
 

@@ -105,7 +105,7 @@ class Watch:
         self.counts = torch.empty(0, dtype=torch.int64)
         self.began = self.known = 0
         self.clock = Clock()
-        for cls, name, part in (
+        for owner, name, part in (
             (Balanced, "calibrate", "calibrate"),
             (Balanced, "assign", "assign"),
             (LayerPlans, "book", "book"),
@@ -113,13 +113,17 @@ class Watch:
             (dispatch, "node_exchange_pays", "exchange choice"),
             (dispatch, "direct_dispatch", "dispatch record"),
         ):
-            setattr(cls, name, self.timed(getattr(cls, name), part))
-        comms.timeout_of = lambda *_: timedelta(minutes=1)  # a group of the backend "fake" has no timeout
-        comms.transport_of = lambda group, _, topology, links: NoTransport(group, topology)
-        Passes.record = self._begins(Passes.record)  # type: ignore[method-assign]
-        dist.all_gather = self._all_gather
-        dist.all_gather_into_tensor = self._all_gather_into_tensor
-        dist.all_to_all_single = self._all_to_all
+            setattr(owner, name, self.timed(getattr(owner, name), part))
+        replaced: tuple[tuple[object, str, Callable[..., Any]], ...] = (
+            (comms, "timeout_of", lambda *_: timedelta(minutes=1)),  # a group of the backend "fake" has no timeout
+            (comms, "transport_of", lambda group, _, topology, links: NoTransport(group, topology)),
+            (Passes, "record", self._begins(Passes.record)),
+            (dist, "all_gather", self._all_gather),
+            (dist, "all_gather_into_tensor", self._all_gather_into_tensor),
+            (dist, "all_to_all_single", self._all_to_all),
+        )
+        for owner, name, call in replaced:
+            setattr(owner, name, call)
 
     def routed(self, devices: int, experts: int, step: int) -> Tensor:
         """Draw the experts of all devices' tokens from a Zipf law whose loads drift from step to step.

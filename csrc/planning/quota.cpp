@@ -146,10 +146,6 @@ bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, s
   return first_network(loads, holders, shape).drain(target);
 }
 
-bool balances(const Tokens& loads, const Holders& holders, const Shape& shape, std::int64_t target) {
-  return even_network(loads, holders, shape).drain(target);
-}
-
 Tokens holder_loads(const Tokens& loads, const Holders& holders, const Shape& shape) {
   Network network = even_network(loads, holders, shape);
   network.min_max();
