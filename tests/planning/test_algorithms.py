@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -104,6 +105,17 @@ def test_robust_copies_keep_to_the_limits(seed: int) -> None:
         held = placement.matrix.reshape(len(owners), topology.num_nodes, -1).any(axis=2)
         held[np.arange(len(owners)), owners // topology.devices_per_node] = False
         assert held.sum(axis=0).max() <= foreign
+
+
+def test_robust_copies_are_the_same_from_any_thread() -> None:
+    topology, owners = Topology(16, 8), initial_owners(32, 16)
+    steps = synthetic_loads("drift", 16, 32, 256, 2, 0, steps=5, drift_rate=0.1, step_noise=0.15)
+    limits = CopyLimits.of(topology, 1, 8)
+    first = robust_copies(steps, owners, topology, limits)
+    with ThreadPoolExecutor(4) as threads:
+        others = list(threads.map(lambda _: robust_copies(steps, owners, topology, limits), range(8)))
+    assert others == [first] * 8
+    assert first != Placement.from_owners(owners, 16)
 
 
 def test_robust_copies_without_history_are_none() -> None:
