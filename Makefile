@@ -1,11 +1,11 @@
 # `make train` and `make test` do all their set-up themselves: Python >= 3.10, gcc and git are enough.
-.PHONY: train test test-all cuda-dry-run lint pictures setup clean
+.PHONY: train test test-all cuda-dry-run lint kernels sanitize pictures setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cuh')
 TORCH := torch==2.13.0
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 TORCH_CUDA := torch==2.14.1
@@ -32,6 +32,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compile every CUDA kernel for sm_80, sm_90 and sm_100 and print what each takes; needs nvcc, no GPU.
+kernels: $(STAMP)
+	$(BIN)/python -m hecate.ops.kernels.compile
+
+# The kernels' tests with the native extension under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(STAMP)
+	PYTHON=$(BIN)/python launch/sanitize.sh $(ARGS)
 
 # Drawings of the docs from their text; needs graphviz.
 pictures: docs/flow.svg docs/streams.svg

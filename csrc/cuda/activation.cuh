@@ -98,7 +98,7 @@ struct Activate {
       for (i64 n = block.index() * block.height() + y; n < a.rows; n += block.count() * block.height()) {
         const T* in = static_cast<const T*>(a.x) + n * a.x_stride;
         T* out = static_cast<T*>(a.out) + n * a.width;
-        each_column<kSize>(
+        each_column<kSize, 1>(
             a.width, a.aligned, x, block.width(), [&](i64 c) { columns<kSize>(a, in + c, out + c); },
             [&](i64 c) { columns<1>(a, in + c, out + c); });
       }
@@ -148,7 +148,7 @@ struct ActivateBackward {
         const T* grad = static_cast<const T*>(a.grad) + n * a.grad_stride;
         const T* in = static_cast<const T*>(a.x) + n * a.x_stride;
         T* grad_x = static_cast<T*>(a.grad_x) + n * a.width * (a.gated ? 2 : 1);
-        each_column<kSize>(
+        each_column<kSize, 1>(
             a.width, a.aligned, x, block.width(), [&](i64 c) { columns<kSize>(a, grad + c, in + c, grad_x + c); },
             [&](i64 c) { columns<1>(a, grad + c, in + c, grad_x + c); });
       }

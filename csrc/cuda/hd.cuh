@@ -34,7 +34,11 @@ template <typename To, typename From>
 HECATE_HD To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits_as: sizes differ");
   To to;
+#ifdef __CUDA_ARCH__
+  memcpy(&to, &from, sizeof(To));  // built into NVRTC
+#else
   __builtin_memcpy(&to, &from, sizeof(To));
+#endif
   return to;
 }
 
@@ -162,10 +166,10 @@ HECATE_HD void store(T* to, const Pack<T, kSize>& pack) {
 
 // Calls `pack(column)` for groups of `kSize` columns that begin in [0, width), then `one(column)` for the columns left
 // over, spread over the threads x of a row. Only `one` is called if the rows are not aligned to 16 bytes.
-template <int kSize, typename WithPack, typename WithOne>
+template <int kSize, int kUnroll = 4, typename WithPack, typename WithOne>
 HECATE_HD void each_column(i64 width, bool aligned, int x, int threads, WithPack pack, WithOne one) {
   const i64 packed = aligned ? width / kSize * kSize : 0;
-#pragma unroll 4
+#pragma unroll kUnroll  // so that several loads are on their way
   for (i64 column = static_cast<i64>(x) * kSize; column < packed; column += static_cast<i64>(threads) * kSize)
     pack(column);
   for (i64 column = packed + x; column < width; column += threads) one(column);
@@ -236,7 +240,7 @@ struct DeviceBlock {
     hecate::DeviceBlock block;                                                    \
     __VA_ARGS__::run(args, block);                                                \
   }
-#define HECATE_KERNEL(name, ...) HECATE_BOUNDED_KERNEL((256, 5), name, __VA_ARGS__)
+#define HECATE_KERNEL(name, ...) HECATE_BOUNDED_KERNEL((256, 4), name, __VA_ARGS__)
 #define HECATE_SINGLE_BLOCK_KERNEL(name, ...) HECATE_BOUNDED_KERNEL((256, 1), name, __VA_ARGS__)
 #endif
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hecate
-from hecate.examples.shared import join, say
+from hecate.examples.shared import say
 from hecate.models.moe import Experts
 from hecate.ranks.agree import rank_and_world
+from hecate.ranks.join import join
 
 __all__ = ["WIDTH", "Model", "experts", "train"]
 
@@ -58,6 +59,6 @@ def train(layer: Callable[[], nn.Module], steps: int = 30) -> None:
         optimizer.zero_grad()
         if step in (0, steps - 1):
             say(f"step {step}: loss {loss.item():.4f}")
-    say(f"tokens an expert: {engine.loads().tolist()}")
+    say(f"tokens per expert: {[loads.tolist() for loads in engine.loads()]}")
     if dist.is_initialized():
         dist.destroy_process_group()

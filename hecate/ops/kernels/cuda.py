@@ -41,7 +41,7 @@ def use_kernels(choice: KernelChoice, device: torch.device) -> bool:
     if reason is None:
         return True
     if choice == "hecate":
-        raise RuntimeError(f'kernels="hecate": {reason}; install it, or use kernels="torch"')
+        raise RuntimeError(f'kernels="hecate": {reason}; use kernels="auto" or kernels="torch" to run without them')
     _say_once(f"Hecate's CUDA kernels are not used, PyTorch's operations are: {reason}")
     return False
 
