@@ -59,6 +59,6 @@ def train(layer: Callable[[], nn.Module], steps: int = 30) -> None:
         optimizer.zero_grad()
         if step in (0, steps - 1):
             say(f"step {step}: loss {loss.item():.4f}")
-    say(f"tokens per expert: {[loads.tolist() for loads in engine.loads()]}")
+    say(f"tokens an expert: {[load.tolist() for load in engine.loads()]}")
     if dist.is_initialized():
         dist.destroy_process_group()
