@@ -13,20 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 
 from benchmarks.report import Report
+from benchmarks.trees import checkout, output_of, working_tree
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = tuple(f"{devices}x{experts}" for devices in (8, 64, 256) for experts in (64, 256))
 PARTS = (
     "calibrate",
@@ -57,44 +51,23 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="DEVICESxEXPERTS")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        trees = {THIS: ROOT}
+        trees = {THIS: working_tree(Path(folder) / "this")}
         if arguments.against:
-            trees = {OTHER: checkout(arguments.against, Path(folder), arguments.native), THIS: ROOT}
+            trees[OTHER] = checkout(arguments.against, Path(folder) / "other", arguments.native)
         rounds: dict[str, list[Round]] = {name: [] for name in trees}
         for _ in range(arguments.rounds):
             for name, tree in trees.items():
-                rounds[name].append(run(tree, arguments.passes, arguments.settings))
+                rounds[name].append(measured(tree, arguments.passes, arguments.settings))
     report = summarize(rounds, arguments.settings)
     print(*(report.table(metric) for metric in dict.fromkeys(row.metric for row in report.rows)), sep="\n\n")
     if arguments.json:
         report.write(arguments.json)
 
 
-def checkout(commit: str, folder: Path, native: Path | None) -> Path:
-    """Write the files of `commit` to `folder`, with its native extension."""
-    packed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=BytesIO(packed)) as files:
-        files.extractall(folder, filter="data")
-    name = next((ROOT / "hecate").glob("_native*.so")).name
-    shutil.copy(build(folder) if native is None else native, folder / "hecate" / name)
-    return folder
-
-
-def build(folder: Path) -> Path:
-    """Build the native extension of a checkout."""
-    made = folder / "build"
-    words = ["cmake", "-S", str(folder), "-B", str(made), f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in ([*words, "-DCMAKE_BUILD_TYPE=Release"], ["cmake", "--build", str(made)]):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return next(made.glob("_native*.so"))
-
-
-def run(tree: Path, passes: int, settings: Sequence[str]) -> Round:
+def measured(tree: Path, passes: int, settings: Sequence[str]) -> Round:
     """Nanoseconds by setting and part, measured by one process that imports `hecate` from `tree`."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "host_rank.py"), str(passes), *settings]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = output_of(tree, Path(__file__).with_name("host_rank.py"), [str(passes), *settings])
+    return json.loads(printed.splitlines()[-1])
 
 
 def summarize(rounds: Mapping[str, Sequence[Round]], settings: Sequence[str]) -> Report:

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from benchmarks.report import Report
+from benchmarks.trees import checkout, output_of, working_tree
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("8x64", "8x256", "64x64", "64x256", "256x64", "256x256")
 THIS, OTHER = "this commit", "other commit"
 
@@ -40,9 +36,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="DEVICESxEXPERTS")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        trees = {THIS: ROOT}
+        trees = {THIS: working_tree(Path(folder) / "this")}
         if arguments.against:
-            trees = {OTHER: other_tree(arguments.against, Path(folder) / "tree", arguments.native), THIS: ROOT}
+            trees[OTHER] = checkout(arguments.against, Path(folder) / "other", arguments.native)
         rounds: dict[str, list[Round]] = {name: [] for name in trees}
         for _ in range(arguments.rounds):
             for name, tree in trees.items():
@@ -53,29 +49,9 @@ def main() -> None:
         report.write(arguments.json)
 
 
-def other_tree(commit: str, tree: Path, native: Path | None) -> Path:
-    """The package as of `commit`, with its native extension."""
-    tree.mkdir()
-    archive = tree.with_suffix(".tar")
-    subprocess.run(["git", "archive", "-o", archive, commit, "hecate", "csrc", "CMakeLists.txt"], cwd=ROOT, check=True)
-    shutil.unpack_archive(archive, tree, filter="data")
-    if native is None:
-        build = ["cmake", "-S", tree, "-B", tree / "build", f"-DPython_EXECUTABLE={sys.executable}"]
-        for command in (build, ["cmake", "--build", tree / "build"]):
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        native = next((tree / "build").glob("_native*.so"))
-    shutil.copy(native, tree / "hecate" / next((ROOT / "hecate").glob("_native*.so")).name)
-    return tree
-
-
 def one_round(tree: Path, repeats: int, settings: Sequence[str]) -> Round:
     """Setting -> part -> milliseconds, from a process that imports the package of `tree`."""
-    program = ROOT / "benchmarks" / "planning_time_round.py"
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, program, str(repeats), *settings], env=environment, check=True, stdout=subprocess.PIPE
-    )
-    return json.loads(done.stdout)
+    return json.loads(output_of(tree, Path(__file__).with_name("planning_time_round.py"), [str(repeats), *settings]))
 
 
 def summary(rounds: Mapping[str, Sequence[Round]]) -> Report:

@@ -99,10 +99,11 @@ def gather_rows(
     _check_own("gather_rows", own, out)
     local = (None, 0, None, 0, 0, 1) if own is None else _own_args(own)
     rows = None if own is None else own.rows
-    args = (x, x.stride(0), index, out, *out.shape, *local, aligned(x, out, rows))
+    moved, width = out.shape
+    args = (x, x.stride(0), index, out, moved, width, *local, aligned(x, out, rows))
     kernel = f"gather_{cast_name('gather_rows', x.dtype, out.dtype)}"
     itemsize = max(x.element_size(), out.element_size())
-    run(row_launch("permute", kernel, *out.shape, itemsize, args, x.device), x.device, order)
+    run(row_launch("permute", kernel, moved, width, itemsize, args, x.device), x.device, order)
     return out
 
 
