@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 $(CUDA_STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install -q "$(TORCH_CUDA)" "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
-	$(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation -C build-dir=build/cuda -e ".[hf]"
+	$(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --config-settings=build-dir=build/cuda -e ".[hf]"
 	touch $(CUDA_STAMP)
 
 clean:
