@@ -122,8 +122,8 @@ class Watch:
             (dist, "all_gather_into_tensor", self._all_gather_into_tensor),
             (dist, "all_to_all_single", self._all_to_all),
         )
-        for place, name, call in replaced:
-            setattr(place, name, call)
+        for module, name, call in replaced:
+            setattr(module, name, call)
 
     def routed(self, devices: int, experts: int, step: int) -> Tensor:
         """Draw the experts of all devices' tokens from a Zipf law whose loads drift from step to step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hecate.ops.grouped import Groups, grouped_linear
+from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
 from hecate.ops.permute import block_order, combine, invert, permute
 
 CPU = torch.device("cpu")
@@ -31,6 +31,13 @@ def test_grouped_linear_accepts_rows_with_gaps() -> None:
     weight = buffer[:, 8:32].unflatten(1, (6, 4))
     x, groups = _random(5, 4), Groups.of((2, 0, 3), CPU)
     torch.testing.assert_close(grouped_linear(x, weight, groups), grouped_linear(x, weight.contiguous(), groups))
+
+
+def test_grouped_ops_are_differentiable_twice() -> None:
+    groups = Groups.of((2, 0, 3), CPU)
+    given = _random(5, 2), _random(3, 4, 2), _random(3, 4)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, w, b: grouped_bias(grouped_linear(x, w, groups), b, groups), given)
 
 
 def test_a_group_without_rows_gets_a_zero_gradient() -> None:
