@@ -53,6 +53,16 @@ void Ensemble::add_pair(int device) {
   for (Guess& guess : guesses) guess.flow.add_pair(device, 0);
 }
 
+void Ensemble::follow(const Holding& holding, const std::vector<int>& before) {
+  for (int p = 0; p < holding.pairs(); ++p)
+    for (Guess& guess : guesses) {
+      if (holding.expert_of[p] == before[p]) break;
+      const std::int64_t tokens = guess.flow.amount[p];
+      guess.flow.add_amount(holding, p, -tokens);
+      guess.flow.add_amount(holding, before[p], tokens);
+    }
+}
+
 // In the other guesses, the new pair leads from no overloaded device to any that tokens could not reach before.
 void Ensemble::balance_newest(const Holding& holding) {
   const int expert = holding.expert_of.back(), device = holding.device_of.back();

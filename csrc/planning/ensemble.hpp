@@ -44,6 +44,8 @@ class Ensemble {
   void balance(const Holding& holding, std::int64_t permille);
   // Accounts for a pair that was added to the holding.
   void add_pair(int device);
+  // Accounts for pairs that hold another expert than `before`: their tokens go back to the owner of that.
+  void follow(const Holding& holding, const std::vector<int>& before);
   // Balances the guesses that the newest pair of the holding helps.
   void balance_newest(const Holding& holding);
   // Per device of `devices`: tokens that a copy of `expert` there takes from overloaded ones, summed over all guesses.

@@ -33,7 +33,11 @@ class Search {
 
   void run(int trials) {
     ensemble_.balance(holding_, kBalanced);
-    for (std::size_t k = 0; k < largest_.size(); ++k) settle(k);
+    for (std::size_t k = 0; k < largest_.size(); ++k) {
+      Guess& guess = ensemble_.guesses[k];
+      largest_[k] = guess.flow.min_max(holding_, guess.target);
+      settle(k);
+    }
     for (int proposals = kProposals * trials; trials > 0 && proposals > 0 && weigh(); --proposals) {
       const std::int64_t pick = random_.below(below_.back());
       const int expert = static_cast<int>(std::upper_bound(below_.begin(), below_.end(), pick) - below_.begin());
@@ -52,10 +56,9 @@ class Search {
 
   std::int64_t slack(std::size_t k) const { return largest_[k] - ensemble_.guesses[k].target; }
 
-  // Balances a guess as well as its copies allow, and finds what keeps it from being balanced perfectly.
+  // Finds what keeps a guess from being balanced better.
   void settle(std::size_t k) {
     Guess& guess = ensemble_.guesses[k];
-    largest_[k] = guess.flow.min_max(holding_, guess.target);
     if (slack(k) > 0) guess.flow.drain(holding_, largest_[k] - 1);
     guess.refresh(holding_);
     changed_ = true;

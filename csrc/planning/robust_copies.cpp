@@ -14,6 +14,10 @@ namespace {
 // while others are still far above the mean.
 constexpr std::int64_t kTargets[] = {1150, 1100, 1050, kBalanced};
 
+// The local search spends less time on more pessimistic guesses: per level, the number of trials is
+// divided by this, and the search ends if too few are left.
+constexpr int kFewerTrials = 32, kLeastTrials = 4;
+
 // Adds copies that take most load from overloaded devices.
 class Filling {
  public:
@@ -31,7 +35,17 @@ class Filling {
       }
   }
 
-  Ensemble& likeliest() { return ensembles_[0]; }
+  // Local search on each level, with fewer trials the more pessimistic it is.
+  void refine_all(const Limits& limits, int trials) {
+    for (Ensemble& ensemble : ensembles_) {
+      if (trials < kLeastTrials) return;
+      const std::vector<int> before = holding_.expert_of;
+      refine(ensemble, holding_, limits, trials);
+      trials /= kFewerTrials;
+      for (Ensemble& other : ensembles_)
+        if (&other != &ensemble) other.follow(holding_, before);
+    }
+  }
 
  private:
   std::int64_t free_slots() const { return std::accumulate(limits_.in.begin(), limits_.in.end(), std::int64_t{0}); }
@@ -115,7 +129,7 @@ std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& 
   }
   Filling filling(guesses, holding, left, std::accumulate(limits.in.begin(), limits.in.end(), std::int64_t{0}));
   filling.run();
-  refine(filling.likeliest(), holding, limits, trials);
+  filling.refine_all(limits, trials);
   std::vector<Pair> copies;
   for (int p = experts; p < holding.pairs(); ++p) copies.emplace_back(holding.expert_of[p], holding.device_of[p]);
   return copies;
