@@ -1,5 +1,5 @@
 # `make train` and `make test` do all their set-up themselves: Python >= 3.10, gcc and git are enough.
-.PHONY: train test test-all cuda-dry-run lint kernels sanitize pictures setup clean
+.PHONY: train test test-all cuda-dry-run gpu-check lint kernels sanitize pictures setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +40,10 @@ kernels: $(STAMP)
 # The kernels' tests with the native extension under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(STAMP)
 	PYTHON=$(BIN)/python launch/sanitize.sh $(ARGS)
+
+# On a GPU: are the kernels right, and how fast are they? ARGS="--device cpu" is a dry run without one.
+gpu-check:
+	PYTHON=$(PYTHON) launch/gpu_check.sh $(ARGS)
 
 # Drawings of the docs from their text; needs graphviz.
 pictures: docs/flow.svg docs/streams.svg
