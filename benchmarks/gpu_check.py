@@ -53,8 +53,9 @@ def smoke(device: torch.device) -> None:
 
 
 def _equal(case: Case, here: Sequence[Tensor], there: Sequence[Tensor]) -> bool:
-    close = {"rtol": 0.0, "atol": 0.0} if case.exact else ROUNDING
-    return all(torch.allclose(a.cpu().double(), b.double(), **close) for a, b in zip(here, there, strict=True))
+    rtol, atol = (0.0, 0.0) if case.exact else (ROUNDING["rtol"], ROUNDING["atol"])
+    pairs = zip(here, there, strict=True)
+    return all(torch.allclose(a.cpu().double(), b.double(), rtol=rtol, atol=atol) for a, b in pairs)
 
 
 def speed(device: torch.device) -> None:
