@@ -27,7 +27,7 @@ from hecate.collectives.transport import Transport, Work
 from hecate.cost import CostModel
 from hecate.models.moe import Experts
 from hecate.policies.balanced import Balanced
-from hecate.runtime import comms, setup
+from hecate.runtime import comms
 from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.layer import FSSDPExperts
@@ -124,8 +124,8 @@ class Watch:
         )
         for module, name, call in replaced:
             setattr(module, name, call)
-        if hasattr(setup, "settle_device"):  # waits for the other ranks; older commits have no such call
-            vars(setup)["settle_device"] = lambda *_: (torch.device("cpu"), 1)
+        if inspection := sys.modules.get("hecate.runtime.setup"):  # waits for other ranks; not in old commits
+            vars(inspection)["settle_device"] = lambda *_: (torch.device("cpu"), 1)
 
     def routed(self, devices: int, experts: int, step: int) -> Tensor:
         """Draw the experts of all devices' tokens from a Zipf law whose loads drift from step to step.

@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from hecate.adapters.transformers import generate_in_step
 from hecate.config import FSSDPConfig
 from hecate.runtime.experts.pool import ExpertPool
-from hecate.runtime.held import close_abandoned
 from hecate.runtime.plans.ownership import Moved
 from hecate.runtime.setup import inspect
+from hecate.runtime.step.held import close_abandoned
 from hecate.state import Stateful
 from hecate.values.finite import non_finite
 

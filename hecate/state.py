@@ -21,9 +21,9 @@ from hecate.names import original_modules, original_name
 from hecate.pretrained.conversion import Format, format_of, mixes_experts
 from hecate.pretrained.own import save_through
 from hecate.ranks.agree import agree
-from hecate.runtime.assemble import Parts, assemble
-from hecate.runtime.held import Held
 from hecate.runtime.setup import Setup
+from hecate.runtime.step.assemble import Parts, assemble
+from hecate.runtime.step.held import Held
 from hecate.values.full import full_experts, full_tensor
 from hecate.values.local import local_tensor
 from hecate.values.memory import PeakMemory

@@ -33,12 +33,12 @@ NLLB |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (
         (
             "llama4_text",
             TEXT | {"intermediate_size_mlp": 32},
-            "model.layers.0.feed_forward.experts (Llama4TextExperts)",
+            "model.layers.0.feed_forward.experts (Llama4TextExperts",
         ),
-        ("jetmoe", TEXT, "model.layers.0.mlp.input_linear (JetMoeParallelExperts)"),
-        ("switch_transformers", T5, "decoder.block.1.layer.2.mlp.experts (SwitchTransformersExperts)"),
-        ("nllb-moe", NLLB, "model.encoder.layers.0.ffn.experts (NllbMoeExperts)"),
-        ("doge", TEXT | {"is_moe": True, "num_experts": 4}, "model.layers.0.mlp (DogeCDMoE)"),
+        ("jetmoe", TEXT, "model.layers.0.mlp.input_linear (JetMoeParallelExperts"),
+        ("switch_transformers", T5, "decoder.block.1.layer.2.mlp.experts (SwitchTransformersExperts"),
+        ("nllb-moe", NLLB, "model.encoder.layers.0.ffn.experts (NllbMoeExperts"),
+        ("doge", TEXT | {"is_moe": True, "num_experts": 4}, "model.layers.0.mlp (DogeCDMoE"),
         ("llama", TEXT, ""),
     ],
 )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +13,7 @@ from transformers import AutoModelForCausalLM
 from hecate.examples import own_moe
 from hecate.examples.shared import Text
 from tests.adapters.parity import close
-from tests.workers import free_port
-
-
-def run(module: str, *arguments: str, processes: int = 2) -> str:
-    """Output of `python -m module arguments`, under torchrun where there is more than one process."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
-    launcher += [f"--master-port={free_port()}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", module, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.examples.launch import run
 
 
 def losses(output: str) -> list[float]:

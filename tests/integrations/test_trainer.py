@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.examples.test_examples import run
+from tests.examples.launch import run
 
 
 def test_resumes_and_loads_the_best(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_examples import run
+from tests.examples.launch import run
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 

@@ -24,7 +24,7 @@ from hecate.collectives.through_host import ThroughHost
 from hecate.placement import Placement, Topology
 from hecate.ranks import messages
 from hecate.runtime.experts.buffers import memory_slots
-from tests.collectives.test_routed import FINE
+from tests.collectives.cases import FINE
 from tests.runtime.helpers import SLOW_NODES, Pair, devices_per_node, gpt, lm_loss
 from tests.workers import Groups
 

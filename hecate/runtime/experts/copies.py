@@ -6,10 +6,9 @@ buffer has one row per expert held, including the owned ones (docs/design.md, de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from hecate.runtime.comms import Comms, Pending
 from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
 from hecate.runtime.experts.layout import ChunkLayout
 from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.experts.reduction import Reduction, nothing, runs
 
-__all__ = ["CopyState", "LayerCopies", "LayerExperts", "Reduction"]
+__all__ = ["CopyState", "LayerCopies", "LayerExperts"]
 
 
 class CopyState(Enum):
@@ -119,50 +119,6 @@ class LayerExperts:
     def owned(self) -> list[int]:
         """Ascending ids of this device's experts."""
         return self.pool.owned(self.place).tolist()
-
-
-class Reduction:
-    """A running reduction of gradients to the owners.
-
-    Args:
-        home: the transfers.
-        add_own: adds the gradients of experts that only their owner holds; there is nothing to wait for.
-        add_sums: adds the sums that arrive.
-    """
-
-    def __init__(self, home: Pending, add_own: Callable[[], None], add_sums: Callable[[], None]) -> None:
-        self._home = home
-        self._add_own: Callable[[], None] | None = add_own
-        self._add_sums = add_sums
-
-    def add_own(self) -> None:
-        """Add what needs no transfer to the owners' gradients; further calls do nothing."""
-        add, self._add_own = self._add_own, None
-        if add is not None:
-            add()
-
-    def finish(self) -> None:
-        """Wait for the transfers and add the sums to the owners' gradients."""
-        self.add_own()
-        self._home.wait()
-        self._add_sums()
-        self._add_sums = _nothing  # which holds the sums
-
-    def discard(self) -> None:
-        """Wait for the transfers and ignore their results: the backward pass that they belong to failed."""
-        self._add_own, self._add_sums = None, _nothing
-        self._home.wait()
-
-
-def _nothing() -> None:
-    pass
-
-
-def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending positions as ranges [first, last)."""
-    for _, run in groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
-        found = [position for _, position in run]
-        yield found[0], found[-1] + 1
 
 
 class LayerCopies:
@@ -268,7 +224,7 @@ class LayerCopies:
         own = {kind: stacks[0][:owned] for kind, stacks in grads.items()}
 
         def add_own() -> None:
-            for first, last in _runs(alone):
+            for first, last in runs(alone):
                 part = {kind: stack[first:last] for kind, stack in own.items()}
                 layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
 
@@ -292,7 +248,7 @@ class LayerCopies:
         layer, wire = self.layer, self.layer.dtypes.reduce
         transport = layer.comms.reductions
         if transport is None or not self._anything_shared:
-            return Pending(_nothing), _nothing
+            return Pending(nothing), nothing
         moves = moves_between(layer.owners, self.placement).reversed
         sums = self._gradient_rows(len(shared), layout, accumulation_dtype(wire))
         sums_of = dict(zip([self._owned[i] for i in shared], sums.unbind(0), strict=True))
@@ -301,7 +257,7 @@ class LayerCopies:
 
         def add() -> None:
             at = 0
-            for first, last in _runs(shared):
+            for first, last in runs(shared):
                 part = layout.views(sums[at : at + last - first])
                 layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
                 at += last - first

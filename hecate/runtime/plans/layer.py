@@ -17,6 +17,7 @@ from hecate.loads.history import LoadHistory
 from hecate.placement import Placement
 from hecate.planning.plan import Plan
 from hecate.policies.base import LayerSetting, Policy
+from hecate.ranks.same import check_same
 from hecate.runtime.comms import Comms
 from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers, memory_slots
 from hecate.runtime.experts.copies import LayerExperts
@@ -156,6 +157,12 @@ class LayerPlans:
         owners = self.owners
         placement = held if settled else self._policy.calibrate(setting, counts, owners, held)
         return self._policy.assign(setting, counts, owners, placement)
+
+    def check(self, plan: Plan) -> None:
+        """For HECATE_DEBUG=1: raise if the plan is not valid, or not the same on all ranks. Collective."""
+        plan.validate()
+        if (group := self.experts.comms.tokens) is not None:
+            check_same(self.name, {"plan digest": plan.digest()}, group, "make the same plan", RuntimeError)
 
     def book(self, counts: NDArray[np.int64], plan: Plan, top_k: int) -> None:
         """Add a micro-batch that is trained on to the step's totals."""

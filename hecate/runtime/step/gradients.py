@@ -11,8 +11,9 @@ from hecate.labels import label
 from hecate.private_torch import post_accumulate_hooks, refuse_hooks
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
-from hecate.runtime.experts.copies import LayerCopies, LayerExperts, Reduction
+from hecate.runtime.experts.copies import LayerCopies, LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.experts.reduction import Reduction
 from hecate.runtime.step.replicas import ReplicaAverages
 
 __all__ = ["ExpertGradients"]

@@ -17,9 +17,8 @@ from torch import Tensor
 from hecate.labels import label
 from hecate.ops.permute import sort_by_expert
 from hecate.placement import Placement
-from hecate.planning.plan import Plan
 from hecate.private_torch import at_end_of_backward, graph_task, in_backward
-from hecate.ranks.same import check_same, debugging
+from hecate.ranks.same import debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.copies import LayerCopies
@@ -222,7 +221,7 @@ class Passes:
         with label("plan", plans.name):
             plan = plans.plan(counts, copies.placement, max(1, index.shape[1]), settled=copies.settled)
         if debugging():
-            self._check_plan(plans.name, plan)
+            plans.check(plan)
         if plan.placement != copies.placement:
             copies.extend(plan.placement)
             self._ahead.make_routes(plans.experts, plan.placement)
@@ -230,12 +229,6 @@ class Passes:
         dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire, by_expert, tokens)
         absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
         return LayerRecord(counts, max(1, index.shape[1]), plan, dispatch, copies, absent)
-
-    def _check_plan(self, name: str, plan: Plan) -> None:
-        """For HECATE_DEBUG=1: raise if the plan is not valid, or not the same on all ranks. Collective."""
-        plan.validate()
-        if self._comms.tokens is not None:
-            check_same(name, {"plan digest": plan.digest()}, self._comms.tokens, "make the same plan", RuntimeError)
 
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from hecate.runtime.comms import Pending
-from hecate.runtime.experts.copies import Reduction
 from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.experts.reduction import Reduction
 from tests.runtime.helpers import Pair, net, rank, square_loss
 from tests.workers import Groups
 
