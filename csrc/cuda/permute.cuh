@@ -72,7 +72,8 @@ struct Gather {
   static constexpr int kSize = Lanes<In, Out>::value;
 
   template <typename From>
-  static HECATE_HD void copy(const From* __restrict__ row, Out* __restrict__ out, i64 width, bool aligned, int x, int threads) {
+  static HECATE_HD void copy(const From* __restrict__ row, Out* __restrict__ out, i64 width, bool aligned, int x,
+                             int threads) {
     each_column<kSize>(
         width, aligned, x, threads,
         [&](i64 column) {

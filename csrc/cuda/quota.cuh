@@ -6,7 +6,7 @@
 // result, run on all threads.
 #pragma once
 
-#include "hd.cuh"
+#include "min_max.cuh"
 
 namespace hecate {
 
@@ -16,188 +16,14 @@ constexpr i64 kHop = 1LL << 20;  // an arc's length is cost * kHop + 1: of paths
 constexpr i64 kNodePercent = 98;
 constexpr int kWorths = 5;
 
-// A pair is an expert and one of its holders, ascending. A group is an expert's holders in one node, consecutive pairs.
-// The flow network has the devices, then the groups, then the experts as vertices. Arc a + 1 is the reverse of arc a.
-struct QuotaArgs {
-  const i64* counts;  // [devices, experts], tokens of each device for each expert
-  i64* quota;         // [devices, pairs]
-  i64* limit;         // [1], the maximum device load
-  i64 devices, experts, pairs, groups, arcs, devices_per_node;
-  // What depends on the placement alone, made on the host.
-  const i64 *first, *device, *expert;         // [experts + 1] first pair; [pairs]; [pairs]
-  const i64 *group_begin, *group_expert;      // [groups + 1] first pair; [groups]
-  const i64 *device_first, *device_pairs;     // [devices + 1]; pairs on each device whose expert has several holders
-  const i64 *pair_arc, *group_arc;            // first of 4 arcs of a pair and of a group; -1: the expert has one holder
-  const i64 *arc_to, *arc_kind;               // [arcs]; kind 0 costs nothing, 1 is worth `own`, 2 is worth `node`
-  const i64 *vertex_first, *vertex_arcs;      // [vertices + 1]; [arcs], the arcs that leave a vertex, in order
-  i64* work;                                  // words(args) numbers; null: they are in shared memory
-};
-
 template <typename Block>
-struct QuotaSolver {
-  const QuotaArgs& a;
-  Block& block;
-  i64 vertices;
-  i64 *load, *amount, *level, *expert_seen;                    // of the min-max problem
-  i64 *wanted, *wanted_load, *group_tokens, *rest, *foreign;   // before any token has to move
-  i64 *room, *distance, *excess, *pointer, *inner;             // of the flow network
-  i64 *path, *path_limit, *path_sent;                          // of a depth-first search
-  i64* scalar;
+struct QuotaSolver : MinMax<Block> {
+  using Base = MinMax<Block>;
+  using Base::a, Base::all, Base::alone, Base::read, Base::holders, Base::mine, Base::scalar, Base::vertices;
+  using Base::amount, Base::wanted, Base::wanted_load, Base::group_tokens, Base::rest, Base::foreign;
+  using Base::room, Base::distance, Base::excess, Base::pointer, Base::path, Base::path_limit, Base::path_sent;
 
-  enum Scalar { kAgain, kSum, kMost, kNearest, kScalars };
-
-  HECATE_HD QuotaSolver(const QuotaArgs& args, Block& on) : a(args), block(on) {
-    vertices = a.devices + a.groups + a.experts;
-    i64* next = a.work != nullptr ? a.work : reinterpret_cast<i64*>(block.shared());
-    const auto take = [&](i64 size) {
-      i64* taken = next;
-      next += size;
-      return taken;
-    };
-    load = take(a.devices), level = take(a.devices), wanted_load = take(a.devices);
-    amount = take(a.pairs), wanted = take(a.pairs);
-    expert_seen = take(a.experts), foreign = take(a.experts);
-    group_tokens = take(a.groups), rest = take(a.groups);
-    room = take(a.arcs);
-    distance = take(vertices), excess = take(vertices), pointer = take(vertices), inner = take(vertices);
-    path = take(vertices), path_limit = take(vertices), path_sent = take(vertices);
-    scalar = take(kScalars);
-  }
-
-  // Calls `body(i)` for all i in [0, count) on all threads, and waits for them.
-  template <typename Body>
-  HECATE_HD void all(i64 count, Body body) {
-    block.run([&](int x, int y) {
-      for (i64 i = y * block.width() + x; i < count; i += block.threads()) body(i);
-    });
-    block.sync();
-  }
-
-  template <typename Body>
-  HECATE_HD void alone(Body body) {
-    all(1, [&](i64) { body(); });
-  }
-
-  // The value of a number that all threads read before one of them writes it again.
-  HECATE_HD i64 read(Scalar which) {
-    const i64 value = scalar[which];
-    block.sync();
-    return value;
-  }
-
-  HECATE_HD i64 mine(i64 pair) const { return a.counts[a.device[pair] * a.experts + a.expert[pair]]; }
-  HECATE_HD i64 holders(i64 expert) const { return a.first[expert + 1] - a.first[expert]; }
-
-  // --- The smallest maximum load ------------------------------------------------------------------------------------
-
-  HECATE_HD void split_evenly() {
-    all(a.devices, [&](i64 d) { load[d] = 0; });
-    all(a.experts, [&](i64 e) {
-      i64 left = 0;
-      for (i64 s = 0; s < a.devices; ++s) left += a.counts[s * a.experts + e];
-      for (i64 p = a.first[e]; p < a.first[e + 1]; ++p) {
-        amount[p] = left / (a.first[e + 1] - p);
-        left -= amount[p];
-        atomic_add(&load[a.device[p]], amount[p]);
-      }
-    });
-  }
-
-  // Breadth-first search from all devices above `target`; returns whether it reached one below.
-  HECATE_HD bool levels(i64 target) {
-    all(a.experts, [&](i64 e) { expert_seen[e] = -1; });
-    all(a.devices, [&](i64 d) { level[d] = load[d] > target ? 0 : -1; });
-    for (i64 depth = 0;; ++depth) {
-      alone([&] { scalar[kAgain] = 0; });
-      all(a.pairs, [&](i64 p) {
-        if (level[a.device[p]] == depth && amount[p] > 0 && holders(a.expert[p]) > 1 && expert_seen[a.expert[p]] < 0)
-          expert_seen[a.expert[p]] = depth;
-      });
-      all(a.pairs, [&](i64 p) {
-        if (expert_seen[a.expert[p]] != depth || level[a.device[p]] >= 0) return;
-        level[a.device[p]] = depth + 1;
-        scalar[kAgain] = 1;
-      });
-      if (read(kAgain) == 0) break;
-    }
-    alone([&] { scalar[kAgain] = 0; });
-    all(a.devices, [&](i64 d) {
-      if (level[d] >= 0 && load[d] < target) scalar[kAgain] = 1;
-    });
-    return read(kAgain) != 0;
-  }
-
-  // Moves the pointers of device d on to an edge to the next level; false if there is none.
-  HECATE_HD bool next_edge(i64 d) {
-    for (; pointer[d] < a.device_first[d + 1]; ++pointer[d], inner[d] = 0) {
-      const i64 p = a.device_pairs[pointer[d]], e = a.expert[p];
-      if (amount[p] == 0) continue;
-      for (; inner[d] < holders(e); ++inner[d])
-        if (level[a.device[a.first[e] + inner[d]]] == level[d] + 1) return true;
-    }
-    return false;
-  }
-
-  // Walks from `source`, which is above `target`, to a device below it; returns the length of the path, or -1.
-  HECATE_HD i64 walk(i64 source, i64 target) {
-    i64 depth = 0;
-    path[0] = source;
-    while (load[path[depth]] >= target) {
-      const i64 d = path[depth];
-      if (next_edge(d)) {
-        path[++depth] = a.device[a.first[a.expert[a.device_pairs[pointer[d]]]] + inner[d]];
-      } else {
-        if (depth == 0) return -1;
-        ++inner[path[--depth]];
-      }
-    }
-    return depth;
-  }
-
-  HECATE_HD void move_along(i64 depth, i64 target) {
-    const i64 from = path[0], to = path[depth];
-    i64 moved = smaller(load[from] - target, target - load[to]);
-    for (i64 i = 0; i < depth; ++i) moved = smaller(moved, amount[a.device_pairs[pointer[path[i]]]]);
-    for (i64 i = 0; i < depth; ++i) {
-      const i64 d = path[i], p = a.device_pairs[pointer[d]];
-      amount[p] -= moved;
-      amount[a.first[a.expert[p]] + inner[d]] += moved;
-    }
-    load[from] -= moved;
-    load[to] += moved;
-  }
-
-  // Newton's method on the cut: the tokens of the devices that were reached cannot leave them.
-  HECATE_HD i64 min_max() {
-    split_evenly();
-    alone([&] {
-      scalar[kSum] = 0;
-      for (i64 d = 0; d < a.devices; ++d) scalar[kSum] += load[d];
-    });
-    i64 target = (read(kSum) + a.devices - 1) / a.devices;
-    for (;;) {
-      while (levels(target)) {
-        all(a.devices, [&](i64 d) { pointer[d] = a.device_first[d], inner[d] = 0; });
-        alone([&] {
-          for (i64 d = 0; d < a.devices; ++d) {
-            while (level[d] == 0 && load[d] > target) {
-              const i64 depth = walk(d, target);
-              if (depth < 0) break;
-              move_along(depth, target);
-            }
-          }
-        });
-      }
-      alone([&] {
-        scalar[kSum] = scalar[kMost] = 0;
-        for (i64 d = 0; d < a.devices; ++d)
-          if (level[d] >= 0) scalar[kSum] += load[d], ++scalar[kMost];
-      });
-      const i64 sum = read(kSum), reached = read(kMost);
-      if (reached == 0) return target;
-      target = (sum + reached - 1) / reached;
-    }
-  }
+  HECATE_HD QuotaSolver(const QuotaArgs& args, Block& on) : Base(args, on) {}
 
   // --- The amounts that keep the most tokens local ------------------------------------------------------------------
 
@@ -417,7 +243,7 @@ struct QuotaSolver {
   }
 
   HECATE_HD void solve() {
-    const i64 limit = min_max();
+    const i64 limit = this->min_max();
     alone([&] { *a.limit = limit; });
     prefer_local(limit);
     settle_by_worth(limit);
