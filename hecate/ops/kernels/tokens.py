@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.ops.kernels.launch import THREADS, Launch, ThreadOrder, run
+from hecate.ops.kernels.launch import THREADS, Launch, ThreadOrder, run, to_device
+from hecate.placement import Placement
 
-__all__ = ["ExpertCounts", "count_experts", "sort_copies"]
+__all__ = ["ExpertCounts", "Pairs", "count_experts", "sort_copies"]
 
 MAX_EXPERTS = 4096
 """More would not fit into the shared memory of a block."""
@@ -34,6 +36,40 @@ class ExpertCounts:
     counts: Tensor
     tiles: Tensor
     tile: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The (expert, device) pairs of a placement, ascending, on the device of the tokens.
+
+    Attributes:
+        first: int64 `[E + 1]`, the pairs of expert e are `[first[e], first[e + 1])`.
+        expert: int64 `[P]`.
+        wire: int64 `[P]`, the pairs in the order in which rows are sent: by device, then by expert.
+    """
+
+    first: Tensor
+    expert: Tensor
+    wire: Tensor
+
+    @classmethod
+    def of(cls, placement: Placement, device: torch.device) -> Pairs:
+        """The pairs of `placement`; does not synchronize with `device`."""
+        expert, holder = np.nonzero(placement.matrix)
+        first = np.searchsorted(expert, np.arange(placement.num_experts + 1))
+        sizes = [len(first), len(expert), len(expert)]
+        return cls(*to_device(np.concatenate([first, expert, np.lexsort((expert, holder))]), device).split(sizes))
+
+    def offsets(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """`before` and `start` of `sort_copies`, without synchronization.
+
+        Args:
+            share: int64 `[P]`, this device's row of the quota.
+        """
+        earlier = share.cumsum(0) - share
+        before = earlier - earlier[self.first[self.expert]]
+        sent = share[self.wire]
+        return before, torch.empty_like(share).scatter_(0, self.wire, sent.cumsum(0) - sent)
 
 
 def count_experts(index: Tensor, num_experts: int, order: ThreadOrder = "ascending") -> ExpertCounts:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from hecate.ops.kernels.launch import ThreadOrder
-from hecate.ops.kernels.tokens import count_experts, sort_copies
+from hecate.ops.kernels.tokens import Pairs, count_experts, sort_copies
+from hecate.ops.permute import block_order, invert
+from hecate.placement import Placement, Topology
+from hecate.planning.quota import exact_quota
 from tests.ops.kernels.shared import orders
 
 CASES = [(0, 2, 4), (1, 1, 1), (1, 3, 8), (300, 2, 5), (1700, 4, 64), (700, 8, 300), (90, 2, 4096)]
@@ -78,6 +81,25 @@ def test_order_is_stable_by_destination_and_expert(tokens: int, top_k: int, expe
     assert in_order.tolist() == expected.tolist()
     assert inverse[in_order].tolist() == list(range(len(kept)))
     assert (inverse[torch.from_numpy(flat) < 0] == -1).all()
+
+
+def test_order_is_that_of_the_dispatch() -> None:
+    """From a quota to the rows' order, as `hecate.runtime.tokens.direct` makes it on the host."""
+    index, rank = random_index(500, 3, 16, dropped=0.0), 2
+    rng = np.random.default_rng(0)
+    placement = Placement.even(16, 4) | Placement(rng.random((16, 4)) < 0.3)
+    counts = rng.integers(0, 200, (4, 16))
+    counts[rank] = np.bincount(index.flatten(), minlength=16)
+    share = exact_quota(counts, placement, Topology(4, 2))[rank]
+    expert, holder = np.nonzero(placement.matrix)
+    by_expert = torch.argsort(index.flatten(), stable=True)
+    expected = by_expert[block_order(share, np.lexsort((expert, holder)), torch.device("cpu"))]
+
+    pairs = Pairs.of(placement, torch.device("cpu"))
+    offsets = pairs.offsets(torch.from_numpy(share))
+    order, inverse = sort_copies(index, count_experts(index, 16), pairs.first, *offsets, rows=index.numel())
+    assert order.tolist() == expected.tolist()
+    assert inverse.tolist() == invert(expected).tolist()
 
 
 def test_bad_input_is_named() -> None:
