@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["Report", "Row"]
 
-PACKAGES = ("hecate", "torch", "numpy", "transformers", "deepspeed", "cupy-cuda12x")
+PACKAGES = ("hecate", "torch", "numpy", "transformers", "deepspeed", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc")
 
 
 @dataclass(frozen=True)
