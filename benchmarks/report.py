@@ -13,7 +13,16 @@ from pathlib import Path
 
 __all__ = ["Report", "Row"]
 
-PACKAGES = ("hecate", "torch", "numpy", "transformers", "deepspeed", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc")
+PACKAGES = (
+    "hecate",
+    "torch",
+    "numpy",
+    "transformers",
+    "deepspeed",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "nvidia-cuda-nvrtc",
+)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,8 @@ class LayerCopies:
         own = {kind: stacks[0][:owned] for kind, stacks in grads.items()}
 
         def add_own() -> None:
+            if not owned:  # all ranks must have gradients of the same parameters
+                layer.pool.add_gradients(layer.place, 0, own, layer.comms.gradient_scale, target)
             for first, last in runs(alone):
                 part = {kind: stack[first:last] for kind, stack in own.items()}
                 layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from hecate.runtime.comms import Pending
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.experts.reduction import Reduction
-from tests.runtime.helpers import Pair, net, rank, square_loss
+from tests.runtime.helpers import Pair, close, net, rank, square_loss
 from tests.workers import Groups
 
 
@@ -44,7 +45,7 @@ def _events() -> list[str]:
     pair = Pair(net((4, 4)), dense="replicate", memory_slots=1, calibrate="always")
     pair.warm_up(square_loss(9))
     events: list[str] = []
-    transport = pair.engine._engine.comms.experts
+    transport = pair.engine._engine.comms.reductions
     add, reduce, send = ExpertPool.add_gradients, transport.reduce, dist.all_to_all_single
 
     def noted(name: str, call: Any) -> Any:
@@ -72,3 +73,17 @@ def test_launches_come_first(groups: Groups) -> None:
             # Between the launch of a reduction and that of the rows' exchange, nothing is added.
             if event == "reduce":
                 assert events[at + 1] == "send", events
+
+
+def _without_experts() -> None:
+    pair = Pair(net((2, 2)), dense="replicate")
+    pair.backward(square_loss(0))
+    pair.check_gradients()
+    assert all(p.grad is not None for pool in pair.engine.pools for p in pool.parameters.values())
+    norm = torch.nn.utils.clip_grad_norm_(pair.plain.parameters(), 0.1)
+    close("norm", pair.engine.clip_grad_norm_(0.1), norm)
+
+
+def test_a_device_without_experts_has_gradients_too(groups: Groups) -> None:
+    """Otherwise optimizers and norms, which communicate per parameter, would wait for it."""
+    groups(3).run(_without_experts)
