@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 import hecate
-from hecate import api
+from hecate import state
 from hecate.pretrained import files, load
 from hecate.pretrained.conversion import Format
 from tests.adapters.tiny import tiny_model
@@ -345,7 +345,7 @@ def fill_disk(folder: Path) -> None:
 def test_a_conversion_that_mixes_experts_is_told_before_training(converter: WeightConverter, operation: str) -> None:
     """As ERNIE-4.5-VL's does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "format_of", lambda model: Format(writes=(converter,)))
+        patch.setattr(state, "format_of", lambda model: Format(writes=(converter,)))
         name = converter.target_patterns[0].split(".")[-1]
         told = rf"save_pretrained will refuse .*\.0\.mlp\.experts\.{name} has {operation}"
         with pytest.warns(UserWarning, match=told):
