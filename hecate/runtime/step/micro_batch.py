@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from enum import Enum
 
 from hecate.placement import Placement
 from hecate.runtime.experts.copies import LayerCopies, LayerExperts
+from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.record import LayerRecord
 
 __all__ = ["GraphToken", "MicroBatch", "PassState"]
@@ -108,6 +110,14 @@ class MicroBatch:
         reached = {layer for layer, _ in self.records}
         for layer in self.copies.keys() - reached:
             self.copies.pop(layer).release()
+
+    def book(self, plans: Sequence[LayerPlans]) -> None:
+        """Count the loads of a micro-batch that is trained on: once, even if its backward runs several times."""
+        if self.booked:
+            return
+        self.booked = True
+        for (layer, _), record in self.records.items():
+            plans[layer].book(record.counts, record.plan, record.top_k)
 
     def end(self) -> None:
         """Release all copies, drop all records, and go to state ENDED."""

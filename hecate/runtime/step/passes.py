@@ -252,7 +252,7 @@ class Passes:
         self._backward_of = micro_batch
         if micro_batch.number in self._in_backward:
             return
-        self._book(micro_batch)
+        micro_batch.book(self._layers)
         if not self._in_backward:
             self._dense.enter()
             self._dense.await_gradients()
@@ -281,14 +281,6 @@ class Passes:
                 f"create_graph=True: {reason} that the second backward pass reads; set rematerialize=False and "
                 "dense='replicate', or leave create_graph out"
             )
-
-    def _book(self, micro_batch: MicroBatch) -> None:
-        """Count the loads of a micro-batch that is trained on: once, even if its backward runs several times."""
-        if micro_batch.booked:
-            return
-        micro_batch.booked = True
-        for (layer, _), record in micro_batch.records.items():
-            self._layers[layer].book(record.counts, record.plan, record.top_k)
 
     def before_expert_gradients(self, copies: LayerCopies, token: GraphToken | None) -> None:
         """Called before a layer's experts run backward: wait for their weights. Collective."""
