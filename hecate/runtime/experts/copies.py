@@ -282,9 +282,9 @@ class LayerCopies:
 
     def _allocate(self) -> None:
         layer = self.layer
-        if layer.buffer_rows == 0 and not layer.casts:
+        if layer.buffer_rows == 0 and not layer.casts and layer.shared is None:
             return
-        if layer.shared is not None:
+        if layer.shared is not None:  # also for no rows: the tenant before must be released on all ranks alike
             memory = layer.shared.lend(self, layer.index, layer.buffer_bytes)
         else:
             memory = torch.empty(layer.buffer_bytes, dtype=torch.uint8, device=layer.pool.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.runtime.helpers import Pair, case, error_of, gpt, lm_loss, rank, tokens, world
+from tests.runtime.helpers import Net, Pair, case, error_of, gpt, lm_loss, rank, square_loss, tokens, world
 from tests.workers import Groups
 
 TOKENS = 2 * 8 * 2  # tokens of one rank in one pass, times top-k
@@ -186,3 +186,20 @@ def test_backbone_instead_of_the_model(groups: Groups) -> None:
         for error in errors:
             assert error.startswith("RuntimeError: blocks.0.moe.experts: called outside a forward pass of the model")
             assert error.endswith("call that model instead")
+
+
+def _evaluation_between() -> None:
+    """Device 0 owns all experts, so it has no row for copies; its buffers change hands all the same."""
+    torch.manual_seed(0)
+    pair = Pair(Net((1, 1, 1), top_k=1).double(), dense="replicate", rematerialize=True, memory_slots=1)
+    pair.warm_up(square_loss(0))
+    loss = square_loss(1)(pair.model, rank())
+    with torch.no_grad():
+        square_loss(2)(pair.model, rank())
+    loss.backward()
+    pair.backward_plain(square_loss(1))
+    pair.check_gradients()
+
+
+def test_evaluation_between_forward_and_backward_if_one_device_owns_all_experts(groups: Groups) -> None:
+    groups(2).run(_evaluation_between)
