@@ -37,10 +37,11 @@ aten = torch.ops.aten
 TO_HOST = (aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default)
 COPIES = (aten._to_copy.default, aten.copy_.default)
 ALLOWED = {
+    "_on_host": "one read per layer, of the counts",
     "before_step": "re-sharding compares the optimizers' state, once per reshard_interval",
     "meet": "the optimizer's state is compared once, when it is first seen",
 }
-"""Functions that may read from the device, and why; beside them one read per layer, of the counts."""
+"""Functions that may read from the device, and why."""
 DEEP = 4
 """Frames of this repository that say where something happens."""
 ALIGNED = 16

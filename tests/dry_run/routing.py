@@ -6,12 +6,9 @@ known on all ranks.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecate.runtime.step import passes
-from hecate.runtime.tokens import by_node, counts, dispatch
+from hecate.runtime.tokens.counts import STEP, TRAINED, Counting
 
 __all__ = ["Routing"]
+
+Counts = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class Routing:
@@ -43,13 +41,7 @@ class Routing:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Context in which the layers' host reads are foreseen: `answer` knows their values."""
-        with ExitStack() as stack:
-            for module, name, wrapper in (
-                (passes, "count_tokens", self._count_tokens),
-                (dispatch, "node_dispatch", self._node_dispatch),
-            ):
-                original = getattr(module, name)
-                stack.enter_context(mock.patch.object(module, name, _with(wrapper, original)))
+        with mock.patch.object(Counting, "wait", self._waiting(Counting.wait)):
             yield
 
     def answer(self, read: Tensor) -> Tensor | None:
@@ -64,42 +56,25 @@ class Routing:
         """`[T, k]`: the experts of each token of that rank in the present call of a layer."""
         return _chosen(self._call, rank, self._tokens(rank, self.passes), num_experts, top_k)
 
-    def _count_tokens(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
-        self._call += 1
-        num_experts, top_k = call["num_experts"], call["index"].shape[1]
-        table = np.zeros((self._ranks, num_experts + counts.TRAINED + 1), dtype=np.int64)
+    def _waiting(self, wait: Callable[..., Counts]) -> Callable[..., Counts]:
+        """`Counting.wait`, which reads the table of all ranks' rows."""
+
+        def wait_for_table(counting: Counting, names: Sequence[str]) -> Counts:
+            self._call += 1
+            self._pending = self._table(counting)
+            counts = wait(counting, names)
+            assert self._pending is None, "Counting.wait: read nothing"
+            return counts
+
+        return wait_for_table
+
+    def _table(self, counting: Counting) -> NDArray[np.int64]:
+        experts, most = counting._num_experts, counting._most
+        table = np.zeros((self._ranks, most + TRAINED + 1), dtype=np.int64)
         for rank, row in enumerate(table):
-            row[:num_experts] = np.bincount(self.chosen(rank, num_experts, top_k).ravel(), minlength=num_experts)
-            row[num_experts + counts.STEP :] = astuple(call["position"])
-        self._pending = table
-        got = original(**call)
-        assert self._pending is None, "count_tokens: read nothing"
-        return got
-
-    def _node_dispatch(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
-        """The rows that travel between nodes depend on which tokens chose what, so the counts do not say them."""
-        plan, comms, top_k = call["plan"], call["comms"], call["index"].shape[1]
-        topology, experts = comms.topology, len(plan.owners)
-        per_node = topology.devices_per_node
-        to_nodes = []
-        for rank in range(self._ranks):
-            pairs = by_node._pairs_of_copies(plan, torch.from_numpy(self.chosen(rank, experts, top_k)), rank)
-            node = torch.from_numpy(plan.holders[:, 1].copy())[pairs] // per_node
-            present = (node == torch.arange(topology.num_nodes).view(-1, 1, 1)).any(2)
-            to_nodes.append(present.sum(1).numpy())
-        both = np.zeros((2, self._ranks), dtype=np.int64)
-        place = comms.rank % per_node
-        both[0, place::per_node] = to_nodes[comms.rank]
-        both[1, place::per_node] = [
-            to_nodes[r][topology.node_of(comms.rank)] for r in range(place, self._ranks, per_node)
-        ]
-        self._pending = both
-        return original(**call)
-
-
-def _with(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-    return lambda *args, **kwargs: wrapper(original, signature.bind(*args, **kwargs).arguments)
+            row[:experts] = np.bincount(self.chosen(rank, experts, counting._top_k).ravel(), minlength=experts)
+            row[most + STEP :] = counting._position.numbers
+        return table
 
 
 @cache

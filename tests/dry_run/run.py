@@ -16,12 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hecate
-from hecate import api
-from hecate.collectives import groups
 from hecate.cost import CostModel
 from hecate.models import TransformerMoE
+from hecate.ranks import backend
 from hecate.ranks.agree import Ranks
-from hecate.runtime import comms
+from hecate.ranks.device import own_device
+from hecate.runtime import assemble, comms, setup
 from tests.dry_run.device import FakeDevice, where
 from tests.dry_run.models import MODELS
 from tests.dry_run.records import Case, Launch, Message, Outcome
@@ -135,8 +135,9 @@ def _seams(device: FakeDevice) -> Iterator[None]:
             (dist, "batch_isend_irecv", batch_isend_irecv),
             (Ranks, "gather", gather),
             (comms, "timeout_of", lambda group, device_type: timedelta(minutes=10)),
-            (groups, "backend_of", lambda group, device_type: "nccl"),
-            (api, "Heartbeat", lambda *args: None),
+            (backend, "_backends", lambda group: {"cpu": "gloo", "cuda": "nccl"}),
+            (setup, "settle_device", lambda kind, *rest: (own_device(kind), 1)),
+            (assemble, "Heartbeat", lambda *args: None),
             (TransformerMoE, "init_weights", lambda self, seed: None),
         ):
             stack.enter_context(mock.patch.object(target, name, new))
