@@ -116,7 +116,7 @@ def _ranks(case: Case, rank: int) -> Iterator[None]:
 @contextmanager
 def _seams(device: FakeDevice) -> Iterator[None]:
     """What a process alone cannot do: hear from other ranks. And group calls, recorded as a whole."""
-    batch = dist.batch_isend_irecv
+    batch, make_options = dist.batch_isend_irecv, comms.nccl_options
 
     def batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[dist.Work]:
         device.log.append(_group_call(operations))
@@ -135,6 +135,7 @@ def _seams(device: FakeDevice) -> Iterator[None]:
             (dist, "batch_isend_irecv", batch_isend_irecv),
             (Ranks, "gather", gather),
             (comms, "timeout_of", lambda group, device_type: timedelta(minutes=10)),
+            (comms, "nccl_options", lambda *args: make_options(*args) and None),  # a fake group takes none of NCCL
             (backend, "_backends", lambda group: {"cpu": "gloo", "cuda": "nccl"}),
             (setup, "settle_device", lambda kind, *rest: (own_device(kind), 1)),
             (assemble, "Heartbeat", lambda *args: None),
