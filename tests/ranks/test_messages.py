@@ -24,6 +24,7 @@ from hecate.collectives.through_host import ThroughHost
 from hecate.placement import Placement, Topology
 from hecate.ranks import messages
 from hecate.runtime.experts.buffers import memory_slots
+from hecate.runtime.experts.slots import SlotsWatch
 from tests.collectives.cases import FINE
 from tests.runtime.helpers import SLOW_NODES, Pair, devices_per_node, gpt, lm_loss
 from tests.workers import Groups
@@ -176,6 +177,13 @@ def test_free_memory_is_divided_by_the_processes_that_share_the_gpu() -> None:
         ):
             slots.append(memory_slots(setup, 8, 1000, 4))
     assert slots == [2, 1, 0]
+    with (
+        mock.patch.object(torch.cuda, "mem_get_info", return_value=(4000, 8000)),
+        mock.patch.object(torch.cuda, "memory_reserved", return_value=700),
+        mock.patch.object(torch.cuda, "memory_allocated", return_value=600),
+    ):
+        watch = SlotsWatch(setup, [SimpleNamespace(comms=mock.Mock(), memory_slots=1)], None)  # type: ignore[list-item]
+        assert watch._free() == 1000 + 100  # of four processes; what this one's allocator keeps is its own
 
 
 PACKAGE = Path(__file__).parents[2] / "hecate"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hecate.experts import POOL_PREFIX
+from hecate.ranks.messages import all_reduce
 from hecate.runtime.experts.buffers import SharedBuffers
 from hecate.runtime.experts.copies import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
@@ -85,7 +86,7 @@ class SlotsWatch:
         alive = min(2, len(self._layers)) if self._setup.config.rematerialize else len(self._layers)
         fit = [int(free) // max(1, alive * _copy_bytes(layer)) for layer in self._layers]
         slots = torch.tensor(fit, dtype=torch.int64, device=self._setup.device)
-        dist.all_reduce(slots, op=dist.ReduceOp.MIN)  # so that all ranks make the same plans
+        all_reduce(slots, op=dist.ReduceOp.MIN)  # so that all ranks make the same plans
         lowered = False
         for layer, most in zip(self._layers, slots.tolist(), strict=True):
             lowered |= most < layer.memory_slots
@@ -96,7 +97,8 @@ class SlotsWatch:
     def _free(self) -> int:
         """Bytes that copies could be allocated from on this device: free memory, and the copies' own buffers."""
         held = 0 if self._shared is None else self._shared.num_bytes
-        return held + free_memory(self._setup.device, self._layers[0].comms.topology.devices_per_node)
+        on_cuda, per_node = self._setup.device.type == "cuda", self._layers[0].comms.topology.devices_per_node
+        return held + free_memory(self._setup.device, self._setup.sharers if on_cuda else per_node)
 
 
 def _copy_bytes(layer: LayerExperts) -> int:
@@ -108,11 +110,11 @@ def free_memory(device: torch.device, processes: int) -> int:
 
     Args:
         device: on CUDA, memory that torch's allocator keeps for later counts as free.
-        processes: how many processes share the host memory, if the device is the CPU.
+        processes: how many processes share the GPU or, if the device is the CPU, the host memory.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        return int(torch.cuda.mem_get_info(device)[0]) // processes + cached
     with open("/proc/meminfo") as lines:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return available // processes
