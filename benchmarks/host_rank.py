@@ -120,6 +120,7 @@ class Watch:
             (Passes, "record", self._begins(Passes.record)),
             (dist, "all_gather", self._all_gather),
             (dist, "all_gather_into_tensor", self._all_gather_into_tensor),
+            (dist, "all_gather_single", self._all_gather_into_tensor),  # its name since torch 2.13
             (dist, "all_to_all_single", self._all_to_all),
         )
         for module, name, call in replaced:

@@ -31,6 +31,8 @@ __all__ = [
     "to_host",
 ]
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 
 def staged(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether tensors on `device` travel through host memory in `group`."""
@@ -102,9 +104,13 @@ def all_gather(rows: Sequence[Tensor], row: Tensor, group: dist.ProcessGroup | N
 def all_gather_into(
     table: Tensor, row: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> Callable[[], object]:
-    """`dist.all_gather_into_tensor`; returns what waits for it, which without `async_op` has nothing to do any more."""
+    """Gather every rank's `row` into one tensor; returns what waits for it, which without `async_op` does nothing.
+
+    torch 2.13 has given `dist.all_gather_into_tensor` another name and warns of the old one.
+    """
     with _carried(group, [row], [table]) as ([carried], [into]):
-        work = dist.all_gather_into_tensor(into, carried, group=group, async_op=async_op and carried is row)
+        gather = getattr(dist, GATHER)
+        work = gather(into, carried, group=group, async_op=async_op and carried is row)
     return (lambda: None) if work is None else work.wait
 
 

@@ -29,7 +29,7 @@ from tests.collectives.cases import FINE
 from tests.runtime.helpers import SLOW_NODES, Pair, devices_per_node, gpt, lm_loss
 from tests.workers import Groups
 
-COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_to_all_single")
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather", messages.GATHER, "all_to_all_single")
 CALLS = (*COLLECTIVES, "send", "recv", "isend", "irecv")
 
 
