@@ -99,7 +99,7 @@ _Transport.__abstractmethods__ = frozenset()
 def _experts_of(transport: _Transport, gradient: int) -> LayerExperts:
     """A layer with experts of 6 weights in bfloat16; gradients of `gradient` of them return in float32."""
     layer = SimpleNamespace(
-        comms=SimpleNamespace(experts=transport),
+        comms=SimpleNamespace(experts=transport, reductions=transport),
         layout=SimpleNamespace(numel=6),
         dtypes=SimpleNamespace(param=torch.bfloat16, reduce=torch.float32),
         gradient_layout=lambda: SimpleNamespace(numel=gradient),
