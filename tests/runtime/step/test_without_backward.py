@@ -121,7 +121,8 @@ def _memory(frozen: bool) -> None:
             for number in range(21):
                 if number in (2, 20):
                     gc.collect()  # passes that garbage keeps alive are released at the beginning of this one
-                assert lm_loss(number)(pair.model, rank()).item() > 0
+                # The measured passes have one batch: what a pass keeps depends on its plan.
+                assert lm_loss(2 if number == 20 else number)(pair.model, rank()).item() > 0
                 if number in (2, 20):
                     used.append((_live_bytes(), pair.engine._parts.copies_memory.now))
             assert used[1] <= used[0], used
