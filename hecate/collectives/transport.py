@@ -52,6 +52,11 @@ class Transport(ABC):
         self.topology = topology
 
     @property
+    def remaining_group(self) -> dist.ProcessGroup | None:
+        """The process group, or None once it was destroyed."""
+        return self._group()
+
+    @property
     def group(self) -> dist.ProcessGroup:
         """The process group; RuntimeError once it was destroyed."""
         group = self._group()

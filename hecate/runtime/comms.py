@@ -208,7 +208,7 @@ class Comms:
         if self.heart is not None:
             self.heart.stop()
         transports = (transport for transport in (self.experts, self.reductions) if transport is not None)
-        for group in filter(None, (self.tokens, *(transport.group for transport in transports))):
+        for group in filter(None, (self.tokens, *(transport.remaining_group for transport in transports))):
             release(group)
             destroy(group)
 

@@ -70,3 +70,17 @@ def test_further_use_is_refused() -> None:
     for use in (engine.full_state_dict, lambda: engine.save("nowhere")):
         with pytest.raises(RuntimeError, match=r"close\(\) was called"):
             use()
+
+
+def _groups_gone() -> None:
+    engine = hecate.fully_shard(GPTMoE(TINY))
+    comms = engine._comms
+    for group in (comms.tokens, comms.experts.group, comms.reductions.group):  # type: ignore[union-attr]
+        dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    engine.close()
+
+
+def test_close_after_the_groups_were_destroyed(groups: Groups) -> None:
+    groups(2).run(_groups_gone)
