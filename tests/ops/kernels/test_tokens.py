@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hecate.ops.kernels.launch import ThreadOrder
 from hecate.ops.kernels.tokens import Pairs, count_experts, sort_copies
-from hecate.ops.permute import block_order, invert
+from hecate.ops.permute import invert
 from hecate.placement import Placement, Topology
 from hecate.planning.quota import exact_quota
 from tests.ops.kernels.shared import orders
@@ -93,7 +93,8 @@ def test_order_is_that_of_the_dispatch() -> None:
     share = exact_quota(counts, placement, Topology(4, 2))[rank]
     expert, holder = np.nonzero(placement.matrix)
     by_expert = torch.argsort(index.flatten(), stable=True)
-    expected = by_expert[block_order(share, np.lexsort((expert, holder)), torch.device("cpu"))]
+    blocks = by_expert.split(share.tolist())
+    expected = torch.cat([blocks[pair] for pair in np.lexsort((expert, holder))])
 
     pairs = Pairs.of(placement, torch.device("cpu"))
     offsets = pairs.offsets(torch.from_numpy(share))
