@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import hecate
-from hecate.examples.shared import Text, join, say, tiny_model
+from hecate.examples.shared import Text, say, tiny_model
 from hecate.integrations.trainer import FSSDPTrainer
+from hecate.ranks.join import join
 
 STEPS = 4
 

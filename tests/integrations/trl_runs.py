@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hecate
-from hecate.examples.shared import join, say, tiny_model
+from hecate.examples.shared import say, tiny_model
 from hecate.integrations.trainer import FSSDPTrainerMixin
+from hecate.ranks.join import join
 
 WORDS = [f"w{i}" for i in range(250)]
 
