@@ -11,7 +11,7 @@ from torch import Tensor
 from hecate.ranks.messages import all_reduce
 from hecate.runtime.setup import Setup
 
-__all__ = ["CopiesMemory", "SharedBuffers", "memory_slots"]
+__all__ = ["CopiesMemory", "SharedBuffers", "free_memory", "memory_slots"]
 
 
 class CopiesMemory:
@@ -103,17 +103,22 @@ def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_
         return 0
     if config.memory_slots != "auto":
         return min(config.memory_slots, num_experts)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] // setup.sharers
-    else:
-        free = _available_memory() // devices_per_node
+    free = free_memory(device, setup.sharers if device.type == "cuda" else devices_per_node)
     alive = min(2, len(setup.layers)) if config.rematerialize else len(setup.layers)
     slots = torch.tensor(min(2, int(free * config.memory_share) // max(1, alive * expert_bytes)), device=device)
     all_reduce(slots, op=dist.ReduceOp.MIN)  # the smallest over all ranks, so that all make the same plan
     return int(slots)
 
 
-def _available_memory() -> int:
-    """Bytes of host memory that Linux reports as available (MemAvailable)."""
+def free_memory(device: torch.device, processes: int) -> int:
+    """Bytes that are free on `device` for this process; for the CPU what Linux reports as available (MemAvailable).
+
+    Args:
+        device: device of the experts.
+        processes: how many processes share the GPU or, if the device is the CPU, the host memory.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // processes
     with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return available // processes

@@ -15,7 +15,7 @@ from torch import nn
 
 from hecate.experts import POOL_PREFIX
 from hecate.ranks.messages import all_reduce
-from hecate.runtime.experts.buffers import SharedBuffers
+from hecate.runtime.experts.buffers import SharedBuffers, free_memory
 from hecate.runtime.experts.copies import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.setup import Setup
@@ -95,26 +95,13 @@ class SlotsWatch:
             self._shared.free()
 
     def _free(self) -> int:
-        """Bytes that copies could be allocated from on this device: free memory, and the copies' own buffers."""
-        held = 0 if self._shared is None else self._shared.num_bytes
-        on_cuda, per_node = self._setup.device.type == "cuda", self._layers[0].comms.topology.devices_per_node
-        return held + free_memory(self._setup.device, self._setup.sharers if on_cuda else per_node)
+        """Bytes that copies could be allocated from here: free memory, the copies' own buffers, and torch's cache."""
+        held, device = 0 if self._shared is None else self._shared.num_bytes, self._setup.device
+        if device.type != "cuda":
+            return held + free_memory(device, self._layers[0].comms.topology.devices_per_node)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return held + cached + free_memory(device, self._setup.sharers)
 
 
 def _copy_bytes(layer: LayerExperts) -> int:
     return layer.layout.numel * layer.dtypes.param.itemsize
-
-
-def free_memory(device: torch.device, processes: int) -> int:
-    """Bytes that this process may still allocate on `device`.
-
-    Args:
-        device: on CUDA, memory that torch's allocator keeps for later counts as free.
-        processes: how many processes share the GPU or, if the device is the CPU, the host memory.
-    """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) // processes + cached
-    with open("/proc/meminfo") as lines:
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return available // processes
