@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.ranks.backend import backend_of
+from hecate.ranks.backend import backend_of, small_tensor_device
 
 __all__ = [
     "all_gather",
@@ -23,6 +23,7 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "everyones",
     "from_host",
     "host_like",
     "recv",
@@ -99,6 +100,14 @@ def all_gather(rows: Sequence[Tensor], row: Tensor, group: dist.ProcessGroup | N
     """`dist.all_gather` of every rank's `row` into `rows`."""
     with _carried(group, [row], rows) as ([carried], into):
         dist.all_gather(into, carried, group=group)
+
+
+def everyones(number: int, group: dist.ProcessGroup) -> list[int]:
+    """The number of every rank of the group, by rank. Collective; the host waits."""
+    row = torch.tensor([number], device=small_tensor_device(group))
+    rows = [torch.empty_like(row) for _ in range(group.size())]
+    all_gather(rows, row, group)
+    return torch.cat(rows).tolist()
 
 
 def all_gather_into(

@@ -6,13 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 import torch.distributed as dist
 
 from hecate.placement import Placement
 from hecate.ranks.agree import agree, gather
-from hecate.ranks.backend import small_tensor_device
-from hecate.ranks.messages import all_gather
+from hecate.ranks.messages import everyones
 
 __all__ = ["agree_on", "check_equal", "check_placements", "check_same", "debugging", "described"]
 
@@ -104,10 +102,7 @@ def _digest(data: bytes) -> str:
 
 
 def _all_have(fingerprint: int, group: dist.ProcessGroup) -> bool:
-    row = torch.tensor([fingerprint], device=small_tensor_device(group))
-    everyone = [torch.empty_like(row) for _ in range(group.size())]
-    all_gather(everyone, row, group)
-    return all(other == fingerprint for other in torch.cat(everyone).tolist())
+    return all(other == fingerprint for other in everyones(fingerprint, group))
 
 
 def _raise(failure: Exception | None) -> None:

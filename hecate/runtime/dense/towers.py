@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from hecate.names import original_modules
 from hecate.private_torch import in_backward
-from hecate.ranks.backend import small_tensor_device
-from hecate.ranks.messages import all_gather
+from hecate.ranks.messages import everyones
 from hecate.runtime.tokens.counts import REMEDY
 
 __all__ = ["Towers"]
@@ -59,13 +58,9 @@ class Towers:
         self._begun.add(number)
         group = dist.group.WORLD
         assert group is not None
-        row = torch.tensor([number], device=small_tensor_device(group))
-        everyone = [torch.empty_like(row) for _ in range(group.size())]
-        all_gather(everyone, row, group)
-        self._check(everyone)
+        self._check(everyones(number, group))
 
-    def _check(self, everyone: Sequence[Tensor]) -> None:
-        reached = torch.cat(list(everyone)).tolist()
+    def _check(self, reached: Sequence[int]) -> None:
         if len(set(reached)) == 1:
             return
         ranks = {name: [rank for rank, n in enumerate(reached) if n == i] for i, name in enumerate(self._names)}
