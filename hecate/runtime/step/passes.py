@@ -224,7 +224,6 @@ class Passes:
             plans.check(plan)
         if plan.placement != copies.placement:
             copies.extend(plan.placement)
-            self._ahead.make_routes(plans.experts, plan.placement)
         wire = plans.experts.dtypes.wire
         dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire, by_expert, tokens)
         absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
@@ -237,6 +236,9 @@ class Passes:
             record.copies.release()
         if not in_backward() or (current is not None and current.state is PassState.FORWARD):
             self._launch(layer + 1)
+            if current is not None and current.with_grad and record.plan.placement != self._placements[layer]:
+                # Copies were added after the gate. The routes of their gradients are not needed before backward.
+                self._ahead.make_routes(record.copies.layer, record.plan.placement)
 
     # Backward.
 
