@@ -11,17 +11,8 @@ other commit's native extension is built from its source, unless `--native` name
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from statistics import median
+from benchmarks.trees import measured, options, report_of
 
-from benchmarks.report import Report
-from benchmarks.trees import checkout, output_of, working_tree
-
-SETTINGS = tuple(f"{devices}x{experts}" for devices in (8, 64, 256) for experts in (64, 256))
 PARTS = (
     "calibrate",
     "assign",
@@ -35,54 +26,16 @@ PARTS = (
 )
 """What `benchmarks.host_rank` measures. Bubble: counts known until the rows' all-to-all is called. Gate to all-to-all:
 the same with the counts' exchange before it. Forward and backward: all of the layer."""
-THIS, OTHER = "this commit", "before"
-
-Round = Mapping[str, Mapping[str, float]]
 
 
 def main() -> None:
-    """Parse, run, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--against", metavar="COMMIT")
-    parser.add_argument("--native", type=Path, metavar="FILE", help="extension of the other commit, already built")
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure, print the tables, write JSON."""
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--passes", type=int, default=10, help="per setting and round")
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="DEVICESxEXPERTS")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        trees = {THIS: working_tree(Path(folder) / "this")}
-        if arguments.against:
-            trees[OTHER] = checkout(arguments.against, Path(folder) / "other", arguments.native)
-        rounds: dict[str, list[Round]] = {name: [] for name in trees}
-        for _ in range(arguments.rounds):
-            for name, tree in trees.items():
-                rounds[name].append(measured(tree, arguments.passes, arguments.settings))
-    report = summarize(rounds, arguments.settings)
-    print(*(report.table(metric) for metric in dict.fromkeys(row.metric for row in report.rows)), sep="\n\n")
+    report = report_of(measured("host_rank.py", arguments.passes, arguments), "us", 1e3, PARTS)
     if arguments.json:
         report.write(arguments.json)
-
-
-def measured(tree: Path, passes: int, settings: Sequence[str]) -> Round:
-    """Nanoseconds by setting and part, measured by one process that imports `hecate` from `tree`."""
-    printed = output_of(tree, Path(__file__).with_name("host_rank.py"), [str(passes), *settings])
-    return json.loads(printed.splitlines()[-1])
-
-
-def summarize(rounds: Mapping[str, Sequence[Round]], settings: Sequence[str]) -> Report:
-    """Medians over the rounds, and if there are two commits their ratios within each round."""
-    report = Report()
-    for part in PARTS:
-        for setting in settings:
-            devices, experts = setting.split("x")
-            words = f"{devices} devices, {experts} experts"
-            for name, found in rounds.items():
-                report.add(words, name, part, median(r[setting][part] for r in found) / 1e3, "us")
-            if OTHER in rounds:
-                pairs = zip(rounds[OTHER], rounds[THIS], strict=True)
-                report.add(words, "ratio", part, median(a[setting][part] / b[setting][part] for a, b in pairs))
-    return report
 
 
 if __name__ == "__main__":

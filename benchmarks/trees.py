@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 
+from benchmarks.report import Report
 from hecate import _native
 
-__all__ = ["ROOT", "checkout", "output_of", "working_tree"]
+__all__ = ["measured", "options", "report_of"]
 
 ROOT = Path(__file__).parents[1]
+
+SETTINGS = tuple(f"{devices}x{experts}" for devices in (8, 64, 256) for experts in (64, 256))
+THIS, OTHER = "this commit", "before"
+
+Round = Mapping[str, Mapping[str, float]]
+"""Setting -> part -> time, as one process measures it."""
 
 RUN = """
 import runpy, sys
@@ -59,3 +70,57 @@ def output_of(tree: Path, program: Path, arguments: Sequence[str]) -> str:
     command = [sys.executable, "-c", RUN, str(tree), str(program), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
+
+
+def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that times parts of the package in several settings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--against", metavar="COMMIT", help="another commit, to measure in turn")
+    parser.add_argument("--native", type=Path, metavar="FILE", help="its native extension, if it is built already")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="DEVICESxEXPERTS")
+    return parser
+
+
+def measured(program: str, times: int, given: argparse.Namespace) -> dict[str, list[Round]]:
+    """Rounds of one process per tree, in turn; each runs `program` of this folder, whose last line is a round as JSON.
+
+    Args:
+        program: file name.
+        times: how often it is to measure each setting.
+        given: values of `options`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {THIS: working_tree(Path(folder) / "this")}
+        if given.against:
+            trees[OTHER] = checkout(given.against, Path(folder) / "other", given.native)
+        rounds: dict[str, list[Round]] = {name: [] for name in trees}
+        for _ in range(given.rounds):
+            for name, tree in trees.items():
+                printed = output_of(tree, Path(__file__).with_name(program), [str(times), *given.settings])
+                rounds[name].append(json.loads(printed.splitlines()[-1]))
+    return rounds
+
+
+def report_of(rounds: Mapping[str, Sequence[Round]], unit: str, per_unit: float, parts: Sequence[str] = ()) -> Report:
+    """Medians over the rounds, and if there are two commits the medians of the ratios within each round.
+
+    Args:
+        rounds: of `measured`.
+        unit: unit of the reported times.
+        per_unit: measured time of one unit.
+        parts: the parts to report, in order; by default all.
+    """
+    report, (first, *_) = Report(), rounds[THIS]
+    for setting in first:
+        devices, experts = setting.split("x")
+        words = f"{devices} devices, {experts} experts"
+        for part in parts or first[setting]:
+            for name, found in rounds.items():
+                report.add(words, name, part, median(r[setting][part] for r in found) / per_unit, unit)
+            if OTHER in rounds:
+                pairs = zip(rounds[OTHER], rounds[THIS], strict=True)
+                report.add(words, "ratio", part, median(a[setting][part] / b[setting][part] for a, b in pairs))
+    print(*(report.table(metric) for metric in dict.fromkeys(row.metric for row in report.rows)), sep="\n\n")
+    return report
