@@ -30,21 +30,6 @@ from tests.workers import Groups
 WEIGHT = "tokens.weight"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    run = Run()
-    run.train(0, 1)
-    run.engine.save(path, run.optimizer)
-    return path
-
-
-@pytest.fixture
-def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be changed."""
-    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
-
-
 class Code:
     """Makes a file when it is unpickled."""
 
