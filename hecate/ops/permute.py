@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hecate.ops.linear import linear
 from hecate.ops.registry import register
 
 __all__ = ["block_order", "combine", "invert", "permute", "sort_by_expert", "sum_copies", "take_copies"]
@@ -55,7 +56,7 @@ def block_order(blocks: Tensor, rows: int) -> Tensor:
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`; differentiable."""
-    return _Permute.apply(x, order, inverse, top_k)
+    return linear(x, lambda x: take_copies(x, order, top_k), lambda rows: sum_copies(rows, inverse, top_k))
 
 
 def combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -164,30 +165,6 @@ def _blocks(tokens: int, per_token: int) -> Iterator[tuple[int, int]]:
 
 
 # Their derivatives. Each function is linear in every argument, so its derivatives are again functions of this file.
-
-
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(order, inverse)
-        ctx.top_k = top_k
-        return take_copies(x, order, top_k)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return _SumCopies.apply(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
-
-
-class _SumCopies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(order, inverse)
-        ctx.top_k = top_k
-        return sum_copies(rows, inverse, top_k)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return _Permute.apply(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
 class _Combine(torch.autograd.Function):

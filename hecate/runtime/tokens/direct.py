@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate._native import direct_tables
+from hecate.ops.linear import linear
 from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum_copies, take_copies
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
@@ -67,89 +68,35 @@ class DirectDispatch(Dispatch):
         return None if self.local_order is None else invert(self.local_order)
 
     def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
-        return _ToExperts.apply(hidden, self, meanwhile)
+        return linear(
+            hidden,
+            lambda tokens: self.leave(take_copies(tokens, self.order, self.top_k)),
+            lambda rows: sum_copies(self.come_home(rows, meanwhile), self.inverse, self.top_k),
+        )
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        stays = self.comms.tokens is None and self.blocks is None
-        return combine(rows if stays else _Home.apply(rows, self), weights, self.inverse)
+        if self.comms.tokens is not None or self.blocks is not None:
+            rows = linear(rows, self.come_home, self.leave)
+        return combine(rows, weights, self.inverse)
 
     # Without autograd.
 
     def leave(self, rows: Tensor) -> Tensor:
         """From rows in `order` here to rows by expert on the experts' devices. Collective."""
-        sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
-        order, _ = self.local_order, self.inverse  # while the rows are on their way
-        rows = sending.wait()
+        with self.comms.guard():
+            sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
+            order, _ = self.local_order, self.inverse  # while the rows are on their way
+            rows = sending.wait()
         return rows if order is None else rows.index_select(0, order)
 
     def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
         """The reverse of `leave`. Collective."""
         if self.local_inverse is not None:
             rows = rows.index_select(0, self.local_inverse)
-        sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
-        meanwhile()
-        return sending.wait()
-
-
-# Each is the other's transpose, so that backward passes can be differentiated too.
-
-
-class _ToExperts(torch.autograd.Function):
-    """Tokens `[T, d]` to the rows `[M, d]` of the experts here."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, way: DirectDispatch, meanwhile: Callable[[], None]) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.way, ctx.meanwhile = way, meanwhile
-        return way.leave(take_copies(hidden, way.order, way.top_k))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.way.comms.guard():
-            return _ToTokens.apply(grad, ctx.way, ctx.meanwhile), None, None
-
-
-class _ToTokens(torch.autograd.Function):
-    """Rows `[M, d]` of the experts here to sums `[T, d]` per token."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, way: DirectDispatch, meanwhile: Callable[[], None]) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.way = way
-        return sum_copies(way.come_home(rows, meanwhile), way.inverse, way.top_k)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.way.comms.guard():
-            return _ToExperts.apply(grad, ctx.way, _nothing), None, None
-
-
-class _Home(torch.autograd.Function):
-    """Rows `[M, d]` of the experts here to rows `[N, d]` in `order`."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, way: DirectDispatch) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.way = way
-        return way.come_home(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.way.comms.guard():
-            return _Away.apply(grad, ctx.way), None
-
-
-class _Away(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, way: DirectDispatch) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.way = way
-        return way.leave(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        with ctx.way.comms.guard():
-            return _Home.apply(grad, ctx.way), None
-
-
-def _nothing() -> None:
-    pass
+        with self.comms.guard():
+            sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
+            meanwhile()
+            return sending.wait()
 
 
 def direct_dispatch(
