@@ -241,7 +241,7 @@ def mixes_experts(form: Format, names: Iterable[str]) -> str | None:
     for transform in (*form.reads, *form.writes):
         if not getattr(transform, "operations", None):
             continue
-        made = [name for name in names if any(re.search(p, name) for p in transform.target_patterns)]
+        made = [name for name in names if _any_matches(transform.target_patterns, [name])]
         if made and (operation := not_per_expert(Conversion(made[0], {}, transform))):
             return f"transformers' conversion of {made[0]} has {operation}"
     return None
