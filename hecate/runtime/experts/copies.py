@@ -199,7 +199,7 @@ class LayerCopies:
             parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
         return parts
 
-    def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor] | None = None) -> Reduction:
+    def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor]) -> Reduction:
         """Start to sum gradients at the owners. Collective.
 
         In state HELD. Gradients of experts that have copies are sent in `reduce_dtype`. Those of experts that only
@@ -207,7 +207,7 @@ class LayerCopies:
 
         Args:
             grads: kind -> one stack of gradients `[n, *shape]` per part of `parts`.
-            target: where owners add them; see `ExpertPool.add_gradients`.
+            target: kind -> `[owned, *shape]`, where owners add them; see `ExpertPool.add_gradients`.
         """
         self._require(CopyState.HELD)
         layer, owned = self.layer, len(self._owned)
@@ -224,11 +224,9 @@ class LayerCopies:
         own = {kind: stacks[0][:owned] for kind, stacks in grads.items()}
 
         def add_own() -> None:
-            if not owned:  # all ranks must have gradients of the same parameters
-                layer.pool.add_gradients(layer.place, 0, own, layer.comms.gradient_scale, target)
             for first, last in runs(alone):
                 part = {kind: stack[first:last] for kind, stack in own.items()}
-                layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
+                layer.pool.add_gradients(first, part, layer.comms.gradient_scale, target)
 
         self._reduction = Reduction(home, add_own, add_sums)
         return self._reduction
@@ -244,7 +242,7 @@ class LayerCopies:
         shared: list[int],
         contributed: dict[int, Tensor],
         layout: ChunkLayout,
-        target: Mapping[str, Tensor] | None,
+        target: Mapping[str, Tensor],
     ) -> tuple[Pending, Callable[[], None]]:
         """The transfers, and what adds their results to the owners' gradients."""
         layer, wire = self.layer, self.layer.dtypes.reduce
@@ -261,7 +259,7 @@ class LayerCopies:
             at = 0
             for first, last in runs(shared):
                 part = layout.views(sums[at : at + last - first])
-                layer.pool.add_gradients(layer.place, first, part, layer.comms.gradient_scale, target)
+                layer.pool.add_gradients(first, part, layer.comms.gradient_scale, target)
                 at += last - first
 
         return home, add

@@ -6,7 +6,7 @@ consecutive rows. Changing owners permutes slots and changes no shape. Rows beyo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -136,27 +136,28 @@ class ExpertPool:
         return [Stack(self.specs[i].name, self.weights_of(i), experts.tolist()) for i, experts in owned]
 
     def add_gradients(
-        self,
-        place: int,
-        first: int,
-        grads: Mapping[str, Tensor],
-        scale: float,
-        target: Mapping[str, Tensor] | None = None,
+        self, first: int, grads: Mapping[str, Tensor], scale: float, target: Mapping[str, Tensor]
     ) -> None:
         """Add gradients to those of consecutive owned experts of a layer.
 
         Args:
-            place: position of the layer in the pool.
             first: position of the first of these experts among the layer's owned experts.
             grads: kind -> one stack of gradients `[n, *shape]`.
             scale: factor of the gradients.
-            target: kind -> `[owned, *shape]`, where to add them; None adds to `.grad` of the parameters.
+            target: kind -> `[owned, *shape]`, where to add them; see `gradients_of`.
         """
-        owned = self.rows(place)
         for kind, rows in grads.items():
-            if self.parameters[kind].requires_grad:  # otherwise frozen since the forward pass
-                sums = self.gradient(kind)[owned] if target is None else target[kind]
-                sums[first : first + len(rows)].add_(rows, alpha=scale)
+            if kind in target and self.parameters[kind].requires_grad:  # otherwise frozen since the forward pass
+                target[kind][first : first + len(rows)].add_(rows, alpha=scale)
+
+    def gradients_of(self, place: int, kinds: Iterable[str]) -> dict[str, Tensor]:
+        """Views kind -> `[owned, *shape]` of the gradients of a layer's owned experts, without frozen kinds.
+
+        Gradients that are not there yet are made of zeros, also on a device without experts: optimizers and norms
+        communicate per parameter, so all ranks must have gradients of the same parameters.
+        """
+        rows = self.rows(place)
+        return {kind: self.gradient(kind)[rows] for kind in kinds if self.parameters[kind].requires_grad}
 
     def gradient(self, kind: str) -> Tensor:
         """Gradient rows `[slots, *shape]` of this device; made of zeros if there is no gradient yet."""

@@ -55,7 +55,10 @@ class ExpertGradients:
         layer = copies.layer
         with self._comms.guard(), label("reduce", layer.name):
             self._arrive()
-            target = None if self._averages is None else self._averages.target(layer, grads, self._dense.sync)
+            if self._averages is None:
+                target = layer.pool.gradients_of(layer.place, grads)
+            else:
+                target = self._averages.target(layer, grads, self._dense.sync)
             self._under_way.append((layer.index, copies.reduce(grads, target)))
 
     def next_pass(self) -> None:

@@ -30,11 +30,11 @@ def _states(rematerialize: bool) -> None:
 
     sharded, gathering, held = CopyState.SHARDED, CopyState.GATHERING, CopyState.HELD
     refused(copies.parts, sharded, held)
-    refused(lambda: copies.reduce({}), sharded, held)
+    refused(lambda: copies.reduce({}, {}), sharded, held)
     refused(lambda: copies.extend(Placement(all_)), sharded, gathering)
     copies.launch()
     refused(copies.parts, gathering, held)
-    refused(lambda: copies.reduce({}), gathering, held)
+    refused(lambda: copies.reduce({}, {}), gathering, held)
     copies.launch()  # the gather is now in progress
     copies.extend(Placement(all_))
     copies.ensure_held()
