@@ -3,7 +3,7 @@
     python -m benchmarks.planning_time --json benchmarks/results/planning_time.json [--against COMMIT [--native FILE]]
 
 Milliseconds of CPU time of one thread, without caches: copies planned from 5 steps of drifting loads for two memory
-slots a device, anywhere or at most 16 experts from outside a node of 8; and the routes of two copies a device. With
+slots per device, anywhere or at most 16 experts from outside a node of 8; and the routes of two copies per device. With
 `--against`, processes of this commit and of another one take turns; ratios are medians over the rounds.
 """
 

@@ -63,7 +63,7 @@ class Rooms {
   std::vector<Room> sorted_;
 };
 
-// Of the pairs on `device` whose expert can still be sent, the one with the most tokens, or -1.
+// The pair with the most tokens among those on `device` whose expert can still be sent, or -1.
 int largest_pair(const Network& network, int device, const Limits& limits) {
   int best = -1;
   for (int p = network.first_on_device(device); p >= 0; p = network.next_on_device(p))
@@ -103,7 +103,7 @@ bool relieve_all(Network& network, std::int64_t target, Limits& limits) {
   return true;
 }
 
-// Of the pairs on devices above the target whose expert can be copied to `device`, the one with the most tokens, or -1.
+// The pair with the most tokens among those on devices above the target whose expert can be copied to `device`, or -1.
 int largest_excess(const Network& network, std::int64_t target, const Limits& limits, int device) {
   int best = -1;
   for (int p = 0; p < network.pairs(); ++p)

@@ -13,8 +13,8 @@ __all__ = ["own_device", "settle_device"]
 def own_device(kind: str, local_rank: int | None = None) -> torch.device:
     """The device of this process. On CUDA it becomes the current one, unless the process has chosen one already.
 
-    It follows DeviceMesh: a process that has not touched CUDA yet gets the GPU of its number on this machine. Whoever
-    asks `torch.cuda.current_device()` before that gets GPU 0 on every rank, and DeviceMesh then leaves it so.
+    It follows DeviceMesh: a process that has not touched CUDA yet gets the GPU of its number on this machine. If
+    code asks `torch.cuda.current_device()` before that, it is GPU 0 on every rank, and DeviceMesh then leaves it so.
 
     Args:
         kind: device type, e.g. "cuda".

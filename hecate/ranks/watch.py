@@ -1,8 +1,9 @@
 """Watches that other ranks are alive while this one may be blocked in a collective that never raises, as NCCL's.
 
 Each rank looks at the counter of one other, the next by number that has not left, and at one key where a missing rank
-is announced: three messages to the store per rank and interval (with its own beat), whatever the world size. Who finds
-that its neighbour's counter stands still reads the counters of all ranks, once, and announces those that stand still.
+is announced: three messages to the store per rank and interval (with its own beat), whatever the world size. A rank
+that finds its neighbour's counter standing still reads the counters of all ranks, once, and announces those that stand
+still.
 
 What is no alarm: a rank that left in good order; one that is slow but whose heartbeat thread runs, as in a debugger, in
 a compiler or behind a GPU; and a pause of this process, because its own looks are counted, not seconds.
@@ -81,7 +82,7 @@ class _Watcher:
         self.watched = (self.rank + 1) % self.world_size
 
     def look(self, stop: threading.Event) -> MissingRankError | None:
-        """One look; returns who is missing, if it is known. Whoever beats again is not missing any more."""
+        """One look; returns who is missing, if it is known. A rank that beats again is not missing any more."""
         beats = self.store.add(str(self.watched), 0)
         self.still = self.still + 1 if beats == self.beats else 0
         self.beats = beats

@@ -22,7 +22,7 @@ from tests.runtime.helpers import FREE
 from tests.runtime.reference import TINY, full_gradients
 
 MAX_NORM = 0.3
-"""Of gradients; below the norms of both models."""
+"""Norm that gradients are clipped to; below the norms of both models."""
 GPT = "gpt"
 """Model type of `TinyGPT`. Its dtype is float64, and its cost model makes copies free, so that there are many."""
 GPT_TOLERANCE = 1e-9

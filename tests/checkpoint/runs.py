@@ -66,7 +66,7 @@ class Run:
         return float(total) / self.world
 
     def loss(self, number: int) -> Tensor:
-        """Of this rank's part of the step's batch."""
+        """The loss of this rank's part of the step's batch."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         tokens = batch(number)[rank :: self.world]
         return self.model(tokens[:, :-1], tokens[:, 1:]).loss

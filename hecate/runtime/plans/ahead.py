@@ -80,7 +80,7 @@ class PlanAhead:
 
 
 def _lower_priority() -> None:
-    """Of the calling thread; only Linux has priorities per thread."""
+    """Lower the priority of the calling thread; only Linux has priorities per thread."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICE

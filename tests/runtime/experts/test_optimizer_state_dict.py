@@ -23,7 +23,7 @@ UP = "hecate_pool_0_up"
 
 
 def position(run: Run, name: str = UP) -> int:
-    """Of a parameter in the state dict of an optimizer of all."""
+    """Index of a parameter in the state dict of an optimizer of all."""
     return [key for key, _ in run.model.named_parameters()].index(name)
 
 
