@@ -26,12 +26,18 @@ __all__ = [
     "graph_task",
     "group_named",
     "in_backward",
+    "map_symmetric",
     "nccl_options",
     "post_accumulate_hooks",
+    "reduce_root_last",
     "refuse_data_parallel",
     "refuse_hooks",
     "shard_beside",
+    "symmetric_empty",
+    "symmetric_missing",
+    "tensors_sharing",
     "timeout_of",
+    "unsharded",
 ]
 
 
@@ -184,6 +190,15 @@ def shard_beside(module: FSDPModule, parameters: Sequence[nn.Parameter], precisi
     return True
 
 
+def tensors_sharing(tensor: Tensor) -> int:
+    """How many tensors have the memory of `tensor`, including itself and those that autograd has saved.
+
+    Public weak references notice the end of a Python object only; what autograd saves lives on without one.
+    """
+    storage = tensor.untyped_storage()  # refers to the memory too
+    return torch._C._storage_Use_Count(storage._cdata) - 1
+
+
 def forget_step(model: nn.Module) -> None:
     """Reset FSDP2 to its state between passes, and drop gradients that were not reduced yet.
 
@@ -205,6 +220,29 @@ def forget_step(model: nn.Module) -> None:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):  # set by the first pass
                     parameter._unsharded_param.grad = None
+
+
+def reduce_root_last(model: FSDPModule) -> None:
+    """Make FSDP2 reduce gradients at the end of a backward pass in the order of backward passes: the root's last.
+
+    There it reduces those of units whose inputs needed no gradients. If that is so on some ranks only, as where images
+    are projected beside frozen embeddings, the order must be the same as elsewhere. It is that of a private list.
+
+    Args:
+        model: the root, once after its first forward pass.
+    """
+    root: Any = model._get_fsdp_state()
+    root._state_ctx.all_states.reverse()
+
+
+def unsharded(module: FSDPModule) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Pairs of a parameter of one FSDP2 module and the whole tensor that takes its place in a pass.
+
+    Autograd gives gradients to the latter, and FSDP2 takes them away at once. Only hooks on these tensors can tell
+    whether a rank used a parameter, and FSDP2 has no public name for them. Empty before the module's first pass.
+    """
+    parameters = [p for group in _parameter_groups(module) for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    return [(p.sharded_param, p._unsharded_param) for p in parameters]
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
@@ -238,3 +276,50 @@ def _reset_iter_state(model: nn.Module) -> None:
             group._partial_reduce_output = None
             group._training_state = idle
             group.reshard()
+
+
+def symmetric_missing() -> str | None:
+    """What this torch lacks of symmetric memory, in one line; None: nothing.
+
+    Memory that all GPUs of a node map has no public module in torch 2.11 to 2.14, only
+    `torch.distributed._symmetric_memory`. Hecate uses three of its functions, which those versions have in common.
+    """
+    try:
+        from torch.distributed import _symmetric_memory as module
+    except ImportError as error:
+        return f"torch {torch.__version__} has no torch.distributed._symmetric_memory ({error})"
+    lacking = [name for name in ("empty", "rendezvous") if not hasattr(module, name)]
+    return f"torch {torch.__version__} has no symmetric memory: {', '.join(lacking)} missing" if lacking else None
+
+
+def symmetric_empty(num_bytes: int, device: torch.device) -> Tensor:
+    """Uninitialized uint8 `[num_bytes]` that `map_symmetric` can make visible to other ranks; see `symmetric_missing`.
+
+    Raises:
+        RuntimeError: this torch has no such memory.
+    """
+    if (reason := symmetric_missing()) is not None:
+        raise RuntimeError(reason)
+    from torch.distributed import _symmetric_memory as module
+
+    return module.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def map_symmetric(own: Tensor, group: dist.ProcessGroup) -> tuple[list[Tensor], object]:
+    """Map the memory of all ranks of `group`; see `symmetric_missing`. Collective; the host waits.
+
+    Args:
+        own: from `symmetric_empty`, of one size on all ranks.
+        group: process group of ranks in one node.
+
+    Returns:
+        uint8 `[num_bytes]` of each rank, by rank, and what must live as long as they are used.
+
+    Raises:
+        RuntimeError: some rank cannot map another's memory, or two ranks have one GPU.
+    """
+    from torch.distributed import _symmetric_memory as module
+
+    handle = module.rendezvous(own, group)
+    peers = [handle.get_buffer(rank, [own.numel()], torch.uint8) for rank in range(group.size())]
+    return [own if rank == group.rank() else peer for rank, peer in enumerate(peers)], (own, handle)
