@@ -1,0 +1,3 @@
+#include "symmetric.cuh"
+
+HECATE_SYMMETRIC(HECATE_PULL_KERNEL)
