@@ -8,10 +8,10 @@ namespace hecate {
 // out[t] = sum over j, ascending, of weights[t, j] * rows[inverse[t, j]], in float32, cast once.
 struct CombineArgs {
   const void* rows;  // [rows, width], contiguous
-  const i64* inverse;    // [tokens, top_k]; negative: adds nothing
+  const i64* inverse;    // [tokens, top_k]; outside [0, present): adds nothing
   const float* weights;  // [tokens, top_k], or null: all 1
   void* out;             // [tokens, width], contiguous
-  i64 tokens, top_k, width;
+  i64 tokens, top_k, width, present;
   const void* own;  // rows r in [own_begin, own_end) are own[own_index[r - own_begin]], in the dtype of `out`
   const i64* own_index;
   i64 own_begin, own_end;
@@ -39,7 +39,7 @@ struct Combine {
     for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
     for (i64 j = 0; j < a.top_k; ++j) {
       const i64 row = a.inverse[t * a.top_k + j];
-      if (row < 0) continue;
+      if (row < 0 || row >= a.present) continue;
       const float weight = a.weights ? a.weights[t * a.top_k + j] : 1.0f;
       if (row >= a.own_begin && row < a.own_end)
         add_row<kCount>(static_cast<const Out*>(a.own) + a.own_index[row - a.own_begin] * a.width + column, weight,
@@ -69,11 +69,11 @@ struct CombineBackwardArgs {
   const void* grad;      // [tokens, width], row stride `grad_stride`
   i64 grad_stride;
   const void* rows;      // [rows, width], contiguous, as they were combined
-  const i64* inverse;    // [tokens, top_k]
+  const i64* inverse;    // [tokens, top_k]; outside [0, present): no row, and no gradient of its weight
   const float* weights;  // [tokens, top_k]
   void* grad_rows;       // [rows, width], contiguous, dtype of `rows`; null: not wanted
   float* grad_weights;   // [tokens, top_k]; null: not wanted
-  i64 tokens, top_k, width;
+  i64 tokens, top_k, width, present;
   i64 aligned;
 };
 
@@ -105,7 +105,7 @@ struct CombineBackward {
   static HECATE_HD float part(const Args& a, i64 t, i64 j, int x, int threads) {
     const i64 row = a.inverse[t * a.top_k + j];
     float sum = 0.0f;
-    if (row < 0) return sum;
+    if (row < 0 || row >= a.present) return sum;
     const Out* grad = static_cast<const Out*>(a.grad) + t * a.grad_stride;
     const float weight = a.weights[t * a.top_k + j];
     each_column<kSize>(

@@ -64,6 +64,26 @@ HECATE_HD float add(float a, float b) {
 #endif
 }
 
+HECATE_HD double add(double a, double b) {
+#ifdef __CUDA_ARCH__
+  double out;
+  asm("add.rn.f64 %0, %1, %2;" : "=d"(out) : "d"(a), "d"(b));
+  return out;
+#else
+  return a + b;
+#endif
+}
+
+HECATE_HD double fused_mul_add(double a, double b, double c) {
+#ifdef __CUDA_ARCH__
+  double out;
+  asm("fma.rn.f64 %0, %1, %2, %3;" : "=d"(out) : "d"(a), "d"(b), "d"(c));
+  return out;
+#else
+  return __builtin_fma(a, b, c);
+#endif
+}
+
 HECATE_HD float fused_mul_add(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   float out;
@@ -74,6 +94,7 @@ HECATE_HD float fused_mul_add(float a, float b, float c) {
 #endif
 }
 
+HECATE_HD double widen(double x) { return x; }
 HECATE_HD float widen(float x) { return x; }
 HECATE_HD float widen(Bf16 x) { return bits_as<float>(static_cast<u32>(x.bits) << 16); }
 HECATE_HD float widen(F16 x) {
@@ -205,6 +226,26 @@ HECATE_HD void atomic_min(i64* at, i64 value) {
 #endif
 }
 
+// Sets a word that other devices read, after everything that this thread has seen happen.
+HECATE_HD void store_release(i64* at, i64 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("fence.acq_rel.sys;\n\tst.release.sys.global.s64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+#else
+  __atomic_store_n(at, value, __ATOMIC_RELEASE);
+#endif
+}
+
+// Reads a word that another device sets.
+HECATE_HD i64 load_acquire(const i64* at) {
+#ifdef __CUDA_ARCH__
+  i64 value;
+  asm volatile("ld.acquire.sys.global.s64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+#else
+  return __atomic_load_n(at, __ATOMIC_ACQUIRE);
+#endif
+}
+
 template <typename T>
 HECATE_HD T smaller(T a, T b) {
   return a < b ? a : b;
@@ -228,6 +269,16 @@ struct DeviceBlock {
   __device__ u8* shared() const { return shared_memory; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void fence() const { __threadfence(); }
+  __device__ void pause() const { __nanosleep(100); }
+  __device__ void fail() const {
+    __threadfence_system();
+    asm volatile("trap;");
+  }
+  __device__ i64 nanoseconds() const {
+    i64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+  }
   template <typename Body>
   __device__ void run(Body body) const {
     body(static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.y));

@@ -9,9 +9,9 @@ namespace hecate {
 struct ScatterArgs {
   const void* x;  // [tokens, width], row stride `x_stride`
   i64 x_stride;
-  const i64* inverse;  // [tokens, top_k], row of `out`; negative: this copy has no expert
+  const i64* inverse;  // [tokens, top_k], row of `out`; outside [0, rows): this copy has no expert
   void* out;           // [rows, width], contiguous
-  i64 tokens, top_k, width;
+  i64 tokens, top_k, width, rows;
   i64 skip_begin, skip_end;  // rows of `out` that are not written: they stay on this device
   i64 aligned;               // whether all rows begin at a multiple of 16 bytes
 };
@@ -25,7 +25,7 @@ struct Scatter {
   static HECATE_HD void write(const Args& a, const i64* to, i64 column, const Value& value, Out* out) {
     for (i64 j = 0; j < a.top_k; ++j) {
       const i64 row = to[j];
-      if (row < 0 || (row >= a.skip_begin && row < a.skip_end)) continue;
+      if (row < 0 || row >= a.rows || (row >= a.skip_begin && row < a.skip_end)) continue;
       *reinterpret_cast<Value*>(out + row * a.width + column) = value;
     }
   }

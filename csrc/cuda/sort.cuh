@@ -9,27 +9,31 @@
 
 namespace hecate {
 
-// Index -1 means no expert. Other numbers that are no expert are counted as expert number `experts`.
-HECATE_HD i64 bin_of(i64 expert, i64 experts) { return expert >= 0 && expert < experts ? expert : experts; }
+// Two bins follow those of the experts: numbers that are no expert, and -1, which means none.
+constexpr i64 kOtherBins = 2;
+HECATE_HD i64 bin_of(i64 expert, i64 experts) {
+  if (expert == -1) return experts + 1;
+  return expert >= 0 && expert < experts ? expert : experts;
+}
 
 struct CountArgs {
   const i64* index;  // [copies]
-  u32* tiles;        // [blocks, experts + 1]: copies of each expert in the tile of each block
-  i64* counts;       // [experts + 1]: the sums over the tiles
+  u32* tiles;        // [blocks, experts + 2]: copies in each bin in the tile of each block
+  i64* counts;       // [experts + 2]: the sums over the tiles
   u32* finished;     // blocks that have finished; 0 before and after
   i64 copies, tile, experts;
 };
 
-// Shared memory: experts + 2 numbers of 4 bytes.
+// Shared memory: experts + 3 numbers of 4 bytes.
 struct Count {
   using Args = CountArgs;
 
   template <typename Block>
   static HECATE_HD void run(const Args& a, Block& block) {
     u32* bins = reinterpret_cast<u32*>(block.shared());
-    u32* is_last = bins + a.experts + 1;
+    u32* is_last = bins + a.experts + kOtherBins;
     const i64 begin = block.index() * a.tile, end = smaller(begin + a.tile, a.copies);
-    const i64 bin_count = a.experts + 1;
+    const i64 bin_count = a.experts + kOtherBins;
     const int width = block.width(), threads = block.threads();
 
     block.run([&](int x, int y) {
@@ -38,7 +42,7 @@ struct Count {
     block.sync();
     block.run([&](int x, int y) {
       for (i64 i = begin + y * width + x; i < end; i += threads)
-        if (a.index[i] != -1) atomic_add(&bins[bin_of(a.index[i], a.experts)], 1u);
+        atomic_add(&bins[bin_of(a.index[i], a.experts)], 1u);
     });
     block.sync();
     block.run([&](int x, int y) {
@@ -65,7 +69,7 @@ struct Count {
 
 struct SortArgs {
   const i64* index;   // [copies]
-  const u32* tiles;   // [blocks, experts + 1], from the launch that counted
+  const u32* tiles;   // [blocks, experts + 2], from the launch that counted
   const i64* first;   // [experts + 1]: the holders of expert e have the numbers [first[e], first[e + 1])
   const i64* before;  // [holders]: copies of the expert that go to its holders before this one
   const i64* start;   // [holders]: first row that goes to this holder of this expert
@@ -100,12 +104,12 @@ struct Sort {
       const int thread = y * width + x;
       for (i64 i = thread; i < a.experts * a.walkers; i += threads) ranks[i] = 0;
       for (i64 i = thread; i < size; i += threads) {
-        const i64 bin = a.index[begin + i] == -1 ? a.experts : bin_of(a.index[begin + i], a.experts);
+        const i64 bin = bin_of(a.index[begin + i], a.experts);
         key[i] = bin < a.experts ? static_cast<u16>(bin) : kNone;
       }
       for (i64 e = thread; e < a.experts; e += threads) {
         u32 sum = 0;
-        for (i64 b = 0; b < block.index(); ++b) sum += a.tiles[b * (a.experts + 1) + e];
+        for (i64 b = 0; b < block.index(); ++b) sum += a.tiles[b * (a.experts + kOtherBins) + e];
         base[e] = sum;
       }
     });

@@ -68,7 +68,8 @@ struct PackRows {
 };
 
 // tensor[k][to[r]] += scale * (sum of the contributions to row r), or = if `overwrite`. The sum has the order of
-// hecate/collectives/summation.py: the ranks of a node ascending, then the nodes ascending, in float32.
+// hecate/collectives/summation.py: the ranks of a node ascending, then the nodes ascending, in float32 (float64 for
+// float64). Sources may be in the memory of other devices.
 struct AccumulateArgs {
   const i64* to;      // [rows], row of each tensor
   const i64* first;   // [rows + 1]: contributions [first[r], first[r + 1]) belong to row r
@@ -79,14 +80,14 @@ struct AccumulateArgs {
   Kinds kinds;
 };
 
-template <typename In>
+template <typename In, typename Sum = float>
 struct Accumulate {
   using Args = AccumulateArgs;
-  static constexpr int kSize = Lanes<In, float>::value;
+  static constexpr int kSize = Lanes<In, Sum>::value;
 
   template <int kCount>
-  static HECATE_HD void columns(const Args& a, i64 row, i64 at, float* out) {
-    float total[kCount], partial[kCount];
+  static HECATE_HD void columns(const Args& a, i64 row, i64 at, Sum* out) {
+    Sum total[kCount] = {}, partial[kCount] = {};
     const i64 begin = a.first[row], end = a.first[row + 1];
     bool closed = false;  // whether `total` has a node's sum
     const auto close_node = [&] {
@@ -101,13 +102,13 @@ struct Accumulate {
     }
     if (begin == end) return;
     close_node();
-    Pack<float, kCount> value;
+    Pack<Sum, kCount> value;
     if (a.overwrite)
-      for (int i = 0; i < kCount; ++i) value.at[i] = 0.0f;
+      for (int i = 0; i < kCount; ++i) value.at[i] = static_cast<Sum>(-0.0);  // x + -0 is x, also if x is -0
     else
       value = load<kCount>(out);
     for (int i = 0; i < kCount; ++i)
-      value.at[i] = fused_mul_add(static_cast<float>(a.scale), total[i], value.at[i]);
+      value.at[i] = fused_mul_add(static_cast<Sum>(a.scale), total[i], value.at[i]);
     store<kCount>(out, value);
   }
 
@@ -115,7 +116,7 @@ struct Accumulate {
   static HECATE_HD void run(const Args& a, Block& block) {
     const Kinds& kinds = a.kinds;
     each_piece(kinds, a.rows, block, [&](i64 row, i64 kind, i64 begin, i64 end) {
-      float* out = reinterpret_cast<float*>(kinds.tensor[kind]) + a.to[row] * kinds.stride[kind] + begin;
+      Sum* out = reinterpret_cast<Sum*>(kinds.tensor[kind]) + a.to[row] * kinds.stride[kind] + begin;
       const i64 at = kinds.offset[kind] + begin;
       block.run([&](int x, int y) {
         each_column<kSize>(
@@ -136,6 +137,7 @@ struct Accumulate {
   ENTRY(pack_f32_f16, hecate::PackRows<float, hecate::F16>)          \
   ENTRY(pack_bf16_f32, hecate::PackRows<hecate::Bf16, float>)        \
   ENTRY(pack_f16_f32, hecate::PackRows<hecate::F16, float>)          \
+  ENTRY(accumulate_f64, hecate::Accumulate<double, double>)          \
   ENTRY(accumulate_f32, hecate::Accumulate<float>)                   \
   ENTRY(accumulate_bf16, hecate::Accumulate<hecate::Bf16>)           \
   ENTRY(accumulate_f16, hecate::Accumulate<hecate::F16>)

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "hd.cuh"
@@ -50,6 +52,12 @@ class HostBlock {
   u8* shared() const { return shared_.get(); }
   void sync() const {}
   void fence() const {}
+  void pause() const { std::this_thread::sleep_for(std::chrono::microseconds(20)); }  // others need the core
+  void fail() const {}  // the launcher raises
+  i64 nanoseconds() const {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+  }
   template <typename Body>
   void run(Body body) const {
     for (i64 thread : threads_) body(static_cast<int>(thread % shape_.width), static_cast<int>(thread / shape_.width));

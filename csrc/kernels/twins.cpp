@@ -6,6 +6,7 @@
 #include "quota.cuh"
 #include "sort.cuh"
 #include "stack.cuh"
+#include "symmetric.cuh"
 
 namespace hecate {
 
@@ -14,7 +15,7 @@ namespace hecate {
 const std::map<std::string, Twin>& twins() {
   static const std::map<std::string, Twin> all = {
       HECATE_SORT(HECATE_TWIN) HECATE_PERMUTE(HECATE_TWIN) HECATE_COMBINE(HECATE_TWIN) HECATE_STACK(HECATE_TWIN)
-          HECATE_ACTIVATION(HECATE_TWIN) HECATE_QUOTA(HECATE_TWIN)};
+          HECATE_ACTIVATION(HECATE_TWIN) HECATE_QUOTA(HECATE_TWIN) HECATE_SYMMETRIC(HECATE_TWIN)};
   return all;
 }
 

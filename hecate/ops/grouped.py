@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hecate.ops.registry import register
+from hecate.ops.upload import upload
 
-__all__ = ["Groups", "grouped_bias", "grouped_linear"]
+__all__ = ["Groups", "LowRankSum", "grouped_bias", "grouped_linear", "not_in_one_call"]
 
 
 @dataclass(frozen=True)
@@ -22,27 +23,68 @@ class Groups:
     """The groups of rows sorted by expert.
 
     Attributes:
-        sizes: rows per group, on the host; groups may be empty.
+        known_sizes: rows per group, on the host; groups may be empty. None: only the device knows, and rows behind the
+            last group's end have no meaning, neither before nor after a product: nothing may be summed over them.
         ends: int32 `[G]`, exclusive end of each group, on the device of the rows.
+        kernels: whether Hecate's kernels run on the rows, where there is one; see `hecate.ops.activation`.
+        gemm: what multiplies rows with weights: "torch", or "sonicmoe" (`hecate.ops.sonicmoe`) for whole gated MLPs.
     """
 
-    sizes: tuple[int, ...]
+    known_sizes: tuple[int, ...] | None
     ends: Tensor
+    kernels: bool = False
+    gemm: str = "torch"
 
     @classmethod
-    def of(cls, sizes: Sequence[int], device: torch.device) -> Groups:
+    def of(cls, sizes: Sequence[int], device: torch.device, kernels: bool = False, gemm: str = "torch") -> Groups:
         """Groups with `sizes` rows each; copies to an accelerator without synchronizing with it."""
         ends = torch.from_numpy(np.cumsum(np.array(sizes, dtype=np.int64)).astype(np.int32))
-        if device.type != "cpu":
-            ends = ends.pin_memory().to(device, non_blocking=True)
-        return cls(tuple(sizes), ends)
+        return cls(tuple(sizes), upload(ends, device), kernels, gemm)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows per group; RuntimeError if only the device knows them."""
+        if self.known_sizes is None:
+            raise RuntimeError(
+                'Groups.sizes: with FSSDPConfig.splits="device" the host does not know the rows per expert; use '
+                'Groups.ends, or splits="host"'
+            )
+        return self.known_sizes
 
     @property
     def num_rows(self) -> int:
         return sum(self.sizes)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+@dataclass(frozen=True)
+class LowRankSum:
+    """The matrices `weight + scale * left @ right`; they are not computed, `grouped_linear` multiplies by each term.
+
+    Attributes:
+        weight: `[G, o, i]`; itself such a sum if there are several products.
+        left: `[G, o, r]`.
+        right: `[G, r, i]`.
+        scale: a factor.
+    """
+
+    weight: Tensor | LowRankSum
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def transpose(self, dim0: int, dim1: int) -> LowRankSum:
+        """The transposed matrices; only for the last two dimensions."""
+        if {dim0 % 3, dim1 % 3} != {1, 2}:
+            raise ValueError(f"LowRankSum.transpose({dim0}, {dim1}): must be (1, 2), which transposes the matrices")
+        swapped = (self.weight.transpose(1, 2), self.right.transpose(1, 2), self.left.transpose(1, 2))
+        return LowRankSum(*swapped, self.scale)
+
+
+def grouped_linear(x: Tensor, weight: Tensor | LowRankSum, groups: Groups) -> Tensor:
     """`y[n] = weight[g(n)] @ x[n]` for rows sorted by group; differentiable in `x` and `weight`.
 
     Args:
@@ -53,12 +95,20 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     Returns:
         `[N, o]`.
     """
-    if weight.shape[0] != len(groups.sizes) or x.shape[0] != groups.num_rows:
+    _check(x, weight, groups)
+    if isinstance(weight, LowRankSum):
+        low = grouped_linear(grouped_linear(x, weight.right, groups), weight.left, groups)
+        return torch.add(grouped_linear(x, weight.weight, groups), low, alpha=weight.scale)
+    return _GroupedLinear.apply(x, weight, groups.ends, groups.known_sizes or ())
+
+
+def _check(x: Tensor, weight: Tensor | LowRankSum, groups: Groups) -> None:
+    rows = x.shape[0] if groups.known_sizes is None else groups.num_rows
+    if weight.shape[0] != groups.ends.numel() or x.shape[0] != rows:
         raise ValueError(
             f"grouped_linear: weight has {weight.shape[0]} groups and x {x.shape[0]} rows, "
-            f"groups say {len(groups.sizes)} and {groups.num_rows}"
+            f"groups say {groups.ends.numel()} and {rows}"
         )
-    return _GroupedLinear.apply(x, weight, groups.ends, groups.sizes)
 
 
 def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
@@ -75,19 +125,53 @@ def grouped_bias(x: Tensor, bias: Tensor, groups: Groups) -> Tensor:
     return x + _Spread.apply(bias, groups.ends, groups.sizes)
 
 
-def _on_tensor_cores(x: Tensor, other_width: int) -> bool:
-    # torch's grouped kernel is used for bf16 on CUDA, if rows are a multiple of 16 bytes. Otherwise one product per
-    # expert is faster (measured on CPU: 60 against 41 GFLOP/s) or the only way.
-    aligned = x.shape[1] % 8 == 0 and other_width % 8 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and aligned
+GROUPED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
-# Ops that do not differentiate.
+def not_in_one_call(device_type: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> str | None:
+    """Why torch does not multiply all experts by weights of these shapes in one call; None: it does.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        dtype: of rows and weights.
+        shapes: of one expert's weights; those with one dimension are biases, whose gradients need a sum per expert.
+    """
+    if (known := GROUPED_DTYPES.get(device_type)) != dtype:
+        return f"computes in {dtype}, in which torch has no product of all experts on {device_type}; must be {known}"
+    unit = 16 // dtype.itemsize
+    for shape in shapes:
+        if len(shape) != 2 or any(n % unit for n in shape):
+            return f"has weights {list(shape)} per expert; must be matrices with widths that are multiples of {unit}"
+    return None
+
+
+def _in_one_call(x: Tensor, other: Tensor, other_width: int) -> bool:
+    # torch's grouped kernel, if rows and experts are multiples of 16 bytes apart. On CUDA it has tensor cores for bf16.
+    # On CPU it takes no float64; for float32 it needs 1.0 to 0.8 of the time of one product per expert (torch 2.13).
+    unit = 16 // x.element_size()
+    aligned = not any(n % unit for n in (x.shape[1], other_width, other.stride(0)))
+    return GROUPED_DTYPES.get(x.device.type) == x.dtype and x.shape[0] > 0 and x.is_contiguous() and aligned
+
+
+def _check_known(what: str, x: Tensor, other: Tensor, ends: Tensor, sizes: Sequence[int]) -> None:
+    """RuntimeError if a product per group is needed, and the host does not know the groups."""
+    if ends.numel() != len(sizes):
+        raise RuntimeError(
+            f'{what}: with FSSDPConfig.splits="device" one call must multiply all experts, which torch cannot for '
+            f"{x.dtype} {tuple(x.shape)} and {tuple(other.shape)} on {x.device.type}: it takes "
+            f"{GROUPED_DTYPES.get(x.device.type)} and widths that are multiples of 16 bytes"
+        )
+
+
+# Ops that do not differentiate. `sizes` is empty if only the device knows the groups.
 
 
 def _linear(x: Tensor, weight: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
-    if _on_tensor_cores(x, weight.shape[1]):
+    if not x.shape[0] or not weight.shape[0]:
+        return x.new_zeros(x.shape[0], weight.shape[1])
+    if _in_one_call(x, weight, weight.shape[1]):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    _check_known("grouped_linear", x, weight, ends, sizes)
     out = x.new_empty(x.shape[0], weight.shape[1])
     for rows, w, y in zip(x.split(list(sizes)), weight, out.split(list(sizes)), strict=True):
         torch.mm(rows, w.t(), out=y)
@@ -103,11 +187,16 @@ _linear_op = register(
 
 def _weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) -> Tensor:
     """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group; zeros for a group without rows."""
-    if _on_tensor_cores(x, grad.shape[1]):
+    if not x.shape[0] or not ends.shape[0]:
+        return x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    if _in_one_call(x, grad, grad.shape[1]):
         out = torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
+        if len(sizes) == ends.numel() and 0 not in sizes:
+            return out
         # On some GPUs (Blackwell: pytorch#172439) torch leaves memory as it was for a group without rows.
         filled = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
         return torch.where(filled[:, None, None], out, 0)
+    _check_known("grouped_linear, backward", x, grad, ends, sizes)
     out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
     for g, rows, w in zip(grad.split(list(sizes)), x.split(list(sizes)), out, strict=True):
         torch.mm(g.t(), rows, out=w)
@@ -117,7 +206,7 @@ def _weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) ->
 _weight_grad_op = register(
     "grouped_weight_grad(Tensor grad, Tensor x, Tensor ends, int[] sizes) -> Tensor",
     _weight_grad,
-    lambda grad, x, ends, sizes: x.new_empty(len(sizes), grad.shape[1], x.shape[1]),
+    lambda grad, x, ends, sizes: x.new_empty(ends.shape[0], grad.shape[1], x.shape[1]),
 )
 """`[G, o, i]`: the sum of `grad[n] x[n]^T` over the rows of each group."""
 

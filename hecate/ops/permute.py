@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hecate.ops.linear import linear
+from hecate.ops.kernels import registered as kernels
 from hecate.ops.registry import register
 
-__all__ = ["block_order", "combine", "invert", "permute", "sort_by_expert", "sum_copies", "take_copies"]
+__all__ = ["block_order", "combine", "invert", "sort_by_expert", "sum_copies", "take_copies"]
 
 BLOCK = 1 << 22
 """Elements of the largest temporary tensor of a sum over copies: 16 MiB in float32."""
@@ -54,26 +54,24 @@ def block_order(blocks: Tensor, rows: int) -> Tensor:
     return shift.add_(torch.arange(rows, device=blocks.device))
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`; differentiable."""
-    return linear(x, lambda x: take_copies(x, order, top_k), lambda rows: sum_copies(rows, inverse, top_k))
-
-
-def combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+def combine(rows: Tensor, weights: Tensor, inverse: Tensor, by_kernels: bool = False) -> Tensor:
     """Weighted sum of each token's rows, added in order of k; differentiable in rows and weights, also twice.
 
     Products and sums are in float32, or in the wider dtype of the two if that is wider. No tensor of shape `[T, k, d]`
     is made in that dtype, neither here nor in backward.
 
     Args:
-        rows: `[N, d]`; row `inverse[t * k + j]` is the j-th of token t, a row of zeros if that is N.
+        rows: `[N, d]`; row `inverse[t * k + j]` is the j-th of token t, a row of zeros if that is N (or, with
+            `by_kernels`, negative).
         weights: `[T, k]`.
         inverse: int64 `[T * k]`.
+        by_kernels: run Hecate's kernels. They add in float32, to which the weights are cast; rows must be float32 or
+            narrower.
 
     Returns:
         `[T, d]` in the dtype of `rows`.
     """
-    return _Combine.apply(rows, weights, inverse)
+    return _Combine.apply(rows, weights.float() if by_kernels else weights, inverse, by_kernels)
 
 
 # Ops that do not differentiate.
@@ -88,7 +86,7 @@ take_copies = register(
     _take_copies,
     lambda x, order, top_k: x.new_empty(order.shape[0], x.shape[1]),
 )
-"""`permute` without autograd."""
+"""Copies of the tokens `x [T, d]` in the given order, `out[p] = x[order[p] // top_k]`, `[N, d]`, without autograd."""
 
 
 def _sum_copies(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
@@ -169,23 +167,31 @@ def _blocks(tokens: int, per_token: int) -> Iterator[tuple[int, int]]:
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, rows: Tensor, weights: Tensor, inverse: Tensor, by_kernels: bool) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows, weights, inverse)
+        ctx.by_kernels = by_kernels
+        if by_kernels:
+            return kernels.combine_rows(rows, inverse, weights, weights.shape[1])
         return _combine_op(rows, weights, inverse)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return *_CombineBackward.apply(grad, *ctx.saved_tensors), None
+        return *_CombineBackward.apply(grad, *ctx.saved_tensors, ctx.by_kernels), None, None
 
 
 class _CombineBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tensor):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tensor, by_kernels: bool
+    ):
         ctx.save_for_backward(grad, rows, weights, inverse)
-        return _combine_backward_op(grad, rows, weights, inverse)
+        ctx.by_kernels = by_kernels
+        backward = kernels.combine_backward if by_kernels else _combine_backward_op
+        return backward(grad, rows, weights, inverse)
 
     @staticmethod
     def backward(ctx, to_rows: Tensor, to_weights: Tensor):  # type: ignore[no-untyped-def]
         grad, rows, weights, inverse = ctx.saved_tensors
-        to_grad = combine(to_rows, weights, inverse) + combine(rows, to_weights, inverse)
-        return to_grad, *_CombineBackward.apply(grad, to_rows, to_weights, inverse), None
+        by = ctx.by_kernels
+        to_grad = combine(to_rows, weights, inverse, by) + combine(rows, to_weights, inverse, by)
+        return to_grad, *_CombineBackward.apply(grad, to_rows, to_weights, inverse, by), None, None

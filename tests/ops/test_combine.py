@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hecate.ops import permute as ops
-from hecate.ops.permute import combine, invert, permute
+from hecate.ops.permute import combine, invert
+from tests.ops.copies import permute
 
 TOKENS, TOP_K, WIDTH = 13, 3, 5
 BF16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
-from hecate.ops.permute import block_order, combine, invert, permute
+from hecate.ops.permute import block_order, combine, invert
+from tests.ops.copies import permute
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,18 @@ def test_a_group_without_rows_gets_a_zero_gradient() -> None:
     assert weight.grad[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("width", [8, 7])  # torch's grouped kernel takes the first only
+def test_grouped_linear_of_float32(width: int) -> None:
+    buffer = torch.randn(3, 12 * width + 4)
+    sizes, weight = (3, 0, 2), buffer[:, 4:].unflatten(1, (12, width)).requires_grad_()
+    x = torch.randn(5, width, requires_grad=True)
+    products = [rows @ w.t() for rows, w in zip(x.split(list(sizes)), weight, strict=True)]
+    wanted = torch.autograd.grad(torch.cat(products).sin().sum(), (x, weight))
+    found = torch.autograd.grad(grouped_linear(x, weight, Groups.of(sizes, CPU)).sin().sum(), (x, weight))
+    torch.testing.assert_close(found, wanted)
+    assert not found[1][1].any()
+
+
 def _leaving_garbage(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
     """As torch's kernel on some GPUs: a weight gradient of a group without rows is memory as it was."""
     if b.ndim == 3:
@@ -73,7 +86,7 @@ def test_a_kernel_that_leaves_garbage_for_empty_groups(sizes: tuple[int, ...], m
     grouped_linear(x, weight, groups).backward(grad)
     expected = weight.grad
     weight.grad = None
-    monkeypatch.setattr("hecate.ops.grouped._on_tensor_cores", lambda x, other_width: True)
+    monkeypatch.setattr("hecate.ops.grouped._in_one_call", lambda x, other, other_width: True)
     monkeypatch.setattr("torch.nn.functional.grouped_mm", _leaving_garbage)
     grouped_linear(x, weight, groups).backward(grad)
     torch.testing.assert_close(weight.grad, expected)

@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hecate.ops.kernels.source import read
+from hecate.ops.kernels.source import SOURCES, read
 
-__all__ = ["KernelChoice", "launch", "missing", "use_kernels"]
+__all__ = ["launch", "missing"]
 
-logger = logging.getLogger(__name__)
-
-KernelChoice = Literal["auto", "hecate", "torch"]
-"""Which kernels run: Hecate's if they can and else torch's, always Hecate's, or always torch's."""
 OPTIONS = ("-std=c++17",)
 CAPABILITY = (8, 0)
 """Oldest compute capability that the kernels compile for."""
 SHARED_BYTES = 48 * 1024
 """Shared memory of a block for which a kernel needs not ask."""
-
-
-def use_kernels(choice: KernelChoice, device: torch.device) -> bool:
-    """Whether Hecate's own kernels run on `device`; says once in the log why they do not.
-
-    Args:
-        choice: what the user asked for.
-        device: CUDA, or CPU, where "auto" means torch's and "hecate" runs the kernels' code on the CPU.
-
-    Raises:
-        RuntimeError: "hecate", but something is missing.
-    """
-    if choice == "torch" or (choice == "auto" and device.type != "cuda"):
-        return False
-    reason = missing(device)
-    if reason is None:
-        return True
-    if choice == "hecate":
-        raise RuntimeError(f'kernels="hecate": {reason}; use kernels="auto" or kernels="torch" to run without them')
-    _say_once(f"Hecate's CUDA kernels are not used, PyTorch's operations are: {reason}")
-    return False
-
-
-@lru_cache
-def _say_once(line: str) -> None:
-    logger.warning(line)
 
 
 @lru_cache
@@ -67,7 +36,8 @@ def missing(device: torch.device) -> str | None:
     except ImportError as error:
         return f"CuPy cannot be imported ({_first_line(error)})"
     try:
-        _module("sort", _index(device))
+        for source in SOURCES:
+            _module(source, _index(device))
     except Exception as error:  # CuPy raises many types for a missing NVRTC, an old driver or a compiler's error
         return f"CuPy {cupy.__version__} cannot compile or load a kernel ({_first_line(error)})"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hecate._native import run_kernel
 from hecate.ops.kernels import cuda
+from hecate.ops.upload import upload
 
 __all__ = [
     "THREADS",
@@ -22,6 +23,7 @@ __all__ = [
     "Launch",
     "ThreadOrder",
     "aligned",
+    "batches",
     "blocks_for",
     "cast_name",
     "check_rows",
@@ -39,6 +41,7 @@ VECTOR_BYTES = 16
 ThreadOrder = Literal["ascending", "descending", "shuffled"]
 """Order in which emulated threads run; results may not depend on it."""
 
+T = TypeVar("T")
 Argument = int | float | Tensor | None | Sequence[Any]
 
 _ORDERS = ("ascending", "descending", "shuffled")
@@ -121,6 +124,11 @@ def blocks_for(units: int, device: torch.device) -> int:
     return min(units, _BLOCKS_PER_PROCESSOR * _processors(device))
 
 
+def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """`items` in groups of `size`, the last one smaller: a launch takes a fixed number of them by value."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def row_block(width: int, lanes: int) -> tuple[int, int]:
     """Threads (per row, rows) of a block such that a thread has about 4 accesses per row.
 
@@ -168,8 +176,11 @@ def aligned(*rows: Tensor | None) -> bool:
 
 
 def check_rows(what: str, rows: Tensor) -> None:
-    """ValueError unless `rows` is a matrix whose rows are contiguous, as all kernels take them."""
-    if rows.dim() != 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
+    """ValueError unless `rows` is a matrix whose rows are contiguous, as all kernels take them.
+
+    Without elements any strides will do: `contiguous()` leaves them, for example those of `expand`, as they are.
+    """
+    if rows.dim() != 2 or (rows.numel() and rows.shape[1] > 1 and rows.stride(1) != 1):
         raise ValueError(
             f"{what}: shape {tuple(rows.shape)}, strides {rows.stride()}; must be a matrix with contiguous rows"
         )
@@ -202,5 +213,4 @@ def cast_name(what: str, source: torch.dtype, target: torch.dtype) -> str:
 
 def to_device(numbers: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor:
     """Int64 numbers on `device`; copying them there does not synchronize with it."""
-    host = torch.from_numpy(np.array(numbers, dtype=np.int64))
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return upload(torch.from_numpy(np.array(numbers, dtype=np.int64)), device)

@@ -1,7 +1,7 @@
 """Rows of tokens to where they are sent, received rows to their experts, and the weighted sum of results.
 
-Shapes: T tokens, k experts per token, M rows, d width. `inverse` int64 `[T * k]` is the row of each token copy,
-negative if it has none.
+Shapes: T tokens, k experts per token, M rows, d width. `inverse` int64 `[T * k]` is the row of each token copy; it has
+none if that is outside [0, M).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def scatter_rows(
     """
     check_rows("scatter_rows: x", x)
     out = torch.empty(num_rows, x.shape[1], dtype=dtype or x.dtype, device=x.device)
-    sizes = (x.shape[0], top_k, x.shape[1], *skip, aligned(x, out))
+    sizes = (x.shape[0], top_k, x.shape[1], num_rows, *skip, aligned(x, out))
     args = (x, x.stride(0), inverse, out, *sizes)
     kernel = f"scatter_{cast_name('scatter_rows', x.dtype, out.dtype)}"
     itemsize = max(x.element_size(), out.element_size())
@@ -128,7 +128,8 @@ def combine_rows(
         order: of emulated threads.
     """
     check_rows("combine_rows: rows", rows)
-    rows, tokens = rows.contiguous(), inverse.numel() // top_k
+    rows = rows.contiguous()
+    tokens = inverse.numel() // max(1, top_k) if weights is None else weights.shape[0]
     _check_weights("combine_rows", weights, tokens, top_k)
     out = torch.empty(tokens, rows.shape[1], dtype=dtype or rows.dtype, device=rows.device)
     _check_own("combine_rows", own, out)
@@ -136,7 +137,7 @@ def combine_rows(
     place = None if own is None else own.rows
     if own is not None and (own.top_k != 1 or not own.rows.is_contiguous()):
         raise ValueError(f"combine_rows: own rows with top_k={own.top_k}, must be contiguous with top_k=1")
-    sizes = (tokens, top_k, rows.shape[1])
+    sizes = (tokens, top_k, rows.shape[1], rows.shape[0])
     args = (rows, inverse, weights, out, *sizes, *local, aligned(rows, out, place))
     kernel = f"combine_{dtype_name('combine_rows: rows', rows.dtype)}_{dtype_name('combine_rows', out.dtype)}"
     itemsize = max(rows.element_size(), out.element_size())
@@ -149,9 +150,8 @@ def combine_backward(
     rows: Tensor,
     inverse: Tensor,
     weights: Tensor,
-    want: tuple[bool, bool] = (True, True),
     order: ThreadOrder = "ascending",
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of `combine_rows` in its rows and its weights, in one pass.
 
     Args:
@@ -159,28 +159,24 @@ def combine_backward(
         rows: `[M, d]`, contiguous, as they were combined.
         inverse: int64 `[T * k]`; every row must be some copy's.
         weights: float32 `[T, k]`, contiguous.
-        want: which of the two gradients are wanted.
         order: of emulated threads.
 
     Returns:
-        `[M, d]` in the dtype of the rows, and float32 `[T, k]`; None for one that is not wanted.
+        `[M, d]` in the dtype of the rows, and float32 `[T, k]`.
     """
     check_rows("combine_backward: grad", grad)
     check_rows("combine_backward: rows", rows)
     rows = rows.contiguous()
     tokens, top_k = weights.shape
     _check_weights("combine_backward", weights, grad.shape[0], top_k)
-    grad_rows = torch.empty_like(rows) if want[0] else None
-    grad_weights = torch.empty_like(weights) if want[1] else None
-    sizes = (tokens, top_k, rows.shape[1], aligned(grad, rows, grad_rows))
-    args = (grad, grad.stride(0), rows, inverse, weights, grad_rows, grad_weights, *sizes)
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    sizes = (tokens, top_k, *reversed(rows.shape), aligned(grad, rows, grad_rows))
+    args: tuple[Tensor | int, ...] = (grad, grad.stride(0), rows, inverse, weights, grad_rows, grad_weights, *sizes)
     names = (dtype_name("combine_backward: rows", rows.dtype), dtype_name("combine_backward: grad", grad.dtype))
     itemsize = max(rows.element_size(), grad.element_size())
     width, height = row_block(rows.shape[1], 16 // itemsize)
-    launch = row_launch(
-        *("combine", "combine_backward_" + "_".join(names), tokens, rows.shape[1], itemsize, args, rows.device),
-        shared_bytes=4 * _CHOICES * width * height,
-    )
+    name, shared = "combine_backward_" + "_".join(names), 4 * _CHOICES * width * height
+    launch = row_launch("combine", name, tokens, rows.shape[1], itemsize, args, rows.device, shared_bytes=shared)
     run(launch, rows.device, order)
     return grad_rows, grad_weights
 

@@ -6,20 +6,18 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from hecate.carried import carried
+
 __all__ = ["SOURCES", "folder", "read"]
 
-SOURCES = ("activation", "combine", "permute", "quota", "sort", "stack")
+SOURCES = ("activation", "combine", "permute", "quota", "sort", "stack", "symmetric")
 """Files with kernels, without the suffix .cu."""
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 
 
 def folder() -> Path:
     """The folder of the kernels' sources: inside the installed package, or beside it in a source tree."""
-    package = Path(__file__).resolve().parents[2]
-    for found in (package / "csrc" / "cuda", package.parent / "csrc" / "cuda"):
-        if (found / "hd.cuh").is_file():
-            return found
-    raise FileNotFoundError(f"no csrc/cuda/hd.cuh in {package} or {package.parent}: the installation is incomplete")
+    return carried("csrc/cuda/hd.cuh").parent
 
 
 @lru_cache

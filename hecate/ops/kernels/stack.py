@@ -15,6 +15,7 @@ from hecate.ops.kernels.launch import (
     Argument,
     Launch,
     ThreadOrder,
+    batches,
     blocks_for,
     cast_name,
     check_rows,
@@ -27,6 +28,8 @@ __all__ = ["Contributions", "KindRows", "accumulate_rows", "pack_rows"]
 
 MAX_KINDS = 16  # kKinds in csrc/cuda/stack.cuh
 PIECE = 16384  # kPiece
+ACCUMULATE_BLOCKS = 32
+"""CTAs, hence at most as many SMs, that add contributions which lie in the memory of other devices."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def pack_rows(
         order: of emulated threads.
     """
     check_rows("pack_rows: chunks", chunks)
-    for some in _batches(kinds):
+    for some in batches(kinds, MAX_KINDS):
         source = _one_dtype("pack_rows", some)
         name = cast_name("pack_rows", source, chunks.dtype)
         args = (index, chunks, chunks.stride(0), chunks.shape[0], *_table(some, [chunks]))
@@ -82,39 +85,43 @@ def accumulate_rows(
     scale: float = 1.0,
     overwrite: bool = False,
     order: ThreadOrder = "ascending",
+    blocks: int | None = None,
 ) -> None:
     """Add gradient chunks to the owner's rows, `row += scale * sum`, in the order of `collectives.summation`.
 
-    That is: the ranks of a node ascending, then the nodes ascending, in float32. Nothing is staged; with `overwrite`
-    nothing needs to be zero before.
+    That is: the ranks of a node ascending, then the nodes ascending, in float32 (float64 for float64). Nothing is
+    staged; with `overwrite` nothing needs to be zero before.
 
     Args:
-        kinds: at most 16 per launch, more take more launches; float32.
+        kinds: at most 16 per launch, more take more launches; float32, or float64 if the chunks are.
         contributions: per expert; the chunks must stay alive until the launch has run on its stream.
         scale: factor of the sums.
         overwrite: whether rows become `scale * sum` instead.
         order: of emulated threads.
+        blocks: most CTAs to launch; None: as many as fill the device.
 
     Raises:
         ValueError: ranks of a node are not consecutive.
-        TypeError: the rows are not float32, or the chunks have several dtypes or one without a kernel.
+        TypeError: the rows are not in the dtype that the chunks are added in, or the chunks have several dtypes or
+            one without a kernel.
     """
     given = [c for c in contributions if c.chunks]
     if not given or not kinds:
         return
     _check_contributions(given)
     chunks = [chunk for c in given for chunk in c.chunks]
-    name = dtype_name("accumulate_rows: chunks", chunks[0].dtype)
-    device = chunks[0].device
+    double = chunks[0].dtype == torch.float64
+    name = "f64" if double else dtype_name("accumulate_rows: chunks", chunks[0].dtype)
+    added_in, device = torch.float64 if double else torch.float32, kinds[0].rows.device
     first = np.cumsum([0, *(len(c.chunks) for c in given)]).tolist()
     lists = ([c.row for c in given], first, [c.data_ptr() for c in chunks], [n for c in given for n in c.nodes])
     table = to_device([number for numbers in lists for number in numbers], device)
     parts = table.split([len(numbers) for numbers in lists])
-    for some in _batches(kinds):
-        if (found := _one_dtype("accumulate_rows", some)) != torch.float32:
-            raise TypeError(f"accumulate_rows: rows are {found}, must be torch.float32")
+    for some in batches(kinds, MAX_KINDS):
+        if (found := _one_dtype("accumulate_rows", some)) != added_in:
+            raise TypeError(f"accumulate_rows: rows are {found}, must be {added_in}")
         args = (*parts, len(given), overwrite, float(scale), *_table(some, chunks))
-        _run(f"accumulate_{name}", len(given), some, args, device, order)
+        _run(f"accumulate_{name}", len(given), some, args, device, order, blocks)
 
 
 def _check_contributions(contributions: Sequence[Contributions]) -> None:
@@ -133,13 +140,11 @@ def _run(
     args: tuple[Argument, ...],
     device: torch.device,
     order: ThreadOrder,
+    most: int | None = None,
 ) -> None:
     pieces = rows * sum(-(-k.rows.shape[1] // PIECE) for k in kinds)
-    run(Launch("stack", kernel, blocks_for(pieces, device), (THREADS, 1), 0, args), device, order)
-
-
-def _batches(kinds: Sequence[KindRows]) -> list[Sequence[KindRows]]:
-    return [kinds[i : i + MAX_KINDS] for i in range(0, len(kinds), MAX_KINDS)]
+    blocks = blocks_for(pieces, device) if most is None else min(pieces, most)
+    run(Launch("stack", kernel, blocks, (THREADS, 1), 0, args), device, order)
 
 
 def _one_dtype(what: str, kinds: Sequence[KindRows]) -> torch.dtype:

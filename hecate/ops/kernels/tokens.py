@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.ops.kernels.launch import THREADS, Launch, ThreadOrder, run, to_device
-from hecate.placement import Placement
+from hecate.ops.kernels.launch import THREADS, Launch, ThreadOrder, run
 
-__all__ = ["ExpertCounts", "Pairs", "count_experts", "sort_copies"]
+__all__ = ["OTHER_BINS", "ExpertCounts", "blocks_of", "count_experts", "sort_copies", "tile_of"]
 
 MAX_EXPERTS = 4096
 """More would not fit into the shared memory of a block."""
+OTHER_BINS = 2
+"""kOtherBins in csrc/cuda/sort.cuh."""
 _COUNTER_BYTES = 16 * 1024
 _TILES = 128
 
@@ -28,48 +28,12 @@ class ExpertCounts:
     """How often each expert was chosen.
 
     Attributes:
-        counts: int64 `[E + 1]`; the last is the number of indices that are neither an expert nor -1.
-        tiles: int32 `[blocks, E + 1]`, the same per tile of copies, for `sort_copies`.
-        tile: copies per tile.
+        counts: int64 `[E + 2]`; the last two are the numbers of indices that are neither an expert nor -1, and of -1.
+        tiles: int32 `[blocks, E + 2]`, the same per tile of copies, for `sort_copies`; see `tile_of`.
     """
 
     counts: Tensor
     tiles: Tensor
-    tile: int
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The (expert, device) pairs of a placement, ascending, on the device of the tokens.
-
-    Attributes:
-        first: int64 `[E + 1]`, the pairs of expert e are `[first[e], first[e + 1])`.
-        expert: int64 `[P]`.
-        wire: int64 `[P]`, the pairs in the order in which rows are sent: by device, then by expert.
-    """
-
-    first: Tensor
-    expert: Tensor
-    wire: Tensor
-
-    @classmethod
-    def of(cls, placement: Placement, device: torch.device) -> Pairs:
-        """The pairs of `placement`; does not synchronize with `device`."""
-        expert, holder = np.nonzero(placement.matrix)
-        first = np.searchsorted(expert, np.arange(placement.num_experts + 1))
-        sizes = [len(first), len(expert), len(expert)]
-        return cls(*to_device(np.concatenate([first, expert, np.lexsort((expert, holder))]), device).split(sizes))
-
-    def offsets(self, share: Tensor) -> tuple[Tensor, Tensor]:
-        """`before` and `start` of `sort_copies`, without synchronization.
-
-        Args:
-            share: int64 `[P]`, this device's row of the quota.
-        """
-        earlier = share.cumsum(0) - share
-        before = earlier - earlier[self.first[self.expert]]
-        sent = share[self.wire]
-        return before, torch.empty_like(share).scatter_(0, self.wire, sent.cumsum(0) - sent)
 
 
 def count_experts(index: Tensor, num_experts: int, order: ThreadOrder = "ascending") -> ExpertCounts:
@@ -86,13 +50,12 @@ def count_experts(index: Tensor, num_experts: int, order: ThreadOrder = "ascendi
     """
     _check(index, num_experts)
     flat = index.reshape(-1)
-    tile = _tile(flat.numel())
-    blocks = max(1, -(-flat.numel() // tile))
-    tiles = torch.empty(blocks, num_experts + 1, dtype=torch.int32, device=index.device)
-    counts = torch.empty(num_experts + 1, dtype=torch.int64, device=index.device)
+    tile, blocks = tile_of(flat.numel()), blocks_of(flat.numel())
+    tiles = torch.empty(blocks, num_experts + OTHER_BINS, dtype=torch.int32, device=index.device)
+    counts = torch.empty(num_experts + OTHER_BINS, dtype=torch.int64, device=index.device)
     args = (flat, tiles, counts, _finished(index.device), flat.numel(), tile, num_experts)
-    run(Launch("sort", "count", blocks, (THREADS, 1), 4 * (num_experts + 2), args), index.device, order)
-    return ExpertCounts(counts, tiles, tile)
+    run(Launch("sort", "count", blocks, (THREADS, 1), 4 * (num_experts + OTHER_BINS + 1), args), index.device, order)
+    return ExpertCounts(counts, tiles)
 
 
 def sort_copies(
@@ -120,14 +83,14 @@ def sort_copies(
     Returns:
         int64 `[M]`, the copy in each row, and int64 `[N]`, the row of each copy, -1 for copies without an expert.
     """
-    flat, num_experts = index.reshape(-1), counted.counts.numel() - 1
+    flat, num_experts = index.reshape(-1), counted.counts.numel() - OTHER_BINS
     in_order = torch.empty(rows, dtype=torch.int64, device=index.device)
     inverse = torch.empty(flat.numel(), dtype=torch.int64, device=index.device)
-    walkers = _walkers(num_experts)
-    shared = 4 * num_experts * (walkers + 1) + 2 * counted.tile
-    sizes = (flat.numel(), counted.tile, num_experts, rows, walkers)
+    walkers, tile = _walkers(num_experts), tile_of(flat.numel())
+    shared = 4 * num_experts * (walkers + 1) + 2 * tile
+    sizes = (flat.numel(), tile, num_experts, rows, walkers)
     args = (flat, counted.tiles, first, before, start, in_order, inverse, *sizes)
-    blocks = -(-flat.numel() // counted.tile)
+    blocks = -(-flat.numel() // tile)
     run(Launch("sort", "sort", blocks, (THREADS, 1), shared, args), index.device, order)
     return in_order, inverse
 
@@ -141,12 +104,17 @@ def _check(index: Tensor, num_experts: int) -> None:
         raise ValueError(f"index: {index.numel()} token copies on one device, must be fewer than 2**31")
 
 
-def _tile(copies: int) -> int:
+def tile_of(copies: int) -> int:
     """1024 to 8192 copies per tile: more tiles run in parallel, but each reads the counts of all before it."""
     tile = 1024
     while tile < 8192 and copies > _TILES * tile:
         tile *= 2
     return tile
+
+
+def blocks_of(copies: int) -> int:
+    """Number of tiles, at least one."""
+    return max(1, -(-copies // tile_of(copies)))
 
 
 def _walkers(num_experts: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from hecate.ops.kernels import cuda
+from hecate.ops.kernels.choice import Work, reason_against, wanted
 from hecate.ops.kernels.launch import Launch
 from hecate.ops.kernels.source import read
 
@@ -64,7 +64,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def forget() -> None:
     FakeModule.made.clear()
-    for cached in (cuda.missing, cuda._module, cuda._function, cuda._stream, cuda._say_once):
+    for cached in (cuda.missing, cuda._module, cuda._function, cuda._stream):
         cached.cache_clear()
 
 
@@ -91,20 +91,18 @@ def test_a_kernel_asks_for_more_shared_memory_than_every_kernel_may_have(device:
 
 
 def test_uses_the_kernels_where_it_can(device: ModuleType) -> None:
-    assert cuda.use_kernels("auto", DEVICE)
-    assert cuda.use_kernels("hecate", DEVICE)
-    assert not cuda.use_kernels("torch", DEVICE)
+    for choice in ("auto", "hecate", "torch"):
+        assert reason_against(choice, DEVICE) is None
+    assert [wanted(choice, DEVICE) for choice in ("auto", "hecate", "torch")] == [True, True, False]
 
 
 def test_on_the_cpu_torch_is_the_choice_unless_the_kernels_are_asked_for() -> None:
     cpu = torch.device("cpu")
-    assert [cuda.use_kernels(choice, cpu) for choice in ("auto", "hecate", "torch")] == [False, True, False]
+    assert [wanted(choice, cpu) for choice in ("auto", "hecate", "torch")] == [False, True, False]
 
 
 @pytest.mark.parametrize("lacks", ["device", "capability", "cupy", "compiler"])
-def test_one_line_says_what_is_missing(
-    lacks: str, device: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_line_says_what_is_missing(lacks: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: FakeModule) -> None:
         raise RuntimeError("CUDA_ERROR_OLD: the driver is too old\nmore lines")
 
@@ -122,10 +120,20 @@ def test_one_line_says_what_is_missing(
         "cupy": "CuPy cannot be imported (import of cupy halted; None in sys.modules)",
         "compiler": "CuPy 14 cannot compile or load a kernel (CUDA_ERROR_OLD: the driver is too old)",
     }[lacks]
-    with caplog.at_level(logging.WARNING):
-        assert not cuda.use_kernels("auto", DEVICE)
-        assert not cuda.use_kernels("auto", DEVICE)
-    assert caplog.messages == [f"Hecate's CUDA kernels are not used, PyTorch's operations are: {reason}"]
+    assert reason_against("auto", DEVICE) == reason
     with pytest.raises(RuntimeError) as error:
-        cuda.use_kernels("hecate", DEVICE)
+        reason_against("hecate", DEVICE)
     assert str(error.value) == f'kernels="hecate": {reason}; use kernels="auto" or kernels="torch" to run without them'
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        (Work("moe", 8, (torch.float64, torch.float64)), "moe has weights in torch.float64"),
+        (Work("moe", 8, (torch.float32, torch.float64)), "moe computes in torch.float64"),
+        (Work("moe", 5000, (torch.float32, torch.bfloat16)), "moe has 5000 experts, they sort at most 4096"),
+    ],
+)
+def test_work_that_no_kernel_does(work: Work, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        reason_against("hecate", torch.device("cpu"), [Work("first", 4, (torch.float32,) * 2), work])

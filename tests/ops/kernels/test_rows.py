@@ -115,17 +115,9 @@ def test_combine_backward(width: int, source: torch.dtype, target: torch.dtype, 
 
     results = [combine_backward(grad, x, inverse, weights, order=order) for order in ORDERS]
     for grad_rows, grad_weights in results:
-        assert grad_rows is not None
-        assert grad_weights is not None
         same_bits(grad_rows, expected_rows)
         same_bits(grad_weights, results[0][1])  # whatever the order of threads
         torch.testing.assert_close(grad_weights.double(), expected_weights.view(tokens, top_k), rtol=1e-5, atol=2e-3)
-    only_rows, none = combine_backward(grad, x, inverse, weights, want=(True, False))
-    assert none is None
-    same_bits(only_rows, expected_rows)
-    none, only_weights = combine_backward(grad, x, inverse, weights, want=(False, True))
-    assert none is None
-    same_bits(only_weights, results[0][1])
 
 
 @orders

@@ -57,11 +57,12 @@ def test_no_rows() -> None:
 
 
 @orders
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_accumulate_adds_as_the_collectives_do(dtype: torch.dtype, overwrite: bool, order: ThreadOrder) -> None:
-    topology, scale = Topology(8, 2), 0.3
-    kinds = kinds_of(4, torch.float32)
+    double = dtype == torch.float64
+    topology, scale = Topology(8, 2), 0.5 if double else 0.3
+    kinds = kinds_of(4, torch.float64 if double else torch.float32)
     contributions, expected = [], [k.rows.clone() for k in kinds]
     for row, ranks in ((2, (0, 1, 2, 5, 6, 7)), (0, (3,)), (3, (1, 4))):
         rows = {rank: matrix(1, chunk_numel(kinds), dtype, seed=100 * row + rank)[0] for rank in ranks}
@@ -71,15 +72,18 @@ def test_accumulate_adds_as_the_collectives_do(dtype: torch.dtype, overwrite: bo
             part = total[k.offset : k.offset + k.rows.shape[1]]
             # One rounding of grad + scale * sum, as a fused multiply-add gives; float64 holds the product exactly.
             before = torch.zeros_like(into[row]) if overwrite else into[row]
-            into[row] = fused(torch.tensor(scale, dtype=torch.float32), part, before)
-    accumulate_rows(kinds, contributions, scale, overwrite, order)
+            into[row] = fused(torch.tensor(scale, dtype=torch.float32), part, before).to(into.dtype)
+    accumulate_rows(kinds, contributions, scale, overwrite, order, blocks=None if overwrite else 3)
     for k, wanted in zip(kinds, expected, strict=True):
         same_bits(k.rows, wanted)
 
 
 def fused(scale: Tensor, x: Tensor, add: Tensor) -> Tensor:
-    """Scale * x + add with one rounding, but for double rounding in rare ties, which these seeds do not have."""
-    return (scale.double() * x.double() + add.double()).float()
+    """Scale * x + add with one rounding, but for double rounding in rare ties, which these seeds do not have.
+
+    In float64 the product is exact only for powers of two.
+    """
+    return (scale.double() * x.double() + add.double()).to(x.dtype)
 
 
 def test_without_scale_the_bits_are_those_of_the_pools_sum() -> None:
@@ -88,6 +92,12 @@ def test_without_scale_the_bits_are_those_of_the_pools_sum() -> None:
     expected = kinds[0].rows[0].clone().add_(ordered_sum(rows, topology)[:1000], alpha=1.0)
     accumulate_rows(kinds, [Contributions(0, list(rows.values()), [0] * 4)])
     same_bits(kinds[0].rows[0], expected)
+
+
+def test_a_single_contribution_keeps_the_sign_of_zero() -> None:
+    rows = torch.ones(1, 7)
+    accumulate_rows([KindRows(rows, 0)], [Contributions(0, [torch.full((7,), -0.0)], [0])], overwrite=True)
+    assert torch.signbit(rows).all()
 
 
 def test_bad_input_is_named() -> None:
@@ -100,6 +110,8 @@ def test_bad_input_is_named() -> None:
         accumulate_rows(kinds_of(2, torch.bfloat16), [Contributions(1, [chunk], [0])])
     with pytest.raises(TypeError, match=r"pack_rows: dtype torch.float64; the kernels compute in"):
         pack_rows(kinds, torch.zeros(2, 56_432, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"rows are torch.float32, must be torch.float64"):
+        accumulate_rows(kinds, [Contributions(1, [chunk.double()], [0])])
 
 
 def test_every_order_of_threads_is_tried() -> None:

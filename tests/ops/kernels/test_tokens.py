@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hecate._native import sort_tables
 from hecate.ops.kernels.launch import ThreadOrder
-from hecate.ops.kernels.tokens import Pairs, count_experts, sort_copies
+from hecate.ops.kernels.tokens import count_experts, sort_copies
 from hecate.ops.permute import invert
 from hecate.placement import Placement, Topology
 from hecate.planning.quota import exact_quota
@@ -48,13 +49,13 @@ def test_counts(tokens: int, top_k: int, experts: int, order: ThreadOrder) -> No
     flat = index.flatten()
     for _ in range(2):  # the second finds what the first left of the counter of finished blocks
         counts = count_experts(index, experts, order).counts
-        assert counts[:-1].tolist() == torch.bincount(flat[flat >= 0], minlength=experts).tolist()
-        assert counts[-1] == 0
+        assert counts[:-2].tolist() == torch.bincount(flat[flat >= 0], minlength=experts).tolist()
+        assert counts[-2:].tolist() == [0, (flat < 0).sum()]
 
 
 def test_numbers_that_are_no_expert_are_counted_apart() -> None:
     index = torch.tensor([[0, 3], [-1, -2], [2, 2**40]])
-    assert count_experts(index, 3).counts.tolist() == [1, 0, 1, 3]
+    assert count_experts(index, 3).counts.tolist() == [1, 0, 1, 3, 1]
 
 
 @orders
@@ -90,15 +91,18 @@ def test_order_is_that_of_the_dispatch() -> None:
     placement = Placement.even(16, 4) | Placement(rng.random((16, 4)) < 0.3)
     counts = rng.integers(0, 200, (4, 16))
     counts[rank] = np.bincount(index.flatten(), minlength=16)
-    share = exact_quota(counts, placement, Topology(4, 2))[rank]
+    quota = exact_quota(counts, placement, Topology(4, 2))
+    share = quota[rank]
     expert, holder = np.nonzero(placement.matrix)
     by_expert = torch.argsort(index.flatten(), stable=True)
     blocks = by_expert.split(share.tolist())
     expected = torch.cat([blocks[pair] for pair in np.lexsort((expert, holder))])
 
-    pairs = Pairs.of(placement, torch.device("cpu"))
-    offsets = pairs.offsets(torch.from_numpy(share))
-    order, inverse = sort_copies(index, count_experts(index, 16), pairs.first, *offsets, rows=index.numel())
+    held, pairs = placement.held_by(rank).tolist(), np.stack([expert, holder], axis=1)
+    table, sent, _, _ = sort_tables(pairs, quota, rank, held, 16)
+    first, before, start = torch.from_numpy(table[: 17 + 2 * len(pairs)]).split([17, len(pairs), len(pairs)])
+    assert sum(sent) == index.numel()
+    order, inverse = sort_copies(index, count_experts(index, 16), first, before, start, rows=index.numel())
     assert order.tolist() == expected.tolist()
     assert inverse.tolist() == invert(expected).tolist()
 
