@@ -23,7 +23,8 @@ class CostModel:
         message_ns: fixed cost of one message in nanoseconds.
         flops: floating-point operations per second that matrix products reach on one device.
         hidden_permille: share of the non-MoE time with which copies can overlap, in 1/1000. 0: no overlap (on CPU the
-            same cores compute and copy), so every copy must save more time than it costs.
+            same cores compute and copy), so every copy must save more time than it costs. Below 500 the policy
+            "balanced" makes no copies early, because it needs fewer of them once loads are known.
     """
 
     intra_node_bandwidth: int = 300_000_000_000
@@ -53,11 +54,21 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Read a profile: a JSON object with exactly the attributes above."""
-        values = json.loads(Path(path).read_text())
+        """Read a JSON object with exactly the attributes above, or a profile of `hecate.sim.measure`, which has one.
+
+        Raises:
+            ValueError: it is no JSON object, or a key is missing, unknown or out of range.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"cost profile {path}: not JSON ({error})") from error
+        if isinstance(values, dict) and isinstance(values.get("cost"), dict):
+            values = values["cost"]
         names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"cost profile {path}: keys {sorted(values)}, must be exactly {sorted(names)}")
+        if not isinstance(values, dict) or set(values) != names:
+            keys = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"cost profile {path}: keys {keys}, must be exactly {sorted(names)}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -98,10 +109,18 @@ class LayerCost:
         """Nanoseconds of forward non-MoE work that can overlap with copies, for `tokens` tokens on each device."""
         return self.model.compute_ns(self.dense_token_flops * tokens) * self.model.hidden_permille // 1000
 
-    def overlap_degree(self, tokens: int, crosses_node: bool) -> int:
-        """The paper's t: experts whose copies overlap fully, `T_nonMoE * bw / expert_bytes` (Algorithm 1)."""
+    def overlap_degree(self, tokens: int, crosses_node: bool, links: int = 1) -> int:
+        """The paper's t: experts whose copies overlap fully, `T_nonMoE * bw / expert_bytes` (Algorithm 1).
+
+        With `links`, those that as many devices together can send.
+        """
         bandwidth = self.model.inter_node_bandwidth if crosses_node else self.model.intra_node_bandwidth
-        return self.hidden_ns(tokens) * bandwidth // (self.expert_bytes * 1_000_000_000)
+        return self.hidden_ns(tokens) * bandwidth * links // (self.expert_bytes * 1_000_000_000)
+
+    @property
+    def copy_tokens(self) -> int:
+        """Tokens whose way to another device and back, forward and backward, takes as many bytes as a copy's."""
+        return -(-(self.expert_bytes + self.gradient_bytes) // (4 * self.token_bytes))
 
     def token_ns(self, tokens: int) -> int:
         """Nanoseconds of expert compute, forward and backward, for `tokens` (token, expert) pairs on one device."""

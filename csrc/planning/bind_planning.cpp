@@ -84,6 +84,7 @@ bool within(const Counts& counts, const Holding& placement, std::int64_t ppm) {
 }
 
 using Vector = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Pairs = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // expert, device
 using Levels = nb::ndarray<const std::int64_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 template <typename T>
@@ -166,15 +167,17 @@ Out holder_loads_array(const Vector& loads, const Holding& placement) {
   return vector_array(amounts, {amounts.size()});
 }
 
-Out robust_copies_array(const Levels& levels, const Vector& owners, const Vector& in, const Vector& out,
-                 const Holding& allowed, int trials) {
+Out robust_copies_array(const Levels& levels, const Vector& owners, const Pairs& given, const Vector& in,
+                        const Vector& out, const Holding& allowed, int trials) {
   std::vector<Pair> copies;
   {
     nb::gil_scoped_release release;
     const Guesses guesses{levels.data(), static_cast<int>(levels.shape(0)), static_cast<int>(levels.shape(1)),
                           static_cast<int>(levels.shape(2))};
     const std::vector<int> owner_of(owners.data(), owners.data() + owners.shape(0));
-    copies = robust_copies(guesses, owner_of, limits_of(in, out, allowed.data()), trials);
+    std::vector<Pair> held;
+    for (std::size_t p = 0; p < given.shape(0); ++p) held.emplace_back(given(p, 0), given(p, 1));
+    copies = robust_copies(guesses, owner_of, held, limits_of(in, out, allowed.data()), trials);
   }
   return pairs_array(copies);
 }
@@ -207,8 +210,8 @@ void bind_planning(nb::module_& m) {
   m.def("lower_bound", &lower_bound_of, nb::arg("loads"), nb::arg("owners"), nb::arg("slots"));
   m.def("min_max_loads", &min_max_array, nb::arg("loads"), nb::arg("placement"));
   m.def("holder_loads", &holder_loads_array, nb::arg("loads"), nb::arg("placement"));
-  m.def("robust_copies", &robust_copies_array, nb::arg("levels"), nb::arg("owners"), nb::arg("limit_in"), nb::arg("limit_out"),
-        nb::arg("allowed"), nb::arg("trials"));
+  m.def("robust_copies", &robust_copies_array, nb::arg("levels"), nb::arg("owners"), nb::arg("given"), nb::arg("limit_in"),
+        nb::arg("limit_out"), nb::arg("allowed"), nb::arg("trials"));
   m.def("few_copies", &few_copies_array, nb::arg("loads"), nb::arg("placement"), nb::arg("devices_per_node"), nb::arg("target"),
         nb::arg("limit_in"), nb::arg("limit_out"), nb::arg("node_in"), nb::arg("node_out"), nb::arg("order"));
 }

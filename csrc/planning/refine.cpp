@@ -25,8 +25,8 @@ class Random {
 
 class Search {
  public:
-  Search(Ensemble& ensemble, Holding& holding, const Limits& limits)
-      : ensemble_(ensemble), holding_(holding), limits_(limits), copies_(holding.pairs() - holding.experts()),
+  Search(Ensemble& ensemble, Holding& holding, int fixed, const Limits& limits)
+      : ensemble_(ensemble), holding_(holding), limits_(limits), fixed_(fixed), copies_(holding.pairs() - fixed),
         largest_(ensemble.guesses.size()), saved_(ensemble.guesses.size()) {
     sends_limited_ = *std::min_element(limits.out.begin(), limits.out.end()) < copies_;
   }
@@ -41,7 +41,7 @@ class Search {
     for (int proposals = kProposals * trials; trials > 0 && proposals > 0 && weigh(); --proposals) {
       const std::int64_t pick = random_.below(below_.back());
       const int expert = static_cast<int>(std::upper_bound(below_.begin(), below_.end(), pick) - below_.begin());
-      const int pair = holding_.experts() + static_cast<int>(random_.below(copies_));
+      const int pair = fixed_ + static_cast<int>(random_.below(copies_));
       if (!helps(expert, holding_.device_of[pair]) || !fits(pair, expert)) continue;
       --trials;
       try_expert(pair, expert);
@@ -96,7 +96,7 @@ class Search {
     Holding made(holding_.experts(), holding_.devices(), holding_.pairs());
     for (int p = 0; p < holding_.pairs(); ++p) {
       const int e = p == pair ? expert : holding_.expert_of[p];
-      if (p >= holding_.experts()) {
+      if (p >= fixed_) {
         if (!left.can_send(made, e)) return false;
         left.take(made, e, holding_.device_of[p]);
       }
@@ -148,7 +148,7 @@ class Search {
   Ensemble& ensemble_;
   Holding& holding_;
   const Limits& limits_;
-  const int copies_;
+  const int fixed_, copies_;
   bool sends_limited_, changed_ = true;
   Random random_;
   std::vector<std::int64_t> largest_;  // per guess: its smallest achievable largest load
@@ -160,8 +160,8 @@ class Search {
 
 }  // namespace
 
-void refine(Ensemble& ensemble, Holding& holding, const Limits& limits, int trials) {
-  if (holding.pairs() > holding.experts()) Search(ensemble, holding, limits).run(trials);
+void refine(Ensemble& ensemble, Holding& holding, int fixed, const Limits& limits, int trials) {
+  if (holding.pairs() > fixed) Search(ensemble, holding, fixed, limits).run(trials);
 }
 
 }  // namespace hecate

@@ -7,8 +7,8 @@
 namespace hecate {
 
 // Gives slots of copies to other experts as long as that lowers the sum, over the guesses of `ensemble`, of their
-// largest device loads; at most `trials` changes are tried. Copies are the pairs after the owners'. `limits` are those
-// before any copy was made.
-void refine(Ensemble& ensemble, Holding& holding, const Limits& limits, int trials);
+// largest device loads; at most `trials` changes are tried. The first `fixed` pairs, the owners' among them, stay as they
+// are. `limits` are those before any other copy was made.
+void refine(Ensemble& ensemble, Holding& holding, int fixed, const Limits& limits, int trials);
 
 }  // namespace hecate

@@ -21,8 +21,8 @@ constexpr int kFewerTrials = 32, kLeastTrials = 4;
 // Adds copies that take most load from overloaded devices.
 class Filling {
  public:
-  Filling(const Guesses& guesses, Holding& holding, const Limits& limits, std::int64_t slots)
-      : holding_(holding), limits_(limits), slots_(slots), full_(holding.experts(), 0) {
+  Filling(const Guesses& guesses, Holding& holding, int fixed, const Limits& limits, std::int64_t slots)
+      : holding_(holding), fixed_(fixed), limits_(limits), slots_(slots), full_(holding.experts(), 0) {
     for (int level = 0; level < guesses.levels; ++level) ensembles_.emplace_back(guesses, level, holding);
   }
 
@@ -40,7 +40,7 @@ class Filling {
     for (Ensemble& ensemble : ensembles_) {
       if (trials < kLeastTrials) return;
       const std::vector<int> before = holding_.expert_of;
-      refine(ensemble, holding_, limits, trials);
+      refine(ensemble, holding_, fixed_, limits, trials);
       trials /= kFewerTrials;
       for (Ensemble& other : ensembles_)
         if (&other != &ensemble) other.follow(holding_, before);
@@ -95,6 +95,7 @@ class Filling {
   }
 
   Holding& holding_;
+  const int fixed_;            // pairs that stay
   Limits limits_;              // what is left of them
   const std::int64_t slots_;  // devices times memory slots
   std::vector<Ensemble> ensembles_;
@@ -103,35 +104,42 @@ class Filling {
   std::vector<char> full_;  // per expert: whether no device can take a copy any more
 };
 
-Holders single_holders(const std::vector<int>& owners) {
+// The pairs of `holding`, by ascending expert.
+Holders holders_of(const Holding& holding) {
   Holders holders;
-  holders.device = owners;
-  holders.expert.resize(owners.size());
-  holders.first.resize(owners.size() + 1);
-  std::iota(holders.expert.begin(), holders.expert.end(), 0);
-  std::iota(holders.first.begin(), holders.first.end(), 0);
+  for (int e = 0; e < holding.experts(); ++e) {
+    holders.first.push_back(static_cast<int>(holders.expert.size()));
+    for (int p = holding.first_of_expert(e); p >= 0; p = holding.next_of_expert(p)) {
+      holders.expert.push_back(e);
+      holders.device.push_back(holding.device_of[p]);
+    }
+  }
+  holders.first.push_back(static_cast<int>(holders.expert.size()));
   return holders;
 }
 
 }  // namespace
 
-std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& owners, const Limits& limits, int trials) {
+std::vector<Pair> robust_copies(const Guesses& guesses, const std::vector<int>& owners, const std::vector<Pair>& given,
+                                const Limits& limits, int trials) {
   const int experts = guesses.experts, devices = static_cast<int>(limits.in.size());
   Holding holding(experts, devices, experts + 2 * devices);
   for (int e = 0; e < experts; ++e) holding.add_pair(e, owners[e]);
+  for (const auto& [expert, device] : given) holding.add_pair(expert, device);
+  const int fixed = holding.pairs();
   const Tokens loads(guesses.of(0, 0), guesses.of(0, 0) + experts);
   const std::int64_t mean = ceil_div(std::accumulate(loads.begin(), loads.end(), std::int64_t{0}), devices);
   Limits left = limits;
-  for (const auto& [expert, device] : few_copies(loads, single_holders(owners), {devices, experts, devices}, mean, limits,
+  for (const auto& [expert, device] : few_copies(loads, holders_of(holding), {devices, experts, devices}, mean, limits,
                                                  nullptr, Order::kFlat, Effort::kGreedy)) {
     left.take(holding, expert, device);
     holding.add_pair(expert, device);
   }
-  Filling filling(guesses, holding, left, std::accumulate(limits.in.begin(), limits.in.end(), std::int64_t{0}));
+  Filling filling(guesses, holding, fixed, left, std::accumulate(limits.in.begin(), limits.in.end(), std::int64_t{0}));
   filling.run();
   filling.refine_all(limits, trials);
   std::vector<Pair> copies;
-  for (int p = experts; p < holding.pairs(); ++p) copies.emplace_back(holding.expert_of[p], holding.device_of[p]);
+  for (int p = fixed; p < holding.pairs(); ++p) copies.emplace_back(holding.expert_of[p], holding.device_of[p]);
   return copies;
 }
 

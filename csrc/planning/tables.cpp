@@ -26,7 +26,7 @@ Departures departures(const Traffic& traffic, int rank) {
   // Counting sort of the pairs by device; it keeps the order of the experts.
   std::vector<int> first(traffic.devices + 1, 0), by_device(traffic.pairs);
   std::vector<std::int64_t> start(traffic.pairs);
-  Departures out{{}, std::vector<std::int64_t>(traffic.devices, 0)};
+  Departures out{{}, std::vector<std::int64_t>(traffic.devices, 0), std::vector<std::int64_t>(traffic.pairs)};
   std::int64_t at = 0;
   for (int p = 0; p < traffic.pairs; ++p) {
     ++first[device_of(traffic, p) + 1];
@@ -37,7 +37,10 @@ Departures departures(const Traffic& traffic, int rank) {
   for (int d = 0; d < traffic.devices; ++d) first[d + 1] += first[d];
   for (int p = 0; p < traffic.pairs; ++p) by_device[first[device_of(traffic, p)]++] = p;
   at = 0;
-  for (int p : by_device) append(out.blocks, start[p], to_pair[p], at);
+  for (int p : by_device) {
+    out.start[p] = at;
+    append(out.blocks, start[p], to_pair[p], at);
+  }
   return out;
 }
 

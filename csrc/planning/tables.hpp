@@ -22,6 +22,7 @@ struct Blocks {
 struct Departures {
   Blocks blocks;                   // from rows by (expert, device) to rows by (device, expert)
   std::vector<std::int64_t> sent;  // rows to each device
+  std::vector<std::int64_t> start;  // first row of each pair, sorted by (device, expert)
 };
 
 struct Arrivals {

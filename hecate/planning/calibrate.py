@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate._native import few_copies as native_few_copies
-from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
 from hecate.planning.plan import with_copies
 
-__all__ = ["added", "copies_ns", "few_copies", "parts_per_million", "target_load", "tokens_ns"]
+__all__ = ["few_copies", "parts_per_million", "target_load"]
 
 Int64 = NDArray[np.int64]
 
@@ -57,33 +56,3 @@ def few_copies(
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
     copies = native_few_copies(loads, placement.matrix, topology.devices_per_node, target, *sides, order)
     return with_copies(placement, copies)
-
-
-def copies_ns(cost: LayerCost, copies: Int64, owners: Int64, topology: Topology) -> int:
-    """Nanoseconds to fetch `copies`, int64 `[copies, 2]`, and to return their gradients, with no overlap.
-
-    This is the time of the busiest device if owners send every copy themselves; a route that relays is faster.
-    """
-    cross = copies[:, 1] // topology.devices_per_node != owners[copies[:, 0]] // topology.devices_per_node
-    price = {
-        crosses: cost.model.transfer_ns(cost.expert_bytes, crosses)
-        + cost.model.transfer_ns(cost.gradient_bytes, crosses)
-        for crosses in (False, True)
-    }
-    each = np.where(cross, price[True], price[False])
-    busy = np.zeros((2, topology.num_devices), dtype=np.int64)
-    np.add.at(busy[0], owners[copies[:, 0]], each)
-    np.add.at(busy[1], copies[:, 1], each)
-    return int(busy.max())
-
-
-def tokens_ns(cost: LayerCost, tokens: int, topology: Topology) -> int:
-    """Nanoseconds that a device needs for `tokens` (token, expert) pairs: compute, dispatch, combine and backward."""
-    crosses = topology.num_nodes > 1
-    travel = cost.model.transfer_ns(4 * tokens * cost.token_bytes, crosses) - cost.model.transfer_ns(0, crosses)
-    return cost.token_ns(tokens) + travel
-
-
-def added(placement: Placement, start: Placement) -> Int64:
-    """Int64 `[copies, 2]` (expert, device): the pairs of `placement` that are not in `start`."""
-    return np.argwhere((placement - start).matrix).astype(np.int64, copy=False)

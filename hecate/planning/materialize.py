@@ -10,9 +10,9 @@ from hecate._native import sparse_materialization as native_sparse_materializati
 from hecate.loads.predict import Predictor, guesses
 from hecate.placement import Placement, Topology
 from hecate.planning.limits import CopyLimits
-from hecate.planning.plan import with_copies
+from hecate.planning.plan import added, with_copies
 
-__all__ = ["robust_copies", "sparse_materialization"]
+__all__ = ["copies_for", "robust_copies", "sparse_materialization"]
 
 Int64 = NDArray[np.int64]
 
@@ -44,6 +44,7 @@ def robust_copies(
     topology: Topology,
     limits: CopyLimits,
     *,
+    start: Placement | None = None,
     predictor: Predictor = "recent",
 ) -> Placement:
     """Copies that keep the imbalance small although loads drift and jump. Fills the slots rather than saving copies.
@@ -52,36 +53,55 @@ def robust_copies(
         history: int64 `[steps, num_devices, num_experts]`, oldest first; without steps nothing is copied.
         owners: int64 `[num_experts]`, the device that owns each expert.
         topology: which devices share a node.
-        limits: how many copies may enter and leave each device and node.
+        limits: how many further copies may enter and leave each device and node.
+        start: owners, and copies that stay; None means owners only.
         predictor: see `loads.predict`.
 
     Many guesses of the next loads are balanced together: each copy is placed where it takes most load from overloaded
     devices, over all guesses, until the slots are full. If node crossings are limited, nodes are planned first: which
     experts enter which node, then which devices of the node hold them.
     """
-    start = Placement.from_owners(owners, topology.num_devices)
     if not len(history):
+        return start or Placement.from_owners(owners, topology.num_devices)
+    return copies_for(guesses(history, predictor), owners, topology, limits, start)
+
+
+def copies_for(
+    levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits, start: Placement | None = None
+) -> Placement:
+    """`robust_copies` for guesses that are there already: `levels`, int64 `[levels, guesses, num_experts]`."""
+    start = start or Placement.from_owners(owners, topology.num_devices)
+    if not limits.device_in.any():
         return start
-    levels = guesses(history, predictor)
     allowed = np.ones_like(start.matrix)
     if limits.by_node:
-        allowed = np.repeat(_node_entries(levels, owners, topology, limits), topology.devices_per_node, axis=1)
-    trials = _trials(topology.num_devices)
-    copies = native_robust_copies(levels, owners, limits.device_in, limits.device_out, allowed, trials)
-    return with_copies(start, copies)
+        allowed = np.repeat(_node_entries(levels, owners, topology, limits, start), topology.devices_per_node, axis=1)
+    return _with_robust(start, levels, owners, limits.device_in, limits.device_out, allowed)
 
 
-def _node_entries(levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits) -> NDArray[np.bool_]:
-    """Bool `[num_experts, num_nodes]`: whether the node owns the expert or a copy of it may enter the node."""
+def _node_entries(
+    levels: Int64, owners: Int64, topology: Topology, limits: CopyLimits, start: Placement
+) -> NDArray[np.bool_]:
+    """Bool `[num_experts, num_nodes]`: whether the node holds the expert, or a copy of it may enter the node."""
+    home = Placement(start.matrix.reshape(len(owners), topology.num_nodes, -1).any(axis=2))
     node_owners = owners // topology.devices_per_node
-    home = Placement.from_owners(node_owners, topology.num_nodes)
-    trials = _trials(topology.num_nodes)
-    entries = native_robust_copies(
-        levels, node_owners, limits.node_in, limits.node_out, np.ones_like(home.matrix), trials
-    )
-    return with_copies(home, entries).matrix
+    everywhere = np.ones_like(home.matrix)
+    return _with_robust(home, levels, node_owners, limits.node_in, limits.node_out, everywhere).matrix
 
 
-def _trials(num_devices: int) -> int:
-    """Number of trials of the local search: fewer with many devices, because each trial then takes longer."""
-    return max(20, min(500, 32_000 // num_devices))
+def _with_robust(
+    start: Placement, levels: Int64, owners: Int64, most_in: Int64, most_out: Int64, allowed: NDArray[np.bool_]
+) -> Placement:
+    """`start` with robust copies; limits and `allowed`, bool `[num_experts, num_devices]`, concern further ones."""
+    given = added(start, Placement.from_owners(owners, start.num_devices))
+    trials = _trials(start.num_devices, int(np.minimum(most_in, len(owners)).sum()), len(given))
+    return with_copies(start, native_robust_copies(levels, owners, given, most_in, most_out, allowed, trials))
+
+
+def _trials(num_devices: int, free: int, given: int) -> int:
+    """Number of trials of the local search, for `free` slots beside `given` copies that stay.
+
+    Fewer with many devices, because each trial then takes longer, and fewer if there are few copies to move.
+    """
+    most = min(500, 32_000 // num_devices) * free // max(1, free + given)
+    return max(20, min(most, 32 * free))

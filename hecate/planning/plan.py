@@ -14,9 +14,26 @@ from hecate._native import holders as native_holders
 from hecate._native import plan_fault, plan_sums
 from hecate.placement import Placement, Topology
 
-__all__ = ["Plan", "with_copies"]
+__all__ = ["Calibration", "Plan", "added", "copies_on", "with_copies"]
 
 Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a policy decided after the gate, and why.
+
+    Attributes:
+        before: the placement that was gathered before.
+        placement: `before`, or it with further copies.
+        saved_ns, price_ns: nanoseconds that further copies save and cost by the cost model, whether they were made or
+            not; None if none were weighed.
+    """
+
+    before: Placement
+    placement: Placement
+    saved_ns: int | None = None
+    price_ns: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +49,7 @@ class Plan:
         expert_bytes: size of one expert, used by `bytes`.
         lower_bound: no plan within the given slots has a smaller max/mean device load than this; 1.0 if it was not
             computed.
+        calibration: what was decided after the gate; None if nothing was. It explains the plan and changes nothing.
     """
 
     placement: Placement
@@ -41,6 +59,7 @@ class Plan:
     quota: Int64
     expert_bytes: int = 1
     lower_bound: float = 1.0
+    calibration: Calibration | None = None
 
     @classmethod
     def build(
@@ -89,6 +108,11 @@ class Plan:
         return len(self.holders) - self.placement.num_experts
 
     @property
+    def copied(self) -> Int64:
+        """`[copies, 2]`, the (expert, device) pairs in which the device is not the owner, in ascending order."""
+        return self.holders[self.owners[self.holders[:, 0]] != self.holders[:, 1]]
+
+    @property
     def crossings(self) -> int:
         """Number of (expert, node) pairs in which the node holds a copy but not the owner."""
         return self._sums[1]
@@ -135,3 +159,13 @@ def with_copies(placement: Placement, copies: Int64 | Sequence[tuple[int, int]])
     matrix = placement.matrix.copy()
     matrix[pairs[:, 0], pairs[:, 1]] = True
     return Placement(matrix)
+
+
+def added(placement: Placement, start: Placement) -> Int64:
+    """Int64 `[copies, 2]` (expert, device): the pairs of `placement` that are not in `start`."""
+    return np.argwhere((placement - start).matrix).astype(np.int64, copy=False)
+
+
+def copies_on(placement: Placement, owners: Int64) -> Int64:
+    """Int64 `[num_devices]`: the copies that each device holds."""
+    return placement.matrix.sum(axis=0) - np.bincount(owners, minlength=placement.num_devices)

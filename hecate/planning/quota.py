@@ -11,7 +11,16 @@ from hecate._native import min_max_loads as native_min_max_loads
 from hecate.loads.counts import check_counts
 from hecate.placement import Placement, Topology
 
-__all__ = ["balanced", "even_pairs", "even_quota", "exact_pairs", "exact_quota", "holder_loads", "min_max_loads"]
+__all__ = [
+    "balanced",
+    "even_pairs",
+    "even_quota",
+    "exact_pairs",
+    "exact_quota",
+    "holder_loads",
+    "min_max_loads",
+    "sent_rows",
+]
 
 Int64 = NDArray[np.int64]
 
@@ -62,6 +71,18 @@ def exact_pairs(counts: Int64, placement: Placement, topology: Topology) -> tupl
 def even_pairs(counts: Int64, placement: Placement, topology: Topology) -> tuple[Int64, Int64]:
     """The pairs of `placement`, int64 `[pairs, 2]`, and `even_quota` over them."""
     return even_assignment(counts, placement.matrix, topology.devices_per_node)
+
+
+def sent_rows(holders: Int64, quota: Int64, num_devices: int) -> Int64:
+    """Int64 `[source, destination]`: token rows that each device sends to each, itself included.
+
+    `holders`, int64 `[pairs, 2]`, are the (expert, device) pairs of `quota`, int64 `[num_devices, pairs]`.
+    """
+    order = np.argsort(holders[:, 1], kind="stable")
+    present, starts = np.unique(holders[order, 1], return_index=True)
+    rows = np.zeros((num_devices, num_devices), dtype=np.int64)
+    rows[:, present] = np.add.reduceat(quota[:, order], starts, axis=1)
+    return rows
 
 
 def balanced(counts: Int64, placement: Placement, dial_ppm: int) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
+from hecate.cost import CostModel, LayerCost
 from hecate.placement import Placement, Topology, initial_owners
+from hecate.policies import LayerSetting
 
 Int64 = NDArray[np.int64]
 
@@ -26,6 +30,12 @@ def random_case(seed: int) -> tuple[Int64, Int64, Placement, Topology]:
     copies = rng.random((experts, devices)) < rng.choice([0.0, 0.15, 0.4, 1.0])
     placement = Placement(Placement.from_owners(owners, devices).matrix | copies)
     return counts.astype(np.int64), owners, placement, Topology(devices, per_node)
+
+
+def setting(topology: Topology, model: CostModel | None = None, **changes: Any) -> LayerSetting:
+    """A layer with 1 M parameters per expert and 2048 tokens per device."""
+    cost = LayerCost(model or CostModel(), 2**21, 2**21, 6 * 2**20, 2048, 2**24)
+    return replace(LayerSetting(topology, cost, 2, 1.02, "auto", "pays", 2048), **changes)
 
 
 def pair_loads(quota: Int64, placement: Placement) -> Int64:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.placement import Placement, Topology
-from hecate.planning.quota import even_quota, exact_quota, holder_loads, min_max_loads
+from hecate.planning.quota import even_quota, exact_quota, holder_loads, min_max_loads, sent_rows
 from tests.planning.oracles import (
     even_dispatch,
     locality,
@@ -102,3 +102,15 @@ def test_an_expert_without_holder_is_named() -> None:
 def test_another_topology_is_refused() -> None:
     with pytest.raises(ValueError, match="2 devices, topology 4"):
         even_quota(np.ones((2, 2), dtype=np.int64), Placement(np.eye(2)), Topology(4, 2))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sent_rows_are_the_sums_over_the_pairs_of_each_destination(seed: int) -> None:
+    counts, _, placement, topology = random_case(seed)
+    quota, holders = exact_quota(counts, placement, topology), np.argwhere(placement.matrix)
+    expected = np.zeros((topology.num_devices,) * 2, dtype=np.int64)
+    for pair, (_, device) in enumerate(holders):
+        expected[:, device] += quota[:, pair]
+    assert np.array_equal(sent_rows(holders, quota, topology.num_devices), expected)
+    # Devices without any pair receive nothing.
+    assert sent_rows(np.array([[0, 1]]), np.array([[5], [7], [0]]), 3).tolist() == [[0, 5, 0], [0, 7, 0], [0, 0, 0]]
