@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hecate.placement import Placement
-from hecate.planning.calibrate import added, copies_ns, few_copies, parts_per_million, target_load, tokens_ns
+from hecate.planning.calibrate import parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies
-from hecate.planning.plan import Plan
-from hecate.planning.quota import balanced, exact_pairs, min_max_loads
+from hecate.planning.nearby import NodeCopies
+from hecate.planning.plan import Calibration, Plan, added
+from hecate.planning.quota import exact_pairs, min_max_loads
 from hecate.planning.reshard import few_moves
-from hecate.policies.base import LayerSetting, finished, overlap_degree
+from hecate.planning.times import copies_ns, tokens_ns
+from hecate.policies.base import LayerSetting, fewest_copies, finished, node_entries, overlap_degree
+from hecate.policies.ep import ExpertParallel
 
-__all__ = ["Balanced"]
+__all__ = ["Balanced", "waits_for_the_gate"]
+
+HALF_HIDDEN = 500
+"""In 1/1000. Robust copies for unknown loads are about twice as many as the fewest for known ones, so making them early
+costs less time only if at least half of it is hidden."""
 
 Int64 = NDArray[np.int64]
 
 
-class Balanced:
+class Balanced(ExpertParallel):
     """Plans copies before the step, off the critical path, and assigns tokens exactly (docs/design.md, decision 6)."""
+
+    copies: ClassVar[bool] = True
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
         """As many robust copies as can be sent behind other work; if not even one can, as many as pay off.
 
-        If nothing at all is hidden, planning early gains nothing, so copies are left to `calibrate` (unless it is off):
-        once the true loads are known, fewer copies suffice.
+        If nothing is hidden, or little (`waits_for_the_gate`), planning early gains nothing, so copies are left to
+        `calibrate` (unless it is off): once the true loads are known, fewer copies suffice.
         """
+        start = Placement.from_owners(owners, layer.topology.num_devices)
+        if waits_for_the_gate(layer):
+            return start
         slots = min(layer.memory_slots, overlap_degree(layer, crosses_node=False))
         if slots:
-            foreign = overlap_degree(layer) * layer.topology.devices_per_node
-            return robust_copies(history, owners, layer.topology, CopyLimits.of(layer.topology, slots, foreign))
-        start = Placement.from_owners(owners, layer.topology.num_devices)
+            return self._hidden_copies(layer, history, owners, slots)
         if layer.calibrate and not layer.cost.hidden_ns(layer.tokens_per_device):
             return start
         candidates = [start]
@@ -44,22 +55,37 @@ class Balanced:
                 break  # no device used all of its slots, so more of them change nothing
         return max(candidates, key=lambda p: self._expected_gain(layer, history, owners, start, p))
 
+    @staticmethod
+    def _hidden_copies(layer: LayerSetting, history: Int64, owners: Int64, slots: int) -> Placement:
+        """Copies in up to `slots` slots per device; none if no past step needed any.
+
+        Other work hides them, but for those between nodes that keep enough tokens in a node to pay without that.
+        """
+        topology, start = layer.topology, Placement.from_owners(owners, layer.topology.num_devices)
+        if not len(history):
+            return start
+        loads, dial = history.sum(axis=1), parts_per_million(layer.max_imbalance)
+        targets = [target_load(total, topology.num_devices, dial) for total in loads.sum(axis=1).tolist()]
+        if topology.num_nodes > 1:
+            return NodeCopies(history, owners, topology, layer.cost, slots, node_entries(layer), targets[-1]).best()
+        if (min_max_loads(loads, start) <= targets).all():
+            return start
+        return robust_copies(history, owners, topology, CopyLimits.of(topology, slots))
+
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
         """The fewest further copies that reach `max_imbalance`, if they pay off by the cost model."""
-        dial = parts_per_million(layer.max_imbalance)
-        if not layer.calibrate or balanced(counts, placement, dial):
-            return placement
-        loads = counts.sum(axis=0)
-        devices = layer.topology.num_devices
-        target = target_load(int(loads.sum()), devices, dial)
-        used = placement.matrix.sum(axis=0) - np.bincount(owners, minlength=devices)
-        limits = CopyLimits.of(layer.topology, layer.memory_slots - used)
-        more = few_copies(loads, placement, layer.topology, limits, target=target, prefer="crossings")
+        return self.weigh(layer, counts, owners, placement).placement
+
+    def weigh(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Calibration:
+        """`calibrate`, with what the copies save and cost."""
+        more = fewest_copies(layer, counts, owners, placement, prefer="crossings")
         if more == placement or layer.calibrate == "always":
-            return more
-        saved = int(min_max_loads(loads[None], placement)[0] - min_max_loads(loads[None], more)[0])
+            return Calibration(placement, more)
+        loads = counts.sum(axis=0)
+        tokens = int(min_max_loads(loads[None], placement)[0] - min_max_loads(loads[None], more)[0])
         price = copies_ns(layer.cost, added(more, placement), owners, layer.topology)
-        return more if tokens_ns(layer.cost, saved, layer.topology) > price else placement
+        saved = tokens_ns(layer.cost, tokens, layer.topology)
+        return Calibration(placement, more if saved > price else placement, saved, price)
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """Plan with the quota of smallest maximum device load."""
@@ -81,3 +107,12 @@ class Balanced:
         saved = int((min_max_loads(loads, start) - min_max_loads(loads, placement)).sum()) // len(loads)
         price = copies_ns(layer.cost, added(placement, start), owners, layer.topology)
         return tokens_ns(layer.cost, saved, layer.topology) - price
+
+
+def waits_for_the_gate(layer: LayerSetting) -> bool:
+    """Whether no copies are made early: `calibrate` may make them, and the cost model hides less than half of a copy.
+
+    A configured overlap degree says what is hidden, instead of the cost model.
+    """
+    little = layer.overlap_degree == "auto" and layer.cost.model.hidden_permille < HALF_HIDDEN
+    return bool(layer.calibrate) and little

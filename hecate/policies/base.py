@@ -7,22 +7,26 @@ rank makes the same plan from the same counts. The engine calls it in this order
 2. `calibrate`, per layer and micro-batch, after the gate: further copies for the true counts.
 3. `assign`, right after that: which device computes which tokens.
 4. `reshard`, every `reshard_interval` steps, for all layers at once: new owners.
+5. `keep`, per layer, right after that and only if the policy `keeps` copies: those that stay until the next time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hecate.cost import LayerCost
 from hecate.placement import Placement, Topology
-from hecate.planning.plan import Plan
+from hecate.planning.calibrate import few_copies, parts_per_million, target_load
+from hecate.planning.limits import CopyLimits
+from hecate.planning.plan import Calibration, Plan, copies_on
+from hecate.planning.quota import balanced
 
-__all__ = ["LayerSetting", "Policy", "finished", "overlap_degree"]
+__all__ = ["LayerSetting", "Policy", "Weighing", "fewest_copies", "finished", "node_entries", "overlap_degree"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,16 @@ class LayerSetting:
 
 
 class Policy(Protocol):
-    """What the engine calls. Counts are int64 `[num_devices, num_experts]`, owners int64 `[num_experts]`."""
+    """What the engine calls. Counts are int64 `[num_devices, num_experts]`, owners int64 `[num_experts]`.
+
+    Attributes:
+        copies: whether the policy ever copies experts; if not, no memory is kept for copies.
+        keeps: whether its copies stay for many steps, with optimizer state of their own. They are trained like their
+            owners' rows. Such a policy makes no other copies, and owners do not change.
+    """
+
+    copies: ClassVar[bool]
+    keeps: ClassVar[bool]
 
     def materialize(self, layer: LayerSetting, history: NDArray[np.int64], owners: NDArray[np.int64]) -> Placement:
         """The placement to gather before the layer runs.
@@ -83,6 +96,25 @@ class Policy(Protocol):
         by the number of devices. A policy may return `owners` unchanged.
         """
 
+    def keep(
+        self, layer: LayerSetting, loads: NDArray[np.int64], owners: NDArray[np.int64], kept: Placement
+    ) -> Placement:
+        """The copies that stay from now on, with their owners.
+
+        `loads` is int64 `[num_experts]`, summed over devices and steps since the last time; `kept` are the present
+        ones. At most `memory_slots` pairs per device are no owners'. Only called if the policy `keeps` copies.
+        """
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A policy that copies after the gate only if it pays, and can say what it weighed."""
+
+    def weigh(
+        self, layer: LayerSetting, counts: NDArray[np.int64], owners: NDArray[np.int64], placement: Placement
+    ) -> Calibration:
+        """`calibrate`, with what the further copies save and cost. The engine calls it instead."""
+
 
 def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int:
     """The paper's t: as configured, or how many experts the cost model hides on the slower (or the given) link."""
@@ -90,6 +122,35 @@ def overlap_degree(layer: LayerSetting, crosses_node: bool | None = None) -> int
         return layer.overlap_degree
     crosses = layer.topology.num_nodes > 1 if crosses_node is None else crosses_node
     return layer.cost.overlap_degree(layer.tokens_per_device, crosses)
+
+
+def node_entries(layer: LayerSetting) -> int:
+    """Experts that may enter a node while other work hides them: all links of its devices together."""
+    devices = layer.topology.devices_per_node
+    if layer.overlap_degree != "auto":
+        return layer.overlap_degree * devices
+    return layer.cost.overlap_degree(layer.tokens_per_device, crosses_node=layer.topology.num_nodes > 1, links=devices)
+
+
+def fewest_copies(
+    layer: LayerSetting,
+    counts: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    placement: Placement,
+    *,
+    prefer: Literal["copies", "crossings"],
+) -> Placement:
+    """`placement` with the fewest further copies that bring the true loads within `max_imbalance`.
+
+    It is returned unchanged if they are within it already, or if `layer.calibrate` is False.
+    """
+    dial, devices = parts_per_million(layer.max_imbalance), layer.topology.num_devices
+    if not layer.calibrate or balanced(counts, placement, dial):
+        return placement
+    loads = counts.sum(axis=0)
+    target = target_load(int(loads.sum()), devices, dial)
+    limits = CopyLimits.of(layer.topology, layer.memory_slots - copies_on(placement, owners))
+    return few_copies(loads, placement, layer.topology, limits, target=target, prefer=prefer)
 
 
 def finished(

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hecate.loads.predict import predict
 from hecate.placement import Placement
-from hecate.planning.calibrate import added, copies_ns, tokens_ns
 from hecate.planning.materialize import sparse_materialization
-from hecate.planning.plan import Plan
+from hecate.planning.plan import Calibration, Plan, added, copies_on
 from hecate.planning.quota import even_pairs, even_quota
 from hecate.planning.reshard import heterogeneous_sharding
+from hecate.planning.times import copies_ns, tokens_ns
 from hecate.policies.base import LayerSetting, finished, overlap_degree
+from hecate.policies.ep import ExpertParallel
 
 __all__ = ["Hecate"]
 
 Int64 = NDArray[np.int64]
 
 
-class Hecate:
+class Hecate(ExpertParallel):
     """Follows section 4 of the paper without changes."""
+
+    copies: ClassVar[bool] = True
 
     def materialize(self, layer: LayerSetting, history: Int64, owners: Int64) -> Placement:
         """Algorithm 1, on the mean loads of the history window."""
@@ -32,15 +36,19 @@ class Hecate:
 
     def calibrate(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Placement:
         """Algorithm 1 again, on the true loads and the free memory slots, if that saves more time than it exposes."""
-        used = int((placement.matrix.sum(axis=0) - np.bincount(owners, minlength=placement.num_devices)).max())
-        slots = layer.memory_slots - used
+        return self.weigh(layer, counts, owners, placement).placement
+
+    def weigh(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Calibration:
+        """`calibrate`, with what the copies save and cost."""
+        slots = layer.memory_slots - int(copies_on(placement, owners).max())
         if not layer.calibrate or slots <= 0:
-            return placement
+            return Calibration(placement, placement)
         more = placement | self._algorithm_1(layer, counts.sum(axis=0), owners, placement.num_experts, slots)
         price = copies_ns(layer.cost, added(more, placement), owners, layer.topology)
-        saved = self._busiest(layer, counts, placement) - self._busiest(layer, counts, more)
-        pays = tokens_ns(layer.cost, max(0, saved), layer.topology) > price
-        return more if layer.calibrate == "always" or pays else placement
+        tokens = self._busiest(layer, counts, placement) - self._busiest(layer, counts, more)
+        saved = tokens_ns(layer.cost, max(0, tokens), layer.topology)
+        chosen = more if layer.calibrate == "always" or saved > price else placement
+        return Calibration(placement, chosen) if more == placement else Calibration(placement, chosen, saved, price)
 
     def assign(self, layer: LayerSetting, counts: Int64, owners: Int64, placement: Placement) -> Plan:
         """Tokens stay on their device, or are divided evenly over their node's holders, or over all (section 4.4)."""

@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 
 from hecate.config import PolicyName
-from hecate.cost import CostModel, LayerCost
+from hecate.cost import CostModel
 from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
-from hecate.policies import LayerSetting, get_policy
-from tests.planning.oracles import placed_counts
+from hecate.policies import get_policy
+from tests.planning.oracles import placed_counts, setting
 
 NAMES = get_args(PolicyName)
-
-
-def setting(topology: Topology, model: CostModel | None = None, **changes: Any) -> LayerSetting:
-    """A layer with 1 M parameters per expert and 2048 tokens per device."""
-    cost = LayerCost(model or CostModel(), 2**21, 2**21, 6 * 2**20, 2048, 2**24)
-    return replace(LayerSetting(topology, cost, 2, 1.02, "auto", "pays", 2048), **changes)
 
 
 @pytest.mark.parametrize("calibrate", ["pays", "always", False])
@@ -76,6 +70,22 @@ def test_where_nothing_is_hidden_copies_wait_for_the_gate_and_must_pay() -> None
         assert (policy.materialize(never, history, owners) - start).matrix.sum() == copies
     always = policy.calibrate(setting(topology, slow, calibrate="always"), counts, owners, start)
     assert policy.assign(setting(topology), counts, owners, always).imbalance <= 1.02
+
+
+@pytest.mark.parametrize("share", [0, 499, 500, 800])
+def test_copies_are_made_early_if_at_least_half_of_their_time_is_hidden(share: int) -> None:
+    topology, owners, policy = Topology(8, 4), initial_owners(32, 8), get_policy("balanced")
+    loads = synthetic_loads("drift", 8, 32, 512, 2, seed=3, steps=6)
+    layer = setting(topology, CostModel(flops=10**10, hidden_permille=share))
+    start = Placement.from_owners(owners, 8)
+    early = policy.materialize(layer, loads[:5], owners)
+    configured = policy.materialize(replace(layer, overlap_degree=2), loads[:5], owners)
+    without = policy.materialize(replace(layer, calibrate=False), loads[:5], owners)
+    fewest = policy.calibrate(layer, loads[5], owners, start)
+    copies = [int((placement - start).matrix.sum()) for placement in (early, configured, without, fewest)]
+    assert (copies[0] > 0) == (share >= 500)
+    assert min(copies[1:]) > 0
+    assert share < 500 or copies[3] < copies[0]
 
 
 def test_unknown_policies_are_named() -> None:
