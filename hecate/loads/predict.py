@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Predictor", "guesses", "predict"]
+__all__ = ["Predictor", "guesses", "predict", "predict_by_device"]
 
 Int64 = NDArray[np.int64]
 Predictor = Literal["window", "recent"]
@@ -26,14 +26,20 @@ def predict(history: Int64, predictor: Predictor = "window") -> Int64:
     return _mean(history.sum(axis=1), predictor)
 
 
+def predict_by_device(history: Int64, predictor: Predictor = "recent") -> Int64:
+    """Predicted counts of the next step, int64 `[num_devices, num_experts]`; arguments are those of `predict`."""
+    return _mean(history, predictor)
+
+
 def _mean(loads: Int64, predictor: Predictor) -> Int64:
+    """The mean over the steps, the first dimension."""
     if predictor == "window":
         weights = np.ones(len(loads), dtype=np.int64)
     elif predictor == "recent":
         weights = np.left_shift(1, np.arange(len(loads), dtype=np.int64))
     else:
         raise ValueError(f"predictor={predictor!r}: must be one of 'window', 'recent'")
-    return (weights[:, None] * loads).sum(axis=0) // weights.sum()
+    return np.tensordot(weights, loads, axes=1) // weights.sum()
 
 
 def guesses(history: Int64, predictor: Predictor = "recent") -> Int64:
