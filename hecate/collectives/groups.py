@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from hecate.collectives.on_host import RoutedOnHost
 from hecate.collectives.on_stream import RoutedOnStream
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.queue import HostQueue
 from hecate.collectives.route import Links
 from hecate.collectives.through_host import ThroughHost
@@ -44,9 +43,8 @@ _GROUPS: WeakKeyDictionary[dist.ProcessGroup, _GroupTransports] = WeakKeyDiction
 def transport_of(group: dist.ProcessGroup, device_type: str, topology: Topology, links: Links) -> Transport:
     """The transport of a process group; the same object for the same arguments. Not collective.
 
-    The backend that serves `device_type` in the group decides: over gloo the host follows routes, with
-    copies of rows in its memory if they are elsewhere; over NCCL a side
-    stream does, or, inside one node, every row is sent directly.
+    The backend that serves `device_type` in the group decides: over gloo the host follows routes, with copies of rows
+    in its memory if they are elsewhere; over NCCL a side stream does.
 
     Args:
         group: process group of the devices.
@@ -81,11 +79,10 @@ def _make(group: dist.ProcessGroup, device_type: str, topology: Topology, links:
     if (backend, device_type) == ("gloo", "cpu"):
         transport = RoutedOnHost(group, topology, links, queue)
     elif (backend, device_type) == ("nccl", "cuda"):
-        # Routes pay by crossing each node border once. Inside one node there is none, and plain sends are one group
-        # call. Neither has run on NCCL: rounds are held to the same bits over gloo, and their group calls to NCCL's
-        # rules in a simulation (tests/collectives/test_rounds.py).
-        plain = topology.num_nodes == 1
-        transport = PointToPoint(group, topology) if plain else RoutedOnStream(group, topology, links)
+        # Also inside one node: holders of a hot expert hand it on, and its owner does not send all copies or stage all
+        # contributions. This has not run on NCCL: rounds are held to the same bits over gloo, and their group calls
+        # to NCCL's rules in a simulation (tests/collectives/test_rounds.py).
+        transport = RoutedOnStream(group, topology, links)
     elif backend == "gloo":
         transport = ThroughHost(RoutedOnHost(group, topology, links, queue))
     else:

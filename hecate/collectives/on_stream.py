@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hecate.collectives.route import Links, Part
 from hecate.collectives.routed import Pieces, ReductionState, Routed, Waits, nothing, piece_of
+from hecate.collectives.side_stream import SideStream
 from hecate.collectives.transport import Rows, Work
 from hecate.placement import Topology
 
@@ -27,7 +28,7 @@ class RoutedOnStream(Routed):
 
     def __init__(self, group: dist.ProcessGroup, topology: Topology, links: Links) -> None:
         super().__init__(group, topology, links)
-        self._stream: torch.cuda.Stream | None = None
+        self._side = SideStream()
 
     def _start_gather(self, parts: Sequence[Part], rows: Rows, sent: Rows) -> Work:
         return self._on_stream(lambda: self._gather_in_rounds(parts, rows), next(iter(rows.values())).device)
@@ -37,33 +38,7 @@ class RoutedOnStream(Routed):
         return self._on_stream(lambda: self._run_reduction(parts, state, ahead=0), device)
 
     def _on_stream(self, run: Callable[[], None], device: torch.device) -> Work:
-        """Call `run` with the side stream as the current one, after everything queued on the caller's stream.
-
-        The caller's stream owns the memory of the rows: once they are freed, its next tensors may lie there, whatever
-        the side stream still does with them. So the work holds the rows, through `run`, until `wait()`.
-        `Tensor.record_stream` would be safe too, but gives memory back whenever the device gets there, at another
-        moment on every rank and in every step; FSDP2 holds references as well. Staging memory is allocated on the side
-        stream and used only there.
-        """
-        caller = torch.cuda.current_stream(device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        side = self._stream
-        side.wait_stream(caller)
-        try:
-            with torch.cuda.stream(side):
-                run()
-        except BaseException:
-            caller.wait_stream(side)  # what was started before the error still uses the rows
-            raise
-        done = side.record_event()
-
-        def finish(held: object = run) -> None:
-            # The memory goes back to the caller's stream, even if another stream waits for the results.
-            for stream in {caller, torch.cuda.current_stream(device)}:
-                stream.wait_event(done)
-
-        return Work(finish)
+        return self._side.run(run, device)
 
     def _gather_in_rounds(self, parts: Sequence[Part], rows: Rows) -> None:
         """One group call per round; the stream runs them one after the other."""

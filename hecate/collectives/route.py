@@ -8,6 +8,7 @@ chosen one is never slower than these in the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
@@ -86,6 +87,12 @@ class Hop:
     final: bool
     alone: bool
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Hop:
+        """The hop of a row of `Route.hops` without its round."""
+        expert, piece, pieces, src, dst, first, *flags = numbers
+        return cls(expert, piece, pieces, src, dst, first, *map(bool, flags))
+
     def range_of(self, numel: int) -> slice:
         """Which elements of a chunk of `numel` elements it carries."""
         return slice(numel * self.piece // self.pieces, numel * (self.piece + 1) // self.pieces)
@@ -131,8 +138,8 @@ class Route:
     def _part(self, rank: int) -> tuple[Part, ...]:
         mine = self.hops[(self.hops[:, 4] == rank) | (self.hops[:, 5] == rank)]
         rounds: dict[int, tuple[list[Hop], list[Hop]]] = {}
-        for number, expert, piece, pieces, src, dst, first, *flags in mine.tolist():
-            hop = Hop(expert, piece, pieces, src, dst, first, *map(bool, flags))
+        for number, *numbers in mine.tolist():
+            hop = Hop.of(numbers)
             sends, receives = rounds.setdefault(number, ([], []))
             (sends if hop.src == rank else receives).append(hop)
         parts: list[Part] = []

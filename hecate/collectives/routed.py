@@ -29,7 +29,7 @@ Waits = list[Callable[[], object]]
 
 
 class Routed(Transport):
-    """Follows the fastest route for each pair of placements. Sums have the same bits as `PointToPoint`'s."""
+    """Follows the fastest route for each pair of placements. The route changes no bit of a sum."""
 
     def __init__(self, group: dist.ProcessGroup, topology: Topology, links: Links) -> None:
         super().__init__(group, topology)

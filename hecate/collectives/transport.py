@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from weakref import ref
 
 import torch
@@ -11,12 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.collectives.moves import Moves
+from hecate.ops.kernels.stack import KindRows
 from hecate.placement import Topology
 
-__all__ = ["Rows", "Transport", "Work"]
+__all__ = ["Into", "Rows", "Transport", "Work"]
 
 Rows = Mapping[int, Tensor]
 """expert -> one flat contiguous chunk."""
+
+
+@dataclass(frozen=True)
+class Into:
+    """Rows that get sums: `row += scale * sum`, or `row = scale * sum`.
+
+    Attributes:
+        kinds: the rows of each weight kind, in accumulation dtype.
+        row_of: expert -> its row in each of them.
+        scale: factor of the sums.
+        overwrite: whether the rows' values before are lost.
+    """
+
+    kinds: Sequence[KindRows]
+    row_of: Mapping[int, int]
+    scale: float = 1.0
+    overwrite: bool = False
 
 
 class Work:
@@ -84,6 +103,44 @@ class Transport(ABC):
             sums: where to write this rank's rows under `moves.dst`; zero if nobody contributes.
             wire: dtype of every rank's contributions.
         """
+
+    def close(self) -> None:  # noqa: B027  # most transports have nothing of their own to end
+        """End what the transport runs itself, after what was started. It carries nothing more."""
+
+    def room_to_gather(self, moves: Moves, numel: int, dtype: torch.dtype) -> None:  # noqa: B027
+        """Make room for the rows of a `gather`, `numel` elements each. Collective; the next call must be that gather.
+
+        A rank that takes no part in the gather does not see its rows, but memory that all ranks share can only grow on
+        all of them. Transports without such memory do nothing.
+        """
+
+    def room_to_reduce(self, moves: Moves, numel: int, wire: torch.dtype) -> Tensor | None:
+        """Make room for the rows of a `reduce`. Collective; the next call must be `reduce` or `accumulate`.
+
+        Returns:
+            `[rows, numel]` in `wire`, where this rank may write its rows of all experts in `moves.transfers`, by
+            ascending id, so that they need not be copied before others read them; None: any memory will do.
+        """
+        return None
+
+    def accumulates(self, wire: torch.dtype, dtype: torch.dtype) -> bool:
+        """Whether `accumulate` can add contributions in `wire` to rows in `dtype`."""
+        return False
+
+    def accumulate(self, moves: Moves, contributed: Rows, into: Into, numel: int, wire: torch.dtype) -> Work:
+        """As `reduce`, but add the sums to rows of the owner as they arrive, `row += scale * sum`, in the same order.
+
+        Args:
+            moves: as for `reduce`.
+            contributed: as for `reduce`; an owner contributes to its experts itself.
+            into: a row for each of this rank's experts in `moves.transfers`.
+            numel: elements of a chunk.
+            wire: as for `reduce`.
+
+        Raises:
+            NotImplementedError: `accumulates` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} adds no sums to rows of their owner")
 
     def prepare_gather(self, moves: Moves, chunk_bytes: int) -> None:  # noqa: B027  # most transports need nothing
         """Compute in advance, in any thread, what `gather` needs for rows of `chunk_bytes`. Sends nothing."""

@@ -72,3 +72,14 @@ def start_reduce(transport: Transport, case: Case, dtype: torch.dtype) -> tuple[
     out = torch.empty(len(case.src.held_by(rank)), *CHUNK, dtype=accumulation_dtype(dtype))
     moves = moves_between(case.src, case.dst).reversed
     return out, transport.reduce(moves, rows_of(grads, case.dst), rows_of(out, case.src), dtype)
+
+
+def assert_same_bits(first: Transport, second: Transport, case: Case, dtype: torch.dtype, words: str) -> None:
+    """That both give the same for a gather and a reduction."""
+    for start in (start_gather, start_reduce):
+        results = []
+        for transport in (first, second):
+            out, work = start(transport, case, dtype)
+            work.wait()
+            results.append(out)
+        assert torch.equal(*results), f"{start.__name__}, {words}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hecate.collectives.on_stream import RoutedOnStream
 from hecate.collectives.route import Hop
+from hecate.collectives.side_stream import SideStream
 from hecate.collectives.transport import Work
 from hecate.placement import Topology
 
@@ -28,7 +29,7 @@ class Recorder(RoutedOnStream):
     """Records one rank's group calls without communicating."""
 
     def __init__(self, rank: int, topology: Topology) -> None:
-        self._rank, self.topology, self._stream = rank, topology, None
+        self._rank, self.topology, self._side = rank, topology, SideStream()
         self.calls: list[Call] = []
 
     def _post(self, sends: Sequence[tuple[Hop, Tensor]], receives: Sequence[tuple[Hop, Tensor]]) -> list:

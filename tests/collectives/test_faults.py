@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.point_to_point import PointToPoint
 from hecate.collectives.groups import transport_of
 from hecate.collectives.moves import moves_between
 from hecate.collectives.on_host import RoutedOnHost
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.queue import HostQueue
 from hecate.collectives.transport import Rows, Transport, Work
 from hecate.placement import Placement, Topology
 from tests.collectives.cases import FINE
-from tests.workers import Group, Groups
+from tests.workers import Groups, start_scripts
 
 TIMEOUT = timedelta(seconds=10)
 SLACK = 90.0  # seconds until a busy machine has let everybody run
@@ -90,25 +90,23 @@ def many_small_ones(transport: Transport) -> None:
 def test_a_killed_rank_is_an_error_on_every_survivor(
     kind: type[Transport], world: int, collectives: Callable[[Transport], None]
 ) -> None:
-    group = Group(world, start="spawn")
+    ranks, pipes = start_scripts(world)
     try:
-        for pipe in group.pipes:
+        for pipe in pipes:
             pipe.send((survive, (kind, collectives)))
-        group.processes[VICTIM].join()
-        assert group.processes[VICTIM].exitcode == -signal.SIGKILL
+        assert ranks[VICTIM].wait(SLACK) == -signal.SIGKILL
         deadline = time.monotonic() + TIMEOUT.total_seconds() + SLACK
         survivors = [rank for rank in range(world) if rank != VICTIM]
         for rank in survivors:
-            assert group.pipes[rank].poll(deadline - time.monotonic()), f"rank {rank} has no error yet"
-            worked, answer = group.pipes[rank].recv()
+            assert pipes[rank].poll(deadline - time.monotonic()), f"rank {rank} has no error yet"
+            worked, answer = pipes[rank].recv()
             assert worked, answer
             assert answer != "no error"
-            group.pipes[rank].send(None)
+            pipes[rank].send(None)
         for rank in survivors:
-            group.processes[rank].join(SLACK)
-            assert group.processes[rank].exitcode == 0, f"rank {rank} does not end by itself"
+            assert ranks[rank].wait(SLACK) == 0, f"rank {rank} does not end by itself"
     finally:
-        for process in group.processes:
+        for process in ranks:
             process.kill()
 
 

@@ -16,7 +16,6 @@ from hecate.collectives.groups import release, transport_of
 from hecate.collectives.moves import moves_between
 from hecate.collectives.on_host import RoutedOnHost
 from hecate.collectives.on_stream import RoutedOnStream
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.through_host import ThroughHost
 from hecate.collectives.transport import Transport
 from hecate.placement import Placement, Topology
@@ -44,7 +43,7 @@ def choose(backends: str, device_type: str, per_node: int) -> Transport:
 @pytest.mark.parametrize(
     ("backends", "device_type", "per_node", "kind"),
     [
-        (BOTH, "cuda", 4, PointToPoint),
+        (BOTH, "cuda", 4, RoutedOnStream),
         (BOTH, "cuda", 2, RoutedOnStream),
         ("cuda:nccl", "cuda", 1, RoutedOnStream),
         (BOTH, "cpu", 4, RoutedOnHost),

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.point_to_point import PointToPoint
 from hecate.collectives import on_host, on_stream
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Hop, Links, gather_route, reduce_route
 from hecate.collectives.routed import ReductionState
 from hecate.collectives.staging import Staging

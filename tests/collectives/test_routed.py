@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.point_to_point import PointToPoint
 from hecate.collectives.groups import transport_of
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Links, gather_route, reduce_route
 from hecate.collectives.summation import accumulation_dtype
 from hecate.placement import Placement, Topology
 from hecate.private_torch import default_store
-from tests.collectives.cases import CHUNK, FINE, PORTS, case_of, start_gather, start_reduce
+from tests.collectives.cases import CHUNK, FINE, PORTS, assert_same_bits, case_of, start_gather, start_reduce
 from tests.collectives.reference import Case
 from tests.workers import Groups
 
@@ -26,13 +26,7 @@ def compare(devices: int, per_node: int, links: Links, dtype: torch.dtype) -> in
     pieces = 0
     for seed in range(4):
         case = case_of(devices, per_node, seed)
-        for start in (start_gather, start_reduce):
-            results = []
-            for transport in (plain, routed):
-                out, work = start(transport, case, dtype)
-                work.wait()
-                results.append(out)
-            assert torch.equal(*results), f"{start.__name__}, seed {seed}"
+        assert_same_bits(plain, routed, case, dtype, f"seed {seed}")
         size = int(np.prod(CHUNK)) * dtype.itemsize
         wide = int(np.prod(CHUNK)) * accumulation_dtype(dtype).itemsize
         gather = gather_route(case.src, case.dst, topology, links, size)

@@ -1,4 +1,4 @@
-"""Plain transport: each transfer is one send and one receive, all of a call in one batch."""
+"""Plain transport, which the routed one is compared with: each transfer is one send and one receive, in one batch."""
 
 from __future__ import annotations
 
