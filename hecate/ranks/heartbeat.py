@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -31,8 +31,8 @@ PATIENCE = 5
 """Intervals without a beat after which a rank counts as missing; on a busy machine one or two beats may be late."""
 
 UNEQUAL_CALLS = (
-    "All ranks are alive, so they have called the model unequally often, in other modes (with and without gradients), "
-    "or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
+    "All ranks are alive, so they have called the model or an MoE layer of it unequally often, in other modes (with "
+    "and without gradients), or have other parameters frozen. generate() of unequal lengths needs synced_gpus=True."
 )
 """Added to a time-out error if no rank is missing."""
 
@@ -76,12 +76,14 @@ class Heartbeat:
 
     def missing(self) -> list[int]:
         """Ranks that have not left but made no beat during `PATIENCE` intervals; rank 0 if its store is gone."""
+        suspects = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
-            before = self._read("{}")
-            suspects = [rank for rank in range(self._world_size) if rank != self._rank]
+            before = self._read("{}", suspects)
             for _ in range(PATIENCE):
+                if not suspects:  # usually after one interval: most errors have another reason than a missing rank
+                    break
                 time.sleep(self._interval.total_seconds())
-                now, alive = self._read("{}"), self._read("{}/alive")
+                now, alive = self._read("{}", suspects), self._read("{}/alive", suspects)
                 suspects = [rank for rank in suspects if now[rank] == before[rank] and alive[rank]]
         except (RuntimeError, OSError):  # torch's store errors
             return [0]
@@ -122,16 +124,16 @@ class Heartbeat:
     def _left(self) -> dict[int, str]:
         """Ranks that have left, each with its last uncaught exception as text, "" if there was none."""
         try:
-            alive = self._read("{}/alive")
-            left = [rank for rank in range(self._world_size) if rank != self._rank and not alive[rank]]
+            alive = self._read("{}/alive", range(self._world_size))
+            left = [rank for rank in alive if rank != self._rank and not alive[rank]]
             keys = {rank: f"{rank}/why" for rank in left}
             return {rank: self._store.get(k).decode() if self._store.check([k]) else "" for rank, k in keys.items()}
         except (RuntimeError, OSError):  # the store is gone; `missing` reports that
             return {}
 
-    def _read(self, key: str) -> list[int]:
+    def _read(self, key: str, ranks: Iterable[int]) -> dict[int, int]:
         # `add(key, 0)` reads a counter; unlike `get`, it does not wait until the key exists.
-        return [self._store.add(key.format(rank), 0) for rank in range(self._world_size)]
+        return {rank: self._store.add(key.format(rank), 0) for rank in ranks}
 
 
 def _beat(store: dist.Store, rank: str, interval: float, stop: threading.Event) -> None:

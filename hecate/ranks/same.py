@@ -12,7 +12,7 @@ from hecate.placement import Placement
 from hecate.ranks.agree import agree, gather
 from hecate.ranks.messages import everyones
 
-__all__ = ["agree_on", "check_equal", "check_placements", "check_same", "debugging", "described"]
+__all__ = ["agree_on", "check_equal", "check_placements", "check_same", "debugging", "described", "digest"]
 
 Values = Mapping[str, object]
 """Values of one rank: name -> value. They must be picklable; they are compared by `==` and shown by `str()`."""
@@ -77,7 +77,7 @@ def agree_on(what: str, values: Callable[[], Values], group: dist.ProcessGroup) 
         mine = values()
     except Exception as raised:
         failure = raised
-    fingerprint = -1 if failure is not None else int(_digest(repr(dict(mine)).encode())[:15], 16)
+    fingerprint = -1 if failure is not None else int(digest(repr(dict(mine)).encode())[:15], 16)
     if _all_have(fingerprint, group) and failure is None:
         return
     agree(lambda: _raise(failure), group)
@@ -94,10 +94,11 @@ def check_placements(what: str, placements: Sequence[Placement], group: dist.Pro
 def described(placement: Placement) -> str:
     """A short text that differs for different placements."""
     size = f"{placement.num_experts} experts on {placement.num_devices} devices"
-    return f"[{size}, {placement.matrix.sum()} holders, sha256 {_digest(placement.matrix.tobytes())[:16]}]"
+    return f"[{size}, {placement.matrix.sum()} holders, sha256 {digest(placement.matrix.tobytes())[:16]}]"
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

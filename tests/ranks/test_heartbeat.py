@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +14,22 @@ import torch.distributed as dist
 
 from hecate.errors import MissingRankError
 from hecate.private_torch import default_store
-from hecate.ranks.heartbeat import Heartbeat
-from tests.workers import Group, Groups, free_port
+from hecate.ranks import heartbeat
+from hecate.ranks.heartbeat import PATIENCE, Heartbeat
+from tests.forked import Program, free_port
+from tests.workers import Group, Groups
 
 
 def _wait_for_victim(victim: int, sign: signal.Signals) -> tuple[str, list[int]]:
-    heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size(), timedelta(seconds=0.2))
+    # The time that starting the processes takes is not limited, only that of this group's collectives.
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    heart = Heartbeat(default_store(), dist.get_rank(), dist.get_world_size(), timedelta(seconds=0.5))
     dist.barrier()
     if dist.get_rank() == victim:
         os.kill(os.getpid(), sign)
     try:
         with heart.naming_missing_ranks():
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=group)
     except MissingRankError as error:
         return str(error), error.ranks
     finally:
@@ -35,7 +38,7 @@ def _wait_for_victim(victim: int, sign: signal.Signals) -> tuple[str, list[int]]
 
 
 def _survivors(sign: signal.Signals) -> list[tuple[str, list[int]]]:
-    group = Group(3, timeout=timedelta(seconds=5))
+    group = Group(3)
     try:
         for pipe in group.pipes:
             pipe.send((_wait_for_victim, (2, sign)))
@@ -54,6 +57,26 @@ def test_names_a_killed_rank() -> None:
 def test_names_a_hanging_rank() -> None:
     for _, ranks in _survivors(signal.SIGSTOP):
         assert ranks == [2]
+
+
+@pytest.mark.parametrize(("beating", "missing", "intervals"), [((1, 2), [], 1), ((1,), [2], PATIENCE)])
+def test_looks_until_all_have_beaten(
+    monkeypatch: pytest.MonkeyPatch, beating: tuple[int, ...], missing: list[int], intervals: int
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    hearts = [Heartbeat(store, rank, 3, timedelta(hours=1)) for rank in range(3)]
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        for rank in beating:
+            hearts[rank]._store.add(str(rank), 1)
+
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep))
+    assert hearts[0].missing() == missing
+    assert slept == [3600.0] * intervals
+    for heart in hearts:
+        heart.stop()
 
 
 def _error_without_missing_rank() -> str:
@@ -111,10 +134,7 @@ with heart.naming_missing_ranks():
 def test_says_why_a_rank_ended(how: str, code: int, why: str) -> None:
     """The dead rank is reported although the timeout is an hour and a collective with it is in progress."""
     port = str(free_port())
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", ENDING_RANK, str(rank), port, how], stderr=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
+    ranks = [Program(("-c", ENDING_RANK, str(rank), port, how)) for rank in range(3)]
     try:
         errors = [process.communicate(timeout=300)[1] for process in ranks]
     finally:

@@ -23,6 +23,7 @@ from hecate.collectives.queue import HostQueue
 from hecate.collectives.through_host import ThroughHost
 from hecate.placement import Placement, Topology
 from hecate.ranks import messages
+from hecate.runtime.arena import Arena
 from hecate.runtime.experts.buffers import memory_slots
 from hecate.runtime.experts.slots import SlotsWatch
 from tests.collectives.cases import FINE
@@ -167,7 +168,8 @@ def test_the_backend_for_the_device_decides(backends: str) -> None:
 
 def test_free_memory_is_divided_by_the_processes_that_share_the_gpu() -> None:
     setup: Any = SimpleNamespace(
-        config=SimpleNamespace(policy="balanced", memory_slots="auto", memory_share=0.5, rematerialize=False),
+        config=SimpleNamespace(memory_slots="auto", memory_share=0.5, rematerialize=False),
+        policy=SimpleNamespace(copies=True, keeps=False),
         device=torch.device("cuda", 0),
         num_devices=4,
         layers=[None],
@@ -186,12 +188,13 @@ def test_free_memory_is_divided_by_the_processes_that_share_the_gpu() -> None:
         mock.patch.object(torch.cuda, "memory_reserved", return_value=700),
         mock.patch.object(torch.cuda, "memory_allocated", return_value=600),
     ):
-        watch = SlotsWatch(setup, [SimpleNamespace(comms=mock.Mock(), memory_slots=1)], None)  # type: ignore[list-item]
+        layers: Any = [SimpleNamespace(comms=mock.Mock(), memory_slots=1)]
+        watch = SlotsWatch(setup, layers, None, Arena(torch.device("cpu")))
         assert watch._free() == 1000 + 100  # of four processes; what this one's allocator keeps is its own
 
 
 PACKAGE = Path(__file__).parents[2] / "hecate"
-DOORS = {"ranks/messages.py", "collectives/on_host.py", "collectives/on_stream.py", "collectives/plain.py"}
+DOORS = {"ranks/messages.py", "collectives/on_host.py", "collectives/on_stream.py"}
 TORCHS_OWN = {"train/distributed.py"}  # its groups have NCCL for CUDA
 
 

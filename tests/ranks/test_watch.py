@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
 from hecate.errors import MissingRankError
 from hecate.ranks.stuck import Inside
 from hecate.ranks.watch import LOOKS, _Watcher
+from tests.forked import Program
 
 
 class Job:
@@ -126,7 +124,7 @@ def test_messages_per_look_do_not_depend_on_the_world_size() -> None:
     assert counts == [20, 20]
 
 
-def looks(block: Callable[[threading.Event], None]) -> list[int]:
+def looks(block: Callable[[threading.Event], object]) -> list[int]:
     """What another thread sees at LOOKS + 2 looks while this one, the main thread, runs `block` inside."""
     inside, end, seen = Inside(), threading.Event(), []
 
@@ -147,7 +145,7 @@ def looks(block: Callable[[threading.Event], None]) -> list[int]:
 
 
 def test_a_thread_that_waits_in_native_code_is_stuck() -> None:
-    seen = looks(lambda end: time.sleep(3))
+    seen = looks(lambda end: end.wait(60))
     assert seen[-1] >= LOOKS - 1
     assert seen[2:] == list(range(seen[2], seen[2] + LOOKS))
 
@@ -158,8 +156,8 @@ def test_a_thread_that_polls_or_is_in_the_debugger_is_not_stuck() -> None:
             time.sleep(0.001)
 
     assert max(looks(poll)) < LOOKS // 2
-    prompt: dict[str, Any] = {"__name__": "pdb", "time": time}
-    exec("def wait(end): time.sleep(3)", prompt)
+    prompt: dict[str, Any] = {"__name__": "pdb"}
+    exec("def wait(end): end.wait(60)", prompt)
     assert max(looks(prompt["wait"])) == 0
 
 
@@ -175,8 +173,8 @@ def test_a_backward_pass_in_another_thread_moves() -> None:
     thread = threading.Thread(target=backward)
     with inside.entered(85):
         thread.start()
-        time.sleep(2)
-    thread.join(60)
+        thread.join(60)  # in native code
+    assert len(seen) == LOOKS
     assert max(seen) == 0
 
 
@@ -201,35 +199,48 @@ with heart.naming_missing_ranks(85):
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-def test_who_is_stuck_names_the_missing_rank_and_ends(sign: signal.Signals) -> None:
-    hows = ["is stuck", "runs", "is hit", "leaves", "is stuck"]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(store.port), how], stderr=subprocess.PIPE, text=True
-        )
-        for rank, how in enumerate(hows)
-    ]
-    try:
-        while store.add("begun", 0) < len(ranks):
-            assert all(process.poll() is None for process in ranks)
+class FiveRanks:
+    """Five processes, of which rank 2 is hit by a signal while ranks 0 and 4 are stuck; rank 3 leaves."""
+
+    def __init__(self, sign: signal.Signals) -> None:
+        self.sign, self.store = sign, dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        hows = ["is stuck", "runs", "is hit", "leaves", "is stuck"]
+        self.ranks = [Program(("-c", RANK, str(rank), str(self.store.port), how)) for rank, how in enumerate(hows)]
+
+    def hit(self) -> None:
+        while self.store.add("begun", 0) < len(self.ranks):
+            assert all(process.poll() is None for process in self.ranks)
             time.sleep(0.05)
-        ranks[2].send_signal(sign)
-        store.set("all begun", "")
+        self.ranks[2].send_signal(self.sign)
+        self.store.set("all begun", "")
+
+    def check(self) -> None:
+        ranks = self.ranks
         errors = {rank: ranks[rank].communicate(timeout=400)[1] for rank in (0, 4, 3)}
         assert ranks[1].poll() is None, "it was not stuck"
-        store.set("end", "")
+        self.store.set("end", "")
         errors[1] = ranks[1].communicate(timeout=60)[1]
-    finally:
-        for process in ranks:
+        assert [ranks[rank].returncode for rank in (0, 1, 3, 4)] == [85, 0, 0, 85]
+        missing = "rank 2 is missing: no heartbeat for 5 s; it died or hangs"
+        for rank in (0, 4):
+            assert f"rank {rank}: {missing}; stuck in <module>" in errors[rank]
+            assert errors[rank].rstrip().endswith("exit 85")
+        assert "rank 1: rank 2 is missing" in errors[1]
+        assert "stuck" not in errors[1]
+        assert errors[3] == ""
+
+    def kill(self) -> None:
+        for process in self.ranks:
             process.kill()
-    assert [ranks[rank].returncode for rank in (0, 1, 3, 4)] == [85, 0, 0, 85]
-    for rank in (0, 4):
-        assert (
-            f"rank {rank}: rank 2 is missing: no heartbeat for 5 s; it died or hangs; stuck in <module>" in errors[rank]
-        )
-        assert errors[rank].rstrip().endswith("exit 85")
-    assert "rank 1: rank 2 is missing" in errors[1]
-    assert "stuck" not in errors[1]
-    assert errors[3] == ""
+
+
+def test_who_is_stuck_names_the_missing_rank_and_ends() -> None:
+    jobs = [FiveRanks(sign) for sign in (signal.SIGKILL, signal.SIGSTOP)]  # both wait at the same time
+    try:
+        for job in jobs:
+            job.hit()
+        for job in jobs:
+            job.check()
+    finally:
+        for job in jobs:
+            job.kill()
