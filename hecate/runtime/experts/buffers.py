@@ -1,4 +1,4 @@
-"""Memory for copies: how many fit, how many bytes they take, and two buffers that all layers use in turn."""
+"""Memory for copies: how many fit, and two buffers that all layers use in turn."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.ranks.messages import all_reduce
+from hecate.runtime.arena import Arena
 from hecate.runtime.setup import Setup
 
-__all__ = ["CopiesMemory", "SharedBuffers", "free_memory", "memory_slots"]
+__all__ = ["MOMENTS_BYTES", "SharedBuffers", "free_memory", "memory_slots"]
 
-
-class CopiesMemory:
-    """Counts the bytes that buffers of copies take on this device: at present, and the peak."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.peak = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Count an allocation, or with a negative number a release."""
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
+MOMENTS_BYTES = 8
+"""Bytes of optimizer state per trained element: the two float32 moments of Adam."""
 
 
 class Tenant(Protocol):
@@ -37,19 +28,17 @@ class Tenant(Protocol):
 class SharedBuffers:
     """Two buffers that the copies of all layers use in turn, for re-materialization (paper, section 4.2)."""
 
-    def __init__(self, memory: CopiesMemory, device: torch.device) -> None:
-        self._memory = memory
-        self._device = device
-        self._bytes = [torch.empty(0, dtype=torch.uint8)] * 2
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._bytes: list[Tensor] = []  # uint8 [1, num_bytes], both or none
         self._tenant: list[Tenant | None] = [None, None]
 
     def reserve(self, num_bytes: int) -> None:
         """Make both buffers at least that large. Only between steps: during a step autograd may hold views of them."""
-        if self._bytes[0].numel() < num_bytes:
+        if self.num_bytes < 2 * num_bytes:
             self.evict()
-            self._memory.add(2 * (num_bytes - self._bytes[0].numel()))
-            with torch.inference_mode(False):  # evaluation may run first; autograd cannot save inference tensors
-                self._bytes = [torch.empty(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
+            self._bytes = []
+            self._bytes = [self._arena.empty(1, num_bytes, torch.uint8) for _ in range(2)]
 
     @property
     def num_bytes(self) -> int:
@@ -59,8 +48,7 @@ class SharedBuffers:
     def free(self) -> None:
         """Give the memory of both back; `reserve` allocates it anew. Only between steps."""
         self.evict()
-        self._memory.add(-self.num_bytes)
-        self._bytes = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._bytes = []
 
     def lend(self, tenant: Tenant, turn: int, num_bytes: int) -> Tensor:
         """Lend one of the buffers to `tenant`; the tenant before it is released.
@@ -76,7 +64,8 @@ class SharedBuffers:
         before, self._tenant[turn % 2] = self._tenant[turn % 2], tenant
         if before is not None and before is not tenant:
             before.release()
-        return self._bytes[turn % 2][:num_bytes]
+        memory = self._bytes[turn % 2] if num_bytes else self._arena.empty(1, 0, torch.uint8)
+        return memory[0, :num_bytes]
 
     def evict(self) -> None:
         """Release both buffers, for example because the weights have changed."""
@@ -90,7 +79,7 @@ def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_
     """Number of copies of one layer that a device may hold, the same on all ranks. Collective.
 
     This is `config.memory_slots`, at most the layer's number of experts. For "auto" it is what fits in `memory_share`
-    of the free memory, at most 2. It is 0 on one device and for the policy "ep", which copies nothing.
+    of the free memory, at most 2. It is 0 on one device and for a policy that copies nothing, such as "ep".
 
     Args:
         setup: the inspected model and config.
@@ -99,7 +88,7 @@ def memory_slots(setup: Setup, num_experts: int, expert_bytes: int, devices_per_
         devices_per_node: processes that share the host memory, if experts are on the CPU.
     """
     config, device = setup.config, setup.device
-    if setup.num_devices == 1 or config.policy == "ep":
+    if setup.num_devices == 1 or not setup.policy.copies:
         return 0
     if config.memory_slots != "auto":
         return min(config.memory_slots, num_experts)

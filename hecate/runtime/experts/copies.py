@@ -1,30 +1,31 @@
 """The copies of one layer for one micro-batch: how they are gathered and held, and how their gradients are reduced.
 
-If compute and master dtype are equal, owned rows are read in place and the buffer holds only copies. Otherwise the
-buffer has one row per expert held, including the owned ones (docs/design.md, decision 3).
+If compute and master dtype are equal, owned rows are read in place, and copies have a stack of their own. Otherwise
+owned rows, cast, and copies after them are one stack (docs/design.md, decision 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hecate.collectives.moves import Moves, moves_between
 from hecate.collectives.summation import accumulation_dtype
-from hecate.experts import Dtypes
+from hecate.collectives.transport import Into
+from hecate.ops.kernels.stack import KindRows
 from hecate.placement import Placement
-from hecate.runtime.comms import Comms, Pending
-from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers
+from hecate.runtime.comms import Pending
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.experts.layout import ChunkLayout
-from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.experts.reduction import Reduction, nothing, runs
 
-__all__ = ["CopyState", "LayerCopies", "LayerExperts"]
+__all__ = ["CopyState", "LayerCopies"]
 
 
 class CopyState(Enum):
@@ -40,89 +41,16 @@ class CopyState(Enum):
     HELD = "held"
 
 
-@dataclass
-class LayerExperts:
-    """The experts of one layer: what is common to its copies in all micro-batches.
+@dataclass(frozen=True)
+class _Stack:
+    """Experts in consecutive rows of memory: `rows` `[at least as many, numel]`."""
 
-    Attributes:
-        index: index of the layer in the model.
-        name: name of the layer's experts module in the model.
-        pool, place: the pool that owns the experts, and the position of this layer in it.
-        dtypes: dtypes of the layer's experts.
-        comms: process groups, transport and lanes.
-        memory_slots: most copies that a device may hold of this layer.
-        shared: the buffers of re-materialization; None: each micro-batch allocates its own buffer.
-        memory: counts the bytes of buffers that are not shared.
-        layout: how the weights of one copy lie in its row of the buffer.
-        bytes_sent: bytes sent over all links together since the last step.
-    """
-
-    index: int
-    name: str
-    pool: ExpertPool
-    place: int
-    dtypes: Dtypes
-    comms: Comms
-    memory_slots: int
-    shared: SharedBuffers | None
-    memory: CopiesMemory
-    layout: ChunkLayout = field(init=False)
-    bytes_sent: int = 0
-
-    def __post_init__(self) -> None:
-        self.layout = ChunkLayout(self.pool.weights)
-
-    def gradient_layout(self, kinds: Iterable[str] | None = None) -> ChunkLayout:
-        """Layout of a chunk with gradients of `kinds`; None: of the kinds that are trained now."""
-        wanted = {kind for kind, _ in self.pool.trainable()} if kinds is None else set(kinds)
-        return ChunkLayout([w for w in self.pool.weights if w.kind in wanted])
-
-    def make_routes(self, owners: Placement, placement: Placement, gather: bool = True) -> None:
-        """Find the routes between `owners` and `placement` and keep them. Sends nothing; any thread may call it.
-
-        Args:
-            owners: the owner of each expert.
-            placement: the holders of each expert.
-            gather: whether the copies are still to be gathered; the route of their gradients is always made.
-        """
-        moves, comms = moves_between(owners, placement), self.comms
-        if comms.experts is None or comms.reductions is None or not moves.transfers:
-            return
-        if gather:
-            comms.experts.prepare_gather(moves, self.layout.numel * self.dtypes.param.itemsize)
-        if gradient := self.gradient_layout().numel:
-            comms.reductions.prepare_reduce(moves.reversed, gradient, self.dtypes.reduce)
-
-    @property
-    def casts(self) -> bool:
-        """Whether experts compute in another dtype than the owned weights have."""
-        return self.dtypes.param != self.dtypes.master
-
-    @property
-    def buffer_rows(self) -> int:
-        """Rows of a buffer: one per copy of an expert owned elsewhere, and one per owned expert if weights are cast."""
-        owned = len(self.owned)
-        copies = min(self.memory_slots, self.owners.num_experts - owned)
-        return copies + (owned if self.casts else 0)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Size of a buffer in bytes."""
-        return self.buffer_rows * self.layout.numel * self.dtypes.param.itemsize
-
-    @property
-    def owners(self) -> Placement:
-        """The owner of each expert, as a placement."""
-        return self.pool.placement(self.place)
-
-    @property
-    def owned(self) -> list[int]:
-        """Ascending ids of this device's experts."""
-        return self.pool.owned(self.place).tolist()
+    experts: list[int]
+    rows: Tensor
 
 
 class LayerCopies:
-    """The experts that this device computes in one layer and micro-batch: owned rows first, then copies.
+    """The experts that this device computes in one layer and micro-batch: owned rows, kept copies, then other copies.
 
     Attributes:
         layer: the experts of the layer.
@@ -132,35 +60,41 @@ class LayerCopies:
         unfinished: calls of the layer whose backward has not run.
     """
 
-    def __init__(self, layer: LayerExperts, placement: Placement) -> None:
+    def __init__(self, layer: LayerExperts, placement: Placement, keep_casts: bool = False) -> None:
         self.layer = layer
         self.placement = placement
         self.state = CopyState.SHARDED
         self.settled = False
         self.unfinished = 0
         self._owned = layer.owned
-        self._copies = self._new_experts(layer.owners, placement)
-        self._buffer: Tensor | None = None
+        copies = self._new_experts(layer.owners, placement)
+        kept = () if layer.kept is None else layer.kept.held(layer.place)
+        self._kept = [expert for expert in copies if expert in kept]  # those of them that this pass uses
+        self._copies = [expert for expert in copies if expert not in kept]
+        self._keep_casts = keep_casts  # for later micro-batches of the step
+        self._stacks: list[_Stack] = []  # in the order of `experts`; without owned experts that are read in place
         self._pending: list[Pending] = []
         self._reduction: Reduction | None = None  # whose own gradients may still have to be added
 
     @property
     def experts(self) -> list[int]:
-        """Experts held here in the order of their rows: owned ones by ascending id, then copies as they were added."""
-        return self._owned + self._copies
+        """Experts held here in the order of their rows: owned ones and kept copies by ascending id, then copies as they
+        were added.
+        """
+        return self._owned + self._kept + self._copies
 
     def launch(self) -> None:
         """Go from SHARDED to GATHERING: start to gather the copies; in other states do nothing. Collective."""
         if self.state is not CopyState.SHARDED:
             return
-        self._allocate()
-        self._start(moves_between(self.layer.owners, self.placement))
+        self._stacks = self._allocate()
+        self._start(self.layer.gathered(self.placement))
 
     def extend(self, placement: Placement) -> None:
         """Also gather what `placement` has beyond the present one. In state GATHERING and not settled. Collective."""
         self._require(CopyState.GATHERING)
         owners, old = self.layer.owners, self.placement
-        self._copies = self._copies + self._new_experts(old, placement)
+        self._add_rows(self._new_experts(old, placement))
         self.placement = placement
         self._start(moves_between(owners, owners | (placement - old)))
 
@@ -176,28 +110,40 @@ class LayerCopies:
         """Go back to SHARDED, after all transfers have ended."""
         for pending in self._pending:
             pending.wait()
-        if self._buffer is not None and self.layer.shared is None:
-            self.layer.memory.add(-self._buffer.nbytes)
-        self._pending, self._buffer, self.state = [], None, CopyState.SHARDED
+        self._pending, self._stacks, self.state = [], [], CopyState.SHARDED
 
     def parts(self) -> list[tuple[list[int], dict[str, Tensor]]]:
         """One part per stack of consecutive rows in memory: (positions in `experts`, views kind -> `[n, *shape]`).
 
-        In state HELD. Views of the buffer have version counters of their own: for backward, the buffer is written again
-        with the same values, and autograd must not take that for a change of the tensors it saved.
+        In state HELD. Views of stacks have version counters of their own: for backward, a shared buffer is written
+        again with the same values, and autograd must not take that for a change of the tensors it saved.
         """
         self._require(CopyState.HELD)
-        owned = list(range(len(self._owned)))
-        copies = list(range(len(owned), len(self.experts)))
-        buffer = None if self._buffer is None else self._buffer.data
-        if self.layer.casts:
-            assert buffer is not None
-            return [(owned + copies, self.layer.layout.views(buffer[: len(self.experts)]))]
-        parts = [(owned, self.layer.pool.weights_of(self.layer.place))]
-        if copies:
-            assert buffer is not None
-            parts.append((copies, self.layer.layout.views(buffer[: len(copies)])))
+        parts: list[tuple[list[int], dict[str, Tensor]]] = []
+        if not self.layer.casts and (self._owned or not (self._kept or self._copies)):
+            parts.append((list(range(len(self._owned))), self.layer.pool.weights_of(self.layer.place)))
+        if self._kept:
+            assert self.layer.kept is not None
+            positions = range(len(self._owned), len(self._owned) + len(self._kept))
+            parts.append((list(positions), self.layer.kept.weights_of(self.layer.place)))
+        first = sum(len(positions) for positions, _ in parts)
+        for stack in (s for s in self._stacks if s.experts or self.layer.casts):
+            last = first + len(stack.experts)
+            views = self.layer.layout.views(stack.rows.data[: len(stack.experts)])
+            parts.append((list(range(first, last)), views))
+            first = last
         return parts
+
+    def take_gradients(self, grads: Mapping[str, Sequence[Tensor]]) -> bool:
+        """Instead of `reduce`: make `grads` the owners' gradients as they are, if no expert has copies anywhere.
+
+        Returns:
+            Whether that was possible; see `ExpertPool.take_gradients`.
+        """
+        if self._anything_shared:
+            return False
+        own = {kind: stack for kind, (stack,) in grads.items()}
+        return self.layer.pool.take_gradients(own, self.layer.comms.gradient_scale)
 
     def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor]) -> Reduction:
         """Start to sum gradients at the owners. Collective.
@@ -213,9 +159,9 @@ class LayerCopies:
         layer, owned = self.layer, len(self._owned)
         held = self.placement.matrix[self._owned].sum(axis=1)
         alone, shared = np.flatnonzero(held == 1).tolist(), np.flatnonzero(held > 1).tolist()
-        travel = shared + list(range(owned, len(self.experts)))
+        travel = sorted(shared + list(range(owned, len(self.experts))), key=lambda i: self.experts[i])
         layout = layer.gradient_layout(grads)
-        rows = self._gradient_rows(len(travel), layout, layer.dtypes.reduce)
+        rows = self._room(len(travel), layout.numel)
         if travel:
             single = {kind: [row for stack in stacks for row in stack.unbind(0)] for kind, stacks in grads.items()}
             layout.pack({kind: [each[i] for i in travel] for kind, each in single.items()}, rows)
@@ -237,6 +183,16 @@ class LayerCopies:
         if reduction is not None:
             reduction.add_own()
 
+    def _room(self, count: int, numel: int) -> Tensor:
+        """Memory for the gradients of `count` experts that have copies: where the transport has it, else the lane's."""
+        layer, room = self.layer, None
+        if layer.comms.reductions is not None and self._anything_shared:
+            room = layer.comms.reductions.room_to_reduce(self._homeward(), numel, layer.dtypes.reduce)
+        return layer.comms.gradients.arena.empty(count, numel, layer.dtypes.reduce) if room is None else room
+
+    def _homeward(self) -> Moves:
+        return moves_between(self.layer.owners, self.placement).reversed
+
     def _reduce(
         self,
         shared: list[int],
@@ -249,10 +205,14 @@ class LayerCopies:
         transport = layer.comms.reductions
         if transport is None or not self._anything_shared:
             return Pending(nothing), nothing
-        moves = moves_between(layer.owners, self.placement).reversed
-        sums = self._gradient_rows(len(shared), layout, accumulation_dtype(wire))
-        sums_of = dict(zip([self._owned[i] for i in shared], sums.unbind(0), strict=True))
+        moves = self._homeward()
         layer.bytes_sent += len(moves.transfers) * layout.numel * wire.itemsize
+        if _in_place(target) and all(transport.accumulates(wire, rows.dtype) for rows in target.values()):
+            into = self._into(shared, layout, target)
+            launch = partial(transport.accumulate, moves, contributed, into, layout.numel, wire)
+            return layer.comms.gradients.start(layer.index, launch), partial(increment_version, list(target.values()))
+        sums = layer.comms.gradients.arena.empty(len(shared), layout.numel, accumulation_dtype(wire))
+        sums_of = dict(zip([self._owned[i] for i in shared], sums.unbind(0), strict=True))
         home = layer.comms.gradients.start(layer.index, lambda: transport.reduce(moves, contributed, sums_of, wire))
 
         def add() -> None:
@@ -263,6 +223,11 @@ class LayerCopies:
                 at += last - first
 
         return home, add
+
+    def _into(self, shared: list[int], layout: ChunkLayout, target: Mapping[str, Tensor]) -> Into:
+        """The owners' gradients as rows that get sums."""
+        kinds = [KindRows(rows.view(len(rows), -1), layout.offset(kind)) for kind, rows in target.items() if len(rows)]
+        return Into(kinds, {self._owned[i]: i for i in shared}, self.layer.comms.gradient_scale)
 
     def _require(self, state: CopyState) -> None:
         if self.state is not state:
@@ -275,47 +240,60 @@ class LayerCopies:
     def _new_experts(self, old: Placement, new: Placement) -> list[int]:
         return (new - old).held_by(self.layer.comms.rank).tolist()
 
-    def _gradient_rows(self, rows: int, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(rows, layout.numel, dtype=dtype, device=self.layer.pool.device)
-
-    def _allocate(self) -> None:
+    def _allocate(self) -> list[_Stack]:
+        """Memory for the copies, behind the casts of owned rows if there are any."""
         layer = self.layer
-        if layer.buffer_rows == 0 and not layer.casts and layer.shared is None:
-            return
-        if layer.shared is not None:  # also for no rows: the tenant before must be released on all ranks alike
-            memory = layer.shared.lend(self, layer.index, layer.buffer_bytes)
-        else:
-            memory = torch.empty(layer.buffer_bytes, dtype=torch.uint8, device=layer.pool.device)
-            layer.memory.add(layer.buffer_bytes)
-        self._buffer = memory.view(layer.dtypes.param).view(layer.buffer_rows, layer.layout.numel)
+        experts = (self._owned if layer.casts else []) + self._copies
+        if layer.shared is None:
+            return [_Stack(experts, layer.rows(len(self._copies), self._keep_casts))]
+        # Also for no rows: the tenant before must be released on all ranks alike.
+        memory = layer.shared.lend(self, layer.index, layer.shared_bytes)
+        rows = memory.view(layer.dtypes.param).view(layer.shared_rows, layer.layout.numel)
         if layer.casts:
-            layer.layout.pack(layer.pool.weights_of(layer.place), self._buffer[: len(self._owned)])
+            layer.layout.pack(layer.pool.weights_of(layer.place), rows[: len(self._owned)])
+        return [_Stack(experts, rows)]
+
+    def _add_rows(self, copies: list[int]) -> None:
+        """Memory for copies that were not planned: behind the others if there is room, else a stack of their own."""
+        layer, self._copies = self.layer, self._copies + copies
+        layer.note_added(len(copies))
+        *before, last = self._stacks
+        if len(last.experts) + len(copies) <= len(last.rows):
+            self._stacks = [*before, _Stack(last.experts + copies, last.rows)]
+        else:
+            rows = layer.arena.empty(len(copies), layer.layout.numel, layer.dtypes.param)
+            self._stacks = [*self._stacks, _Stack(copies, rows)]
+
+    def _row_of(self) -> dict[int, Tensor]:
+        """Expert -> its row, of all that are in stacks."""
+        return {expert: row for stack in self._stacks for expert, row in zip(stack.experts, stack.rows, strict=False)}
 
     def _start(self, moves: Moves) -> None:
         """Launch one gather into the buffer, if any device gets a copy."""
         layer, self.state = self.layer, CopyState.GATHERING
-        transport = layer.comms.experts
+        transport = layer.comms.gathers
         if transport is None or not moves.transfers:
             return
+        transport.room_to_gather(moves, layer.layout.numel, layer.dtypes.param)
         layer.bytes_sent += len(moves.transfers) * layer.layout.numel * layer.dtypes.param.itemsize
-        sent, received = self._sent(moves), self._received(moves)
+        row_of = self._row_of()
+        sent = self._sent(moves, row_of)
+        received = {e: row_of[e] for e in self._new_experts(moves.src, moves.dst)}
         self._pending.append(layer.comms.copies.start(layer.index, lambda: transport.gather(moves, sent, received)))
 
-    def _sent(self, moves: Moves) -> dict[int, Tensor]:
-        """Rows that this device sends, packed and cast."""
+    def _sent(self, moves: Moves, row_of: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Rows that this device sends, packed and cast; `row_of` are those in stacks."""
         layer, rank = self.layer, self.layer.comms.rank
         leaving = sorted({t.expert for t in moves.transfers if t.src == rank})
+        if layer.casts:
+            return {e: row_of[e] for e in leaving}
         position = {e: i for i, e in enumerate(self._owned)}
-        if layer.casts and self._buffer is not None:
-            return {e: self._buffer[position[e]] for e in leaving}
         weights = layer.pool.weights_of(layer.place)
-        rows = next(iter(weights.values())).new_empty(len(leaving), layer.layout.numel)
+        rows = layer.comms.copies.arena.empty(len(leaving), layer.layout.numel, layer.dtypes.param)
         layer.layout.pack({k: [w[position[e]] for e in leaving] for k, w in weights.items()}, rows)
         return dict(zip(leaving, rows, strict=True))
 
-    def _received(self, moves: Moves) -> dict[int, Tensor]:
-        """Rows of the buffer that the copies are received into."""
-        arriving = self._new_experts(moves.src, moves.dst)
-        first = len(self._owned) if self.layer.casts else 0
-        position = {e: first + i for i, e in enumerate(self._copies)}
-        return {} if self._buffer is None else {e: self._buffer[position[e]] for e in arriving}
+
+def _in_place(target: Mapping[str, Tensor]) -> bool:
+    """Whether sums can be added to the gradients' rows by a kernel: one dtype, contiguous."""
+    return len({rows.dtype for rows in target.values()}) == 1 and all(r.is_contiguous() for r in target.values())

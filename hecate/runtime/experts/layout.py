@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from hecate.experts import WeightSpec
+from hecate.ops.kernels.registered import pack_rows
 
 __all__ = ["ChunkLayout"]
 
@@ -20,15 +21,25 @@ ALIGN = 16
 
 
 class ChunkLayout:
-    """Offsets of the given weight kinds in a flat chunk of `numel` elements."""
+    """Offsets of the given weight kinds in a flat chunk of `numel` elements.
 
-    def __init__(self, weights: Sequence[WeightSpec]) -> None:
+    Args:
+        weights: the weight kinds.
+        kernels: whether Hecate's kernel packs stacks, all kinds in one launch.
+    """
+
+    def __init__(self, weights: Sequence[WeightSpec], kernels: bool = False) -> None:
         self.weights = tuple(weights)
+        self._kernels = kernels
         self._start: dict[str, int] = {}
         self.numel = 0
         for w in self.weights:
             self._start[w.kind] = self.numel
             self.numel += -(-math.prod(w.shape) // ALIGN) * ALIGN
+
+    def offset(self, kind: str) -> int:
+        """Where a kind begins in a chunk, in elements."""
+        return self._start[kind]
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """Views kind -> `[n, *shape]` into `rows [n, numel]`."""
@@ -41,8 +52,12 @@ class ChunkLayout:
             weights: kind -> a stack `[n, *shape]`, or n tensors `[*shape]`.
             rows: the chunks.
         """
-        for kind, view in self.views(rows).items():
-            stack = weights[kind]
+        given = [weights[w.kind] for w in self.weights]
+        stacks = [stack for stack in given if isinstance(stack, Tensor)]
+        if self._kernels and len(stacks) == len(given) and len({stack.dtype for stack in stacks}) == 1:
+            pack_rows(stacks, list(self._start.values()), rows)
+            return
+        for stack, view in zip(given, self.views(rows).values(), strict=True):
             if isinstance(stack, Tensor):
                 view.copy_(stack)
                 continue

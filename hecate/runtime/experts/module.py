@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,13 @@ from hecate.experts import ExpertsSpec
 from hecate.ranks.agree import gather, rank_and_world
 from hecate.ranks.messages import broadcast
 from hecate.runtime.experts.by_expert import experts_of, misfit, rows_of
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.values.local import local_tensor
 
-__all__ = ["ExpertsModule", "InPool", "take_experts"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ExpertsModule", "InPool", "WeightModule", "take_experts"]
 
 MISSING = "is missing"
 
@@ -45,12 +48,17 @@ class ExpertsModule(nn.Module):
 
     Entries have the original names and shapes `[num_experts, *shape]`. Each is a DTensor, Shard(0), in the order of
     expert ids regardless of owners; without a mesh it is a plain tensor.
+
+    Attributes:
+        hecate_index: index of the layer.
+        hecate_spec: what an adapter found in the layer.
+        hecate_kinds: attributes of this module -> their kind in the pool.
     """
 
     _hecate_experts: list[LayerExperts]
     hecate_index: int
     hecate_spec: ExpertsSpec
-    hecate_kinds: tuple[str, ...]
+    hecate_kinds: Mapping[str, str]
 
     def __getattr__(self, name: str) -> Any:
         """An `InPool` if `name` is a stacked weight."""
@@ -60,18 +68,38 @@ class ExpertsModule(nn.Module):
             if name not in self.__dict__.get("hecate_kinds", ()):
                 raise
         spec = self.hecate_spec
-        shape = next(w.shape for w in spec.weights if w.kind == name)
-        return InPool(f"{spec.name}.{name}", (spec.num_experts, *shape), self._hecate_storage.dtypes.master)
+        weight = next(w for w in spec.weights if w.kind == self.hecate_kinds[name])
+        dtype = self._hecate_storage.pool.parameters[weight.kind].dtype
+        return InPool(spec.name_of(weight.kind), (spec.num_experts, *weight.shape), dtype)
 
-    def stand_in(self, kind: str, parameter: Tensor) -> None:
+    @classmethod
+    def take(cls, module: nn.Module, index: int, spec: ExpertsSpec, kinds: Mapping[str, str]) -> Self:
+        """Change the class of `module` in place, as FSDP2's `fully_shard` does, to a subclass of both classes.
+
+        The module keeps its name, submodules and attributes; the weights `kinds`, which the pool has copied, are freed.
+        """
+        for name in kinds:
+            delattr(module, name)
+        own = type(module)
+        module.__class__ = type(f"FSSDP{own.__name__}", (cls, own), {})
+        assert isinstance(module, cls)
+        module.hecate_index, module.hecate_spec, module.hecate_kinds = index, spec, kinds
+        module.register_load_state_dict_pre_hook(take_experts)
+        return module
+
+    def stand_in(self, name: str, parameter: Tensor) -> None:
         """Have a parameter of its own again at the attribute of a stacked weight, until it is deleted."""
-        kinds, self.hecate_kinds = self.hecate_kinds, ()  # `setattr` refuses a name that is answered to already
-        setattr(self, kind, parameter)
+        kinds, self.hecate_kinds = self.hecate_kinds, {}  # `setattr` refuses a name that is answered to already
+        setattr(self, name, parameter)
         self.hecate_kinds = kinds
 
     def keep(self, experts: LayerExperts) -> None:
         """Remember `experts`, which hold the weights."""
         self._hecate_experts = [experts]  # in a list, so that nn.Module does not look into it
+
+    def owned_weights(self) -> dict[str, Tensor]:
+        """Views kind -> `[owned, *shape]` of the weights that this device owns, outside autograd."""
+        return self._hecate_storage.pool.weights_of(self._hecate_storage.place)
 
     @property
     def _hecate_storage(self) -> LayerExperts:
@@ -83,14 +111,25 @@ class ExpertsModule(nn.Module):
         With `keep_vars`, entries are part of the autograd graph: their gradients go to the pool's parameters.
         """
         layer = self._hecate_storage
+        layer.watch.forget()  # entries may share memory with the weights, and be written to
         with layer.comms.guard(), torch.set_grad_enabled(keep_vars):
-            for kind in self.hecate_kinds:
+            for name, kind in self.hecate_kinds.items():
                 parameter: Tensor = layer.pool.parameters[kind]
                 slots = parameter if keep_vars else parameter.detach()
                 slots = slots.to_local() if isinstance(slots, DTensor) else slots
                 rows = slots[layer.pool.rows(layer.place)]
-                destination[prefix + kind] = experts_of(rows, layer.owners, layer.pool.mesh, layer.comms.experts)
+                destination[prefix + name] = experts_of(rows, layer.owners, layer.pool.mesh, layer.comms.experts)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class WeightModule(ExpertsModule):
+    """A module outside the experts module that had weights of the experts (`hecate.experts.Elsewhere`)."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Train these weights or not, of all layers of the pool."""
+        for kind in self.hecate_kinds.values():
+            self._hecate_storage.pool.parameters[kind].requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
 
 def take_experts(
@@ -110,19 +149,29 @@ def take_experts(
     """
     layer = module._hecate_storage
     assign = bool(local_metadata.get("assign_to_params_buffers", False))
-    entries = {kind: state_dict.pop(prefix + kind, None) for kind in module.hecate_kinds}
+    entries = {name: state_dict.pop(prefix + name, None) for name in module.hecate_kinds}
+    entries = {name: _stacked(module, name, entry) for name, entry in entries.items()}
     with layer.comms.guard():
-        everyone = gather({kind: _look_at(module, kind, entry, assign) for kind, entry in entries.items()})
-        for kind, entry in entries.items():
-            found = [by_kind[kind] for by_kind in everyone]
+        everyone = gather({name: _look_at(module, name, entry, assign) for name, entry in entries.items()})
+        for name, entry in entries.items():
+            kind, found = module.hecate_kinds[name], [by_name[name] for by_name in everyone]
             if all(f == found[0] for f in found) and found[0].problem is None:
                 _load(layer, kind, entry)
             elif _only_on_rank_0(found):
-                _load(layer, kind, _from_rank_0(getattr(module, kind), entry, layer.pool.device))
+                _load(layer, kind, _from_rank_0(getattr(module, name), entry, layer.pool.device))
             elif found[rank_and_world()[0]].problem == MISSING:
-                missing_keys.append(prefix + kind)
+                missing_keys.append(prefix + name)
             else:
-                error_msgs.append(f"{prefix}{kind} {_difference(found)}; it was loaded on no rank.")
+                error_msgs.append(f"{prefix}{name} {_difference(found)}; it was loaded on no rank.")
+
+
+def _stacked(module: ExpertsModule, name: str, entry: Tensor | None) -> Tensor | None:
+    """`entry` as a stack, if it has the shape in which the model itself keeps the weight; else unchanged."""
+    place = module.hecate_spec.elsewhere.get(module.hecate_kinds[name])
+    if place is None or not isinstance(entry, Tensor) or isinstance(entry, DTensor):
+        return entry
+    kept = place.as_kept(torch.empty(getattr(module, name).shape, device="meta")).shape
+    return place.stacked(entry) if entry.shape == kept else entry
 
 
 @dataclass(frozen=True)
@@ -138,10 +187,10 @@ class _Found:
     whole: bool
 
 
-def _look_at(module: ExpertsModule, kind: str, entry: Tensor | None, assign: bool) -> _Found:
+def _look_at(module: ExpertsModule, name: str, entry: Tensor | None, assign: bool) -> _Found:
     if entry is None:
         return _Found(MISSING, whole=False)
-    weight: InPool = getattr(module, kind)
+    weight: InPool = getattr(module, name)
     problem = misfit(entry, torch.Size(weight.shape), module._hecate_storage.pool.mesh)
     if problem is None and assign and entry.dtype != weight.dtype:
         problem = f"has dtype {entry.dtype}; with assign=True, which experts only copy, it must be {weight.dtype}"

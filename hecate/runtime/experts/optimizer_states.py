@@ -88,6 +88,7 @@ class OptimizerStates:
             for kind, parameter in pool.parameters.items()
         }
         self._comms = comms
+        self._loaded: list[Callable[[], None]] = []
         self._met: list[weakref.ref[Optimizer]] = []  # in the order in which they were met, the same on all ranks
 
     def meet(self, optimizer: Optimizer) -> None:
@@ -111,6 +112,12 @@ class OptimizerStates:
             state.values.update(values)
         for group in groups:
             group[BY_EXPERT] = False
+        for listener in self._loaded:
+            listener()
+
+    def on_load(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when an optimizer comes with state that it has loaded, or is new."""
+        self._loaded.append(listener)
 
     def optimizers(self) -> list[tuple[int, Optimizer]]:
         """The optimizers that are alive, each with its number among all that were ever met."""

@@ -48,6 +48,7 @@ class OptimizerWatch:
         self._states = states
         self._replaced = {id(p): reference for reference in replaced if (p := reference()) is not None}
         self._listeners: list[Callable[[], None]] = []
+        self._before: list[Callable[[Optimizer], None]] = []
         self._in_backward = False
         self._held: Optimizer | None = None
         self._stepping: set[int] = set()  # ids of optimizers whose step is under way
@@ -61,6 +62,8 @@ class OptimizerWatch:
             return
         if self._sharded:
             _refuse_whole_tensors(optimizer)
+        for listener in self._before:
+            listener(optimizer)
         self._stepping.add(id(optimizer))
 
     def after(self, optimizer: Optimizer) -> None:
@@ -75,9 +78,17 @@ class OptimizerWatch:
         for listener in self._listeners:
             listener()
 
+    def before_step(self, listener: Callable[[Optimizer], None]) -> None:
+        """Call `listener` before each step of an optimizer that trains the experts."""
+        self._before.append(listener)
+
     def on_step(self, listener: Callable[[], None]) -> None:
         """Call `listener` after each step of an optimizer that trains the experts."""
         self._listeners.append(listener)
+
+    def on_load(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when an optimizer comes with loaded state; see `OptimizerStates.on_load`."""
+        self._states.on_load(listener)
 
     def close(self) -> None:
         """Stop watching optimizers."""

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hecate.config import FSSDPConfig
-from hecate.experts import POOL_PREFIX, ExpertsSpec, OwnedExperts, WeightSpec
+from hecate.experts import POOL_PREFIX, Dtypes, ExpertsSpec, OwnedExperts, WeightSpec
 from hecate.placement import Placement, check_owners, initial_owners
 from hecate.runtime.setup import MoELayer, Setup
 from hecate.values.initialize import Stack
@@ -42,7 +42,7 @@ class ExpertPool:
     def __init__(
         self,
         specs: Sequence[ExpertsSpec],
-        dtype: torch.dtype,
+        dtypes: Dtypes,
         device: torch.device,
         rank: int,
         num_devices: int,
@@ -58,11 +58,13 @@ class ExpertPool:
         self.slots = -(-sum(s.num_experts for s in self.specs) // num_devices)
         self.parameters = {
             w.kind: nn.Parameter(
-                self.distribute(torch.zeros(self.slots, *w.shape, dtype=dtype, device=device)),
-                requires_grad=w.trainable,
+                self.distribute(self._zeros(w, dtypes.owned(self.specs[0], w.kind))), requires_grad=w.trainable
             )
             for w in self.weights
         }
+
+    def _zeros(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.slots, *weight.shape, dtype=dtype, device=self.device)
 
     @property
     def weights(self) -> tuple[WeightSpec, ...]:
@@ -125,15 +127,17 @@ class ExpertPool:
         """
         kinds = self.parameters if kind is None else (kind,)
         return [
-            OwnedExperts(f"{spec.name}.{k}", self.parameters[k], self._placements[i], self._owned[i], self._rows[i])
+            OwnedExperts(spec.name_of(k), self.parameters[k], self._placements[i], self._owned[i], self._rows[i])
             for k in kinds
             for i, spec in enumerate(self.specs)
         ]
 
     def stacks(self) -> list[Stack]:
         """The owned experts of each layer in the form that `initialize` takes."""
-        owned = enumerate(self._owned)
-        return [Stack(self.specs[i].name, self.weights_of(i), experts.tolist()) for i, experts in owned]
+        return [
+            Stack(spec.name, self.weights_of(i), owned.tolist(), {kind: e.name for kind, e in spec.elsewhere.items()})
+            for i, (spec, owned) in enumerate(zip(self.specs, self._owned, strict=True))
+        ]
 
     def add_gradients(
         self, first: int, grads: Mapping[str, Tensor], scale: float, target: Mapping[str, Tensor]
@@ -149,6 +153,28 @@ class ExpertPool:
         for kind, rows in grads.items():
             if kind in target and self.parameters[kind].requires_grad:  # otherwise frozen since the forward pass
                 target[kind][first : first + len(rows)].add_(rows, alpha=scale)
+
+    def take_gradients(self, grads: Mapping[str, Tensor], scale: float) -> bool:
+        """Make `grads` the gradients of all slots, which saves filling memory with zeros and adding to it.
+
+        Args:
+            grads: kind -> gradients `[n, *shape]`, not yet scaled; not to be changed by anybody afterwards.
+            scale: factor of the gradients.
+
+        Returns:
+            Whether they were taken. They are not if there are gradients already, if they are not those of all slots, or
+            if they share memory.
+        """
+        for kind, rows in grads.items():
+            parameter = self.parameters[kind]
+            whole = rows.shape[0] == self.slots and rows.is_contiguous() and rows.dtype == parameter.dtype
+            if not whole or parameter.grad is not None or not parameter.requires_grad:
+                return False
+        if len({rows.untyped_storage().data_ptr() for rows in grads.values()}) < len(grads):
+            return False
+        for kind, rows in grads.items():
+            self.parameters[kind].grad = self.distribute(rows if scale == 1 else rows * scale)
+        return True
 
     def gradients_of(self, place: int, kinds: Iterable[str]) -> dict[str, Tensor]:
         """Views kind -> `[owned, *shape]` of the gradients of a layer's owned experts, without frozen kinds.
@@ -177,10 +203,10 @@ class ExpertPool:
         return self.unreduced[kind]
 
     def fill(self, place: int, experts: nn.Module) -> None:
-        """Copy this device's owned experts of a layer from the stacked parameters of `experts`; skip those on meta."""
+        """Copy this device's owned experts of a layer from the parameters of `experts`; skip those on meta."""
         owned = torch.from_numpy(self.owned(place))
         for kind, rows in self.weights_of(place).items():
-            stacked = getattr(experts, kind).detach()
+            stacked = self.specs[place].stack(experts, kind)
             if not stacked.is_meta:
                 rows.copy_(stacked[owned.to(stacked.device)])
 
@@ -206,8 +232,8 @@ def make_pools(setup: Setup, model: nn.Module, rank: int) -> list[ExpertPool]:
     """
     pools = []
     for number, layers in enumerate(_by_pool(setup.layers, setup.config)):
-        specs, master = [layer.spec for layer in layers], layers[0].dtypes.master
-        pool = ExpertPool(specs, master, setup.device, rank, setup.num_devices, setup.mesh)
+        specs, dtypes = [layer.spec for layer in layers], layers[0].dtypes
+        pool = ExpertPool(specs, dtypes, setup.device, rank, setup.num_devices, setup.mesh)
         for place, layer in enumerate(layers):
             pool.fill(place, layer.module)
         for kind, parameter in pool.parameters.items():

@@ -38,7 +38,11 @@ class Reduction:
         self._add_sums = nothing  # which holds the sums
 
     def discard(self) -> None:
-        """Wait for the transfers and ignore their results: the backward pass that they belong to failed."""
+        """Wait for the transfers and ignore their results: the backward pass that they belong to failed.
+
+        Sums that a transport has added to gradients by itself stay there, as plain PyTorch keeps what a failed pass has
+        accumulated.
+        """
         self._add_own, self._add_sums = None, nothing
         self._home.wait()
 

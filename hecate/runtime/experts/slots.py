@@ -15,8 +15,9 @@ from torch import nn
 
 from hecate.experts import POOL_PREFIX
 from hecate.ranks.messages import all_reduce
-from hecate.runtime.experts.buffers import SharedBuffers, free_memory
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.arena import Arena
+from hecate.runtime.experts.buffers import MOMENTS_BYTES, SharedBuffers, free_memory
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.setup import Setup
 from hecate.values.local import local_tensor
@@ -25,9 +26,6 @@ __all__ = ["STEPS_TO_MEASURE", "SlotsWatch", "reserved_memory"]
 
 STEPS_TO_MEASURE = 3
 """Steps before which memory is measured again: by then optimizer state and gradients have their final size."""
-
-MOMENTS_BYTES = 8
-"""Bytes of optimizer state per trained element: the two float32 moments of Adam."""
 
 
 def reserved_memory(setup: Setup, model: nn.Module, pools: Iterable[ExpertPool]) -> int:
@@ -59,14 +57,20 @@ class SlotsWatch:
         setup: the inspected model and config.
         layers: the experts of each MoE layer.
         shared: the buffers of re-materialization, or None.
+        arena: the memory of copies.
     """
 
-    def __init__(self, setup: Setup, layers: Sequence[LayerExperts], shared: SharedBuffers | None) -> None:
+    def __init__(
+        self, setup: Setup, layers: Sequence[LayerExperts], shared: SharedBuffers | None, arena: Arena
+    ) -> None:
         self._setup = setup
         self._layers = tuple(layers)
         self._shared = shared
+        self._arena = arena
         self._steps = 0
-        self._auto = setup.config.memory_slots == "auto" and any(layer.memory_slots for layer in layers)
+        # Memory of copies that stay is allocated at once, so lowering their number later would free none.
+        auto = setup.config.memory_slots == "auto" and not setup.policy.keeps
+        self._auto = auto and any(layer.memory_slots for layer in layers)
 
     def before_step(self) -> None:
         """Measure before the first steps but the very first, when no copies are held. Collective over all ranks."""
@@ -82,7 +86,7 @@ class SlotsWatch:
         """
         if not self._auto:
             return
-        free = max(0, self._free() - reserved) * self._setup.config.memory_share
+        free = max(0, self._free() - reserved - self._casts()) * self._setup.config.memory_share
         alive = min(2, len(self._layers)) if self._setup.config.rematerialize else len(self._layers)
         fit = [int(free) // max(1, alive * _copy_bytes(layer)) for layer in self._layers]
         slots = torch.tensor(fit, dtype=torch.int64, device=self._setup.device)
@@ -93,14 +97,21 @@ class SlotsWatch:
             layer.memory_slots = min(layer.memory_slots, most)
         if lowered and self._shared is not None:
             self._shared.free()
+        if lowered:
+            self._arena.free()
 
     def _free(self) -> int:
-        """Bytes that copies could be allocated from here: free memory, the copies' own buffers, and torch's cache."""
-        held, device = 0 if self._shared is None else self._shared.num_bytes, self._setup.device
+        """Bytes that copies could be allocated from here: free memory, the copies' own arena, and torch's cache."""
+        held, device = self._arena.num_bytes, self._setup.device
         if device.type != "cuda":
             return held + free_memory(device, self._layers[0].comms.topology.devices_per_node)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return held + cached + free_memory(device, self._setup.sharers)
+
+    def _casts(self) -> int:
+        """Bytes that casts of owned rows take: of all layers, or with re-materialization of two at a time."""
+        sizes = [layer.num_owned * _copy_bytes(layer) if layer.casts else 0 for layer in self._layers]
+        return sum(sizes) if self._shared is None else 2 * max(sizes)
 
 
 def _copy_bytes(layer: LayerExperts) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from hecate.placement import Placement
 from hecate.runtime.experts.copies import CopyState, LayerCopies
-from tests.runtime.helpers import Pair, error_of, floats, net, world
+from tests.runtime.helpers import Pair, error_of, floats, net, rank, world
 from tests.workers import Groups
 
 
@@ -16,7 +16,8 @@ def _states(rematerialize: bool) -> None:
     pair = Pair(net((4,)), dense="replicate", rematerialize=rematerialize, memory_slots=2)
     pair.model(floats(0, 0)[:0])  # reserves the buffers that layers share
     layer = pair.engine._engine.layers[0].experts
-    before = layer.memory.now
+    layer.arena.free()
+    before = layer.arena.num_bytes
     owners = layer.owners
     one, all_ = owners.matrix.copy(), owners.matrix.copy()
     one[0] = all_[:2] = True
@@ -39,14 +40,22 @@ def _states(rematerialize: bool) -> None:
     copies.extend(Placement(all_))
     copies.ensure_held()
     refused(lambda: copies.extend(Placement(all_)), held, gathering)
-    own_buffer = 0 if rematerialize else layer.buffer_bytes
-    assert layer.memory.now - before == own_buffer
+    # Memory for the copies that are made, which all are of rank 0's experts; none for slots.
+    assert layer.arena.num_bytes - before == (0 if rematerialize else 2 * rank() * layer.layout.numel * 8)
     _check_rows(pair, copies)
     copies.release()
     copies.release()
-    assert layer.memory.now == before
+    layer.arena.free()
+    assert layer.arena.num_bytes == before
     refused(copies.parts, sharded, held)
     copies.ensure_held()  # gathers all of them again
+    _check_rows(pair, copies)
+    copies.release()
+    copies = LayerCopies(layer, Placement(one))
+    copies.launch()
+    copies.extend(Placement(all_))  # now there is room for what is added: copies are one stack
+    copies.ensure_held()
+    assert len(copies.parts()) == 1 + rank()
     _check_rows(pair, copies)
     copies.release()
 

@@ -1,9 +1,10 @@
-"""A parameter that no pass reached has no gradient, on any mesh, so optimizers skip it as in the plain model."""
+"""Gradients of pools: none where no pass came, on any mesh, as in the plain model; taken without a copy if possible."""
 
 from __future__ import annotations
 
 import torch
 
+import hecate
 from tests.runtime.helpers import Pair, case, net, square_loss
 from tests.workers import Groups
 
@@ -24,6 +25,34 @@ def _unreached_layer(meshes: tuple[tuple[int, ...], ...]) -> None:
                         optimizer.step()
                         optimizer.zero_grad()
                 pair.check_state(rtol=1e-8)
+
+
+def test_gradients_of_all_slots_are_taken_as_they_are() -> None:
+    engine = hecate.fully_shard(net((4,)), config=hecate.FSSDPConfig(policy="ep"))
+    (pool,) = engine.pools
+    made = {kind: torch.randn_like(p) for kind, p in pool.parameters.items()}
+    up, down = made
+    storage = torch.randn(made[up].numel() + made[down].numel(), dtype=made[up].dtype)
+    alike = {kind: part.view_as(made[kind]) for kind, part in zip(made, storage.split(made[up].numel()), strict=True)}
+    for refused in (
+        {up: made[up][:3], down: made[down]},  # not those of all slots
+        {up: made[up].float(), down: made[down]},
+        {up: made[up].mT.contiguous().mT, down: made[down]},
+        alike,  # one of them could be changed through the other
+    ):
+        assert not pool.take_gradients(refused, 1.0)
+        assert all(p.grad is None for p in pool.parameters.values())
+    assert pool.take_gradients(made, 1.0)
+    assert all(p.grad is made[kind] for kind, p in pool.parameters.items())
+    assert not pool.take_gradients(made, 1.0)  # there are gradients now
+    for parameter in pool.parameters.values():
+        parameter.grad = None
+    assert pool.take_gradients(made, 0.5)
+    for kind, parameter in pool.parameters.items():
+        torch.testing.assert_close(parameter.grad, made[kind] / 2)
+    pool.parameters[up].grad = None
+    pool.parameters[up].requires_grad_(False)
+    assert not pool.take_gradients({up: made[up]}, 1.0)
 
 
 def test_layer_that_no_pass_reaches(groups: Groups) -> None:

@@ -46,8 +46,7 @@ def _lower(rematerialize: bool) -> None:
     for seed, (free, expected) in enumerate(
         [((0, 0), 2), ((plenty, plenty), 2), ((plenty, one_each), 1), ((plenty, plenty), 1), ((0, 0), 1)]
     ):
-        memory = pair.engine._engine._shared
-        held = 0 if memory is None else memory.num_bytes
+        memory, held = pair.engine._engine._shared, pair.engine._parts.copies_memory.num_bytes
         with patch(MEMORY, lambda *_, free=free, held=held: free[rank()] - held):
             pair.backward(square_loss(seed))
         assert _slots(pair) == [expected] * LAYERS, seed
