@@ -73,14 +73,16 @@ class NodeDispatch(Dispatch):
     wire: torch.dtype | None
     comms: Comms
 
-    def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
-        rows = _Take.apply(hidden, self.across.index, self.across.slots)
+    def dispatch(
+        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        rows = _Take.apply(hidden.to(dtype or hidden.dtype), self.across.index, self.across.slots)
         rows = self._across(rows, back=False)
         rows = _Take.apply(rows, self.inside.index, self.inside.slots)
         rows = AllToAll.apply(rows, self.inside.sent, self.inside.received, self.comms, self.wire)
         return _sorted(rows, self.local_order, self.local_inverse)
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         across, inside = self.across, self.inside
         shares = _Take.apply(weights, across.index, across.slots) * self.here
         shares = AllToAll.apply(shares, across.sent, across.received, self.comms, None)
@@ -90,7 +92,7 @@ class NodeDispatch(Dispatch):
         copies = AllToAll.apply(copies, inside.received, inside.sent, self.comms, self.wire)
         sums = _WeightedSum.apply(copies, shares, inside.index, inside.slots)
         sums = self._across(sums, back=True)
-        return _SumOf.apply(sums, across.index, across.slots).to(rows.dtype)
+        return _SumOf.apply(sums, across.index, across.slots).to(rows.dtype).to(dtype or rows.dtype)
 
     def _across(self, rows: Tensor, back: bool) -> Tensor:
         leg = self.across

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.errors import NonFiniteError
+from hecate.ops.kernels.registered import count_experts
+from hecate.ops.kernels.tokens import ExpertCounts
 from hecate.ops.upload import upload
-from hecate.ranks.messages import all_gather_into
+from hecate.ranks.messages import HostCopy, all_gather_into, to_host
 from hecate.ranks.same import check_equal
 from hecate.runtime.comms import Comms
 
@@ -24,7 +27,8 @@ __all__ = ["Counting", "Position"]
 ABOVE, BELOW, NONE, NOT_FINITE, STEP, LAYER, CALL, WITH_GRAD, TRAINED = range(9)
 """Columns of the exchanged row after the experts' counts.
 
-The first three count copies: those whose index is E or more, less than -1, and `ABSENT`.
+The first three count copies: those whose index is E or more, less than -1, and `ABSENT`. The counting kernel puts the
+first two together.
 """
 
 REMEDY = "give a batch without images one blank image, and add its output times zero"
@@ -76,22 +80,52 @@ class Counting:
         experts: number of experts of each layer. Rows have room for the most, so that ranks that are in different
             layers can tell.
         comms: process groups of the ranks that share the experts.
+        by_kernels: whether Hecate's kernel counts.
+
+    Attributes:
+        counted: this rank's counts, as the kernel left them; None without it.
     """
 
     def __init__(
-        self, position: Position, index: Tensor, weights: Tensor, experts: Sequence[int], comms: Comms
+        self,
+        position: Position,
+        index: Tensor,
+        weights: Tensor,
+        experts: Sequence[int],
+        comms: Comms,
+        by_kernels: bool = False,
     ) -> None:
         self._position, self._comms = position, comms
         self._num_experts, self._most = experts[position.layer], max(experts)
         self._top_k = max(1, index.shape[1])
-        row = _row(position, index, weights, self._num_experts, self._most)
+        self.counted = count_experts(index, self._num_experts) if by_kernels else None
+        row = _row(position, index, weights, self._num_experts, self._most, self.counted)
         self._table, self._arrived = row, None
+        self._copy: HostCopy | None = None
         if comms.tokens is not None:
             self._table = row.new_empty(comms.topology.num_devices * row.numel())
             self._arrived = all_gather_into(self._table, row, comms.tokens, async_op=True)
 
+    @cached_property
+    def on_device(self) -> Tensor:
+        """int64 `[D, E]`: token copies per device and expert, on the device. The host does not wait, but over gloo."""
+        return self._everyones[:, : self._num_experts].contiguous()
+
+    def send_to_host(self) -> None:
+        """Launch the copy to the host for which a later `wait` waits, and for nothing that is launched after it."""
+        self._copy = HostCopy(self._everyones)
+
+    @cached_property
+    def _everyones(self) -> Tensor:
+        """The rows of all devices, which what is launched next on the current stream may read."""
+        if self._arrived is not None:
+            self._arrived()
+        return self._table.view(self._comms.topology.num_devices, -1)
+
     def wait(self, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Wait for the counts: the only place in a layer where the host waits for the accelerator.
+
+        After `send_to_host` that may be much later than in the layer.
 
         Args:
             names: names of all layers, for errors.
@@ -106,9 +140,7 @@ class Counting:
                 ranks.
             RuntimeError: ranks are in different forward passes or layers; on every rank.
         """
-        if self._arrived is not None:
-            self._arrived()
-        table = _on_host(self._table).reshape(self._comms.topology.num_devices, -1)
+        table = _on_host(self._everyones) if self._copy is None else self._copy.wait().numpy()
         counts, others = table[:, : self._num_experts], table[:, self._most :]
         name = names[self._position.layer]
         _check_position(names, self._position, others[:, STEP:])
@@ -122,28 +154,32 @@ class Counting:
 
 def _on_host(table: Tensor) -> NDArray[np.int64]:
     """Copy `table` to the host with one transfer and one wait."""
-    if table.device.type == "cpu":
-        return table.numpy()
-    pinned = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-    pinned.copy_(table, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    copied.synchronize()
-    return pinned.numpy()
+    return table.numpy() if table.device.type == "cpu" else to_host([table])[0].numpy()
 
 
-def _row(position: Position, index: Tensor, weights: Tensor, num_experts: int, most: int) -> Tensor:
+def _row(
+    position: Position, index: Tensor, weights: Tensor, num_experts: int, most: int, counted: ExpertCounts | None
+) -> Tensor:
     """int64 `[most + 9]`: this rank's counts, then the columns that all ranks check."""
     start = np.zeros(most + TRAINED + 1, dtype=np.int64)
     start[most + STEP :] = position.numbers
     row = upload(torch.from_numpy(start), index.device)
+    if counted is None:
+        _count(row, index, num_experts, most)
+    else:
+        row[:num_experts] = counted.counts[:num_experts]
+        row[most + ABOVE : most + NONE + 1 : 2] = counted.counts[num_experts:]
+    own = weights.detach().masked_fill(index == ABSENT, 0)
+    row[most + NOT_FINITE] = (own - own).count_nonzero()  # NaN if a weight is not finite
+    return row
+
+
+def _count(row: Tensor, index: Tensor, num_experts: int, most: int) -> None:
+    """Add the copies of `index` to the columns of `row`."""
     slot = index.flatten().clamp(-2, num_experts).remainder_(most + 3)  # -2 and -1 become the columns BELOW and NONE
     if num_experts < most:
         slot.masked_fill_(slot == num_experts, most + ABOVE)
     row.scatter_add_(0, slot, slot.new_ones(1).expand_as(slot))
-    own = weights.detach().masked_fill(index == ABSENT, 0)
-    row[most + NOT_FINITE] = (own - own).count_nonzero()  # NaN if a weight is not finite
-    return row
 
 
 def _check_position(names: Sequence[str], own: Position, columns: NDArray[np.int64]) -> None:

@@ -1,6 +1,6 @@
 """The plain dispatch: one all-to-all of rows to the experts and one back; in backward the same for gradients.
 
-What the exchange does not need is computed after its launch: the inverses and the order by expert.
+What the exchange does not need is computed after its launch: the inverse of `order`, and the order by expert.
 
 Shapes: T tokens of this device, k experts per token, N rows sent, M rows received, d model width. Copies of a token
 without an expert (-1) are not sent: then N < T * k.
@@ -21,63 +21,42 @@ from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
-from hecate.runtime.tokens.exchange import Dispatch, Sending
+from hecate.runtime.tokens.exchange import Sending
+from hecate.runtime.tokens.straight import Straight
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
 
 @dataclass(frozen=True, eq=False)
-class DirectDispatch(Dispatch):
-    """Sends each row directly to the device that computes it.
+class DirectDispatch(Straight):
+    """The dispatch by PyTorch's operations; see `Straight`.
 
     Attributes:
-        order: int64 `[N]`, the copies of tokens (`t * k + j`) sorted by (destination, expert).
         copies: T * k, including copies without an expert.
-        sent, received: number of rows to and from each device.
-        blocks: int64 `[2, B]`, how received rows are sorted by (row of the expert here, source), see `block_order`;
-            None if they arrive in that order, for example because one expert is held here.
-        sizes: received rows per expert held here, in the order of the experts' rows.
-        top_k: experts per token.
         wire: dtype of rows between devices; None keeps theirs.
-        comms: process groups of the devices that share the experts.
     """
 
-    order: Tensor
     copies: int
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    blocks: Tensor | None
-    sizes: tuple[int, ...]
-    top_k: int
     wire: torch.dtype | None
-    comms: Comms
 
     @cached_property
     def inverse(self) -> Tensor:
         """int64 `[T * k]`, the inverse of `order`; N for copies without an expert."""
         return invert(self.order, self.copies)
 
-    @cached_property
-    def local_order(self) -> Tensor | None:
-        """int64 `[M]`, permutation that sorts received rows by (row of the expert here, source); None: sorted."""
-        return None if self.blocks is None else block_order(self.blocks, sum(self.received))
-
-    @cached_property
-    def local_inverse(self) -> Tensor | None:
-        """The inverse of `local_order`."""
-        return None if self.local_order is None else invert(self.local_order)
-
-    def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+    def dispatch(
+        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Tensor:
         return linear(
-            hidden,
+            hidden.to(dtype or hidden.dtype),
             lambda tokens: self.leave(take_copies(tokens, self.order, self.top_k)),
             lambda rows: sum_copies(self.come_home(rows, meanwhile), self.inverse, self.top_k),
         )
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.comms.tokens is not None or self.blocks is not None:
             rows = linear(rows, self.come_home, self.leave)
-        return combine(rows, weights, self.inverse)
+        return combine(rows, weights, self.inverse).to(dtype or rows.dtype)
 
     # Without autograd.
 
@@ -125,4 +104,4 @@ def direct_dispatch(
     if comms.topology.num_devices > 1:
         order = order.index_select(0, block_order(both[: 2 * leaving].view(2, -1), sum(sent)))
     blocks = both[2 * leaving :].view(2, -1) if len(table) > 2 * leaving else None
-    return DirectDispatch(order, index.numel(), sent, received, blocks, sizes, index.shape[1], wire, comms)
+    return DirectDispatch(order, sent, received, blocks, sizes, index.shape[1], comms, index.numel(), wire)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,13 +11,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hecate.cost import LayerCost
+from hecate.ops.kernels.tokens import ExpertCounts
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
+from hecate.runtime.tokens.by_kernels import kernel_dispatch
 from hecate.runtime.tokens.by_node import node_dispatch, node_exchange_pays
 from hecate.runtime.tokens.direct import direct_dispatch
 from hecate.runtime.tokens.exchange import Dispatch
 
-__all__ = ["dispatch_of"]
+__all__ = ["ByKernels", "dispatch_of"]
+
+
+@dataclass(frozen=True)
+class ByKernels:
+    """What `kernel_dispatch` needs besides.
+
+    Attributes:
+        counted: copies per expert, as the counting kernel left them.
+        dtype: dtype in which the experts compute.
+    """
+
+    counted: ExpertCounts
+    dtype: torch.dtype
 
 
 def dispatch_of(
@@ -28,6 +44,7 @@ def dispatch_of(
     wire: torch.dtype | None = None,
     by_expert: Tensor | None = None,
     tokens: NDArray[np.int64] | None = None,
+    by_kernels: ByKernels | None = None,
 ) -> Dispatch:
     """Make this device's dispatch according to `plan`. The host does not wait for the device.
 
@@ -40,7 +57,11 @@ def dispatch_of(
         wire: dtype of rows between devices, e.g. torch.bfloat16; None keeps theirs.
         by_expert: `sort_by_expert(index)`, if that is there already.
         tokens: int64 `[D]`, tokens of each device; None: every copy on every device has an expert.
+        by_kernels: what Hecate's kernels need to run the direct dispatch; None: torch's operations run. The node-aware
+            dispatch always runs those.
     """
     if comms.tokens is not None and node_exchange_pays(plan, cost, max(1, index.shape[1])):
         return node_dispatch(plan, index, comms, local_rows, wire, by_expert, tokens)
+    if by_kernels is not None:
+        return kernel_dispatch(plan, index, comms, local_rows, by_kernels.dtype, wire, by_kernels.counted)
     return direct_dispatch(plan, index, comms, local_rows, wire, by_expert)

@@ -21,23 +21,35 @@ class Dispatch(ABC):
     """Where this device's rows go, and the order of received rows. Made once per layer and micro-batch.
 
     Attributes:
-        sizes: received rows per expert held here, in the order of the experts' rows.
+        sizes: received rows per expert held here, in the order of the experts' rows; empty if `ends` says it.
+        ends: int32 `[experts held here]`, exclusive ends of their rows, if only the device knows them; else None.
     """
 
     sizes: tuple[int, ...]
+    ends: Tensor | None = None
 
     @abstractmethod
-    def dispatch(self, hidden: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+    def dispatch(
+        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Send tokens `[T, d]`; returns the rows `[M, d]` that this device computes, grouped by expert. Collective.
 
         Args:
             hidden: the tokens.
+            dtype: dtype of the rows, in which the experts compute; None: that of the tokens. A dispatch by kernels was
+                made for one dtype and takes no other.
             meanwhile: called in backward while the rows' gradients are on their way back.
         """
 
     @abstractmethod
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """Send back results `[M, d]`; returns sums `[T, d]` per token, weighted by `weights` `[T, k]`. Collective."""
+    def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Send back results `[M, d]`; returns sums `[T, d]` per token, weighted by `weights` `[T, k]`. Collective.
+
+        Args:
+            rows: the results.
+            weights: the router's weights, zero where there is no expert.
+            dtype: dtype of the sums; None: that of the results.
+        """
 
 
 class Sending:

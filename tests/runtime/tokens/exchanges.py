@@ -15,16 +15,22 @@ from hecate.runtime.tokens.exchange import Dispatch
 EXPERTS, TOP_K, WIDTH = 12, 4, 8
 
 
-def setting(devices: int, per_node: int, seed: int) -> tuple[Plan, list[Tensor], Topology]:
-    """A plan with copies for a random router; device 0 has no tokens in every third setting."""
+def setting(devices: int, per_node: int, seed: int, dropped: float = 0.0) -> tuple[Plan, list[Tensor], Topology]:
+    """A plan with copies for a random router; device 0 has no tokens in every third setting.
+
+    A share of the copies, `dropped`, has no expert.
+    """
     rng = np.random.default_rng([devices, per_node, seed])
     topology = Topology(devices, per_node)
     picks = []
     for device in range(devices):
         tokens = 0 if seed % 3 == 0 and device == 0 else int(rng.integers(1, 20))
         rows = [rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)]
-        picks.append(torch.from_numpy(np.array(rows, dtype=np.int64).reshape(tokens, TOP_K)))
-    counts = np.stack([np.bincount(p.flatten().numpy(), minlength=EXPERTS) for p in picks]).astype(np.int64)
+        picked = np.array(rows, dtype=np.int64).reshape(tokens, TOP_K)
+        if dropped:
+            picked[rng.random(picked.shape) < dropped] = -1
+        picks.append(torch.from_numpy(picked))
+    counts = np.stack([np.bincount(p[p >= 0].numpy(), minlength=EXPERTS) for p in picks]).astype(np.int64)
     owners = rng.integers(0, devices, EXPERTS)
     placement = Placement.from_owners(owners, devices) | Placement(rng.random((EXPERTS, devices)) < 0.3)
     return Plan.build(placement, owners, topology, exact_quota(counts, placement, topology)), picks, topology

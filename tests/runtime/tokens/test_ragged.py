@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hecate.ops.grouped import Groups as RowGroups
 from hecate.ops.grouped import grouped_linear
-from hecate.ops.permute import combine, invert, permute
+from hecate.ops.permute import combine, invert
 from hecate.runtime.tokens import dispatch
+from tests.ops.copies import permute
 from tests.runtime.helpers import SLOW_NODES, Pair, case, devices_per_node, error_of, rank
 from tests.workers import Groups
 
