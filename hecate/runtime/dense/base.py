@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 __all__ = ["Dense"]
 
@@ -51,3 +56,32 @@ class Dense(ABC):
     @abstractmethod
     def drop(self) -> None:
         """Drop gradients that were not reduced yet."""
+
+    # What a dense part keeps outside of parameters and of the caller's optimizer; by default nothing.
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Further optimizers, which have state of the dense part."""
+        return ()
+
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of gradients that are not in `.grad`, the same on all ranks; None if there are none. Collective."""
+        return None
+
+    def scale_gradients(self, factor: Tensor) -> None:  # noqa: B027  # the default does nothing
+        """Multiply the gradients that are not in `.grad` by `factor`, a scalar <= 1."""
+
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """Whole tensors with exacter values than those of parameters. Collective."""
+        return {}
+
+    def took_weights(self, masters: Mapping[nn.Parameter, Tensor] | None = None) -> None:  # noqa: B027
+        """Called when parameters, or their `masters`, have new values."""
+
+    @contextmanager
+    def with_state(self, optimizer: Optimizer | None) -> Iterator[None]:
+        """Inside, `optimizer.state` has the state of all parameters, that of the dense part included. Collective."""
+        yield
+
+    def took_state(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """Called when `optimizer.state` has been loaded."""

@@ -10,10 +10,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as fsdp2
 
 from hecate.adapters.transformers import kept_in_float32
-from hecate.private_torch import forget_step, shard_beside
+from hecate.private_torch import at_end_of_backward, forget_step, shard_beside
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.dense.prefetch import Prefetch
 from hecate.runtime.dense.towers import Towers
+from hecate.runtime.dense.unused import Unused
 from hecate.runtime.setup import Setup
 
 __all__ = ["ShardedDense"]
@@ -44,6 +45,10 @@ class ShardedDense(Dense):
         self._model = model
         self._prefetch = Prefetch(model)
         self._towers = Towers(model, blocks)
+        config, mesh = setup.config, setup.mesh
+        assert mesh is not None
+        widens = config.reduce_dtype not in (None, config.param_dtype)
+        self._unused = Unused(model, [mesh.get_group(i) for i in range(mesh.ndim)], setup.device, widens)
 
     def set_sync(self, sync: bool) -> None:
         """Set it by FSDP2's `set_requires_gradient_sync`."""
@@ -59,9 +64,10 @@ class ShardedDense(Dense):
         """Nothing to do: FSDP2's hooks reshard the parameters."""
 
     def await_gradients(self) -> None:
-        """FSDP2 reduces gradients; only the prefetch is told."""
+        """FSDP2 reduces gradients; tell those that help it."""
         super().await_gradients()
         self._prefetch.begin_backward()
+        self._unused.begin_backward()
 
     def leave_evaluation(self) -> None:
         """Reshard the root, whose parameters FSDP2 keeps unsharded for a backward pass.
@@ -71,11 +77,15 @@ class ShardedDense(Dense):
         self._model.reshard()
 
     def reduce(self) -> None:
-        """Nothing to do: FSDP2 has reduced gradients during the backward pass."""
+        """FSDP2 reduces gradients until the end of the backward pass; then take back those that no rank has."""
+        self.awaited = False
+        sync = self.sync
+        at_end_of_backward(lambda: self._unused.end_backward(sync))  # after FSDP2's own end, which was asked for before
 
     def drop(self) -> None:
         """Drop unreduced gradients, and reset FSDP2's state if a pass raised."""
         forget_step(self._model)
+        self._unused.forget()
 
 
 def _shard(unit: nn.Module, setup: Setup, ignored: Set[nn.Parameter], kept: Set[nn.Parameter]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hecate.adapters.transformers import cast_constants
+from hecate.names import original_name
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.dense.fsdp import ShardedDense
 from hecate.runtime.dense.none import CallersDense
@@ -42,6 +43,8 @@ def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) ->
         return CallersDense()
     if setup.config.param_dtype is not None:
         cast_constants(model, setup.config.param_dtype)
+    if setup.config.dense == "deepspeed":
+        return _zero(setup, model, pools)
     if setup.config.dense == "replicate":
         allocate(model, setup.device)
         return ReplicatedDense(setup, model, pools)
@@ -51,3 +54,10 @@ def make_dense(setup: Setup, model: nn.Module, pools: Iterable[nn.Parameter]) ->
     if not rest:
         return sharded
     return DenseParts(sharded, ReplicatedDense(setup, model, set(model.parameters()) - rest))
+
+
+def _zero(setup: Setup, model: nn.Module, pools: Set[nn.Parameter]) -> Dense:
+    from hecate.runtime.dense.zero import ZeroDense  # needs DeepSpeed, an optional dependency
+
+    allocate(model, setup.device)
+    return ZeroDense({original_name(name): p for name, p in model.named_parameters() if p not in pools})

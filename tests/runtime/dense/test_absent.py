@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hecate.models.moe import Experts, MoE, TopKGate
 from tests.runtime.helpers import WIDTH, Pair, case, error_of, floats, rank
@@ -110,3 +112,75 @@ def _works() -> None:
 
 def test_a_dense_vision_tower_with_a_replicated_dense_part(groups: Groups) -> None:
     groups(2).run(_works)
+
+
+class Glance(Block):
+    """A block that looks at the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.look = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        return super().forward(x if image is None else x + self.look(image))
+
+
+class Projected(nn.Module):
+    """Images are only projected: weights of the model itself, and of a block that all ranks run."""
+
+    _no_split_modules = ("Block", "Glance")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(WIDTH, WIDTH)
+        self.first, self.second = Block(5), Glance()
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+        """Without an image, the input of the first block needs no gradient."""
+        x = self.first(x if image is None else x + self.project(image))
+        return self.second(x, image)
+
+
+def _only_some_use(dense: str) -> None:
+    torch.manual_seed(0)
+    pair = Pair(Projected().double(), dense=dense)
+    optimizers = pair.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
+    for seed, with_images in enumerate(((), (0, 1), (1,), (), (0,), (1,))):
+        with case((seed, with_images)):
+            if seed > 3:  # the first of two micro-batches
+                with pair.engine.no_sync():
+                    _loss(seed + 20, ())(pair.model, rank()).backward()
+                pair.backward_plain(_loss(seed + 20, ()))
+            pair.backward(_loss(seed, with_images))
+            pair.check_gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            pair.check_state(rtol=1e-8)
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="FSDP2 of torch 2.13 or later")
+def test_weights_that_only_some_ranks_use_under_fsdp(groups: Groups) -> None:
+    groups(2).run(_only_some_use, "fsdp")
+
+
+def test_weights_that_only_some_ranks_use_replicated(groups: Groups) -> None:
+    groups(2).run(_only_some_use, "replicate")
+
+
+def _unused_and_accumulated_in_another_dtype() -> None:
+    """FSDP2 accumulates in `reduce_dtype`, and would take zeros of another dtype only with an error."""
+    torch.manual_seed(0)
+    pair = Pair(Projected(), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    x = floats(0, rank()).float()
+    with pair.engine.no_sync():
+        pair.model(x, None).square().mean().backward()
+    pair.model(x, None).square().mean().backward()
+    assert pair.model.project.weight.grad is None
+    assert pair.model.first.dense.weight.grad is not None
+
+
+def test_unused_weights_beside_accumulated_gradients(groups: Groups) -> None:
+    groups(2).run(_unused_and_accumulated_in_another_dtype)
