@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hecate.placement import Placement
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.plans.layer import LayerPlans, Outlook
 
-__all__ = ["PlanAhead", "number_of_threads"]
+__all__ = ["PlanAhead", "PlanningThreads", "number_of_threads"]
 
 MOST_THREADS = 4
 NICE = 10
@@ -33,25 +34,46 @@ def number_of_threads(setting: int | Literal["auto"], processes: int) -> int:
     return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // processes)) if setting == "auto" else setting
 
 
+class PlanningThreads(ThreadPoolExecutor):
+    """Threads with, on Linux, a lower priority than the rest of the process.
+
+    Between their tasks they refer to no layer, so that they may outlive an engine until they are closed.
+
+    Args:
+        number: of threads.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, "hecate-plan", _lower_priority)
+
+    def close(self) -> None:
+        """End the threads; plans that were started are dropped."""
+        self.shutdown(wait=False, cancel_futures=True)
+
+
 class PlanAhead:
     """Plans all layers of a model.
 
     Args:
         layers: plans of each MoE layer.
-        threads: number of threads that plan. On Linux they have a lower priority than the rest of the process.
+        threads: what plans.
+
+    Attributes:
+        seconds: time that the threads took for the plans of the present step, summed over layers.
     """
 
-    def __init__(self, layers: Sequence[LayerPlans], threads: int) -> None:
+    def __init__(self, layers: Sequence[LayerPlans], threads: PlanningThreads) -> None:
         self._layers = tuple(layers)
-        self._threads = ThreadPoolExecutor(threads, "hecate-plan", _lower_priority)
-        self._started: list[tuple[Outlook, Future[Placement]]] = []
+        self._threads = threads
+        self._started: list[tuple[Outlook, Future[_Timed]]] = []
+        self.seconds = 0.0
 
     def start(self) -> None:
         """Start to plan from the loads known so far; replaces what was started before."""
         for _, future in self._started:
             future.cancel()
         outlooks = [layer.outlook() for layer in self._layers]
-        self._started = [(outlook, self._threads.submit(outlook.placement)) for outlook in outlooks]
+        self._started = [(outlook, self._threads.submit(_timed, outlook)) for outlook in outlooks]
 
     def placements(self) -> list[Placement]:
         """One placement per layer for the step that begins now; the routes of its copies have been made too.
@@ -66,17 +88,26 @@ class PlanAhead:
             outlook = layer.outlook()
             if not before.equals(outlook):
                 future.cancel()
-                future = self._threads.submit(outlook.placement)
+                future = self._threads.submit(_timed, outlook)
             futures.append(future)
-        return [future.result() for future in futures]
+            layer.planned_from(outlook.steps)
+        results = [future.result() for future in futures]
+        self.seconds = sum(result.seconds for result in results)
+        return [result.placement for result in results]
 
     def make_routes(self, experts: LayerExperts, placement: Placement) -> None:
         """Start to make the routes that a placement with copies planned after the gate needs in its backward pass."""
         self._threads.submit(experts.make_routes, experts.owners, placement, gather=experts.shared is not None)
 
-    def close(self) -> None:
-        """End the threads; plans that were started are dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+
+class _Timed(NamedTuple):
+    placement: Placement
+    seconds: float
+
+
+def _timed(outlook: Outlook) -> _Timed:
+    start = time.perf_counter()
+    return _Timed(outlook.placement(), time.perf_counter() - start)
 
 
 def _lower_priority() -> None:

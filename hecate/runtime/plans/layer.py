@@ -15,14 +15,17 @@ from hecate.cost import CostModel, LayerCost
 from hecate.experts import POOL_PREFIX, ExpertsSpec
 from hecate.loads.history import LoadHistory
 from hecate.placement import Placement
-from hecate.planning.plan import Plan
-from hecate.policies.base import LayerSetting, Policy
+from hecate.planning.plan import Calibration, Plan
+from hecate.policies.base import LayerSetting, Policy, Weighing
 from hecate.ranks.same import check_same
+from hecate.runtime.arena import Arena
 from hecate.runtime.comms import Comms
-from hecate.runtime.experts.buffers import CopiesMemory, SharedBuffers, memory_slots
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.buffers import MOMENTS_BYTES, SharedBuffers, memory_slots
+from hecate.runtime.experts.casts import CastWatch
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.experts.layout import ChunkLayout
 from hecate.runtime.experts.pool import ExpertPool
+from hecate.runtime.plans.reasons import why_no_copies
 from hecate.runtime.plans.stats import LayerTotals
 from hecate.runtime.setup import Setup
 
@@ -50,6 +53,7 @@ class Outlook:
         policy, setting: what plans, and what it is told about the layer.
         steps: int64 `[D, E]` per past step, oldest first. They are stacked by the thread that plans.
         owners: int64 `[E]`.
+        kept: owners, and copies that stay between steps.
         experts: the layer's experts.
     """
 
@@ -57,17 +61,19 @@ class Outlook:
     setting: LayerSetting
     steps: tuple[NDArray[np.int64], ...]
     owners: NDArray[np.int64]
+    kept: Placement
     experts: LayerExperts
 
     def placement(self) -> Placement:
-        """The placement to gather before the layer runs; without any history, the owners only.
+        """The placement before the layer runs, kept copies included; without any history, no others.
 
         The routes of its copies are made too, so that the thread that launches the gather and the reduction finds them.
         """
         owners = Placement.from_owners(self.owners, self.setting.topology.num_devices)
         if not self.steps:
-            return owners
+            return self.kept
         placement = self.policy.materialize(self.setting, np.stack(self.steps), self.owners)
+        placement = placement if self.kept <= placement else placement | self.kept
         self.experts.make_routes(owners, placement)
         return placement
 
@@ -75,6 +81,7 @@ class Outlook:
         """Whether `other` leads to the same placement."""
         same = len(self.steps) == len(other.steps) and np.array_equal(self.owners, other.owners)
         pairs = zip(self.steps, other.steps, strict=False)
+        same = same and self.kept == other.kept
         return same and self.setting == other.setting and all(a is b or np.array_equal(a, b) for a, b in pairs)
 
 
@@ -101,12 +108,23 @@ class LayerPlans:
         self._config = config
         self._cost = cost
         self._tokens_per_device = 0
+        self._foreseen: NDArray[np.int64] | None = None
         self._totals = self._no_totals()
 
     @property
     def owners(self) -> NDArray[np.int64]:
         """int64 `[num_experts]`: the owner of each expert."""
         return self.experts.pool.owners[self.experts.place]
+
+    @property
+    def device_splits(self) -> bool:
+        """Whether the layer runs without the host knowing its counts; see `FSSDPConfig.splits`."""
+        return self._config.splits == "device"
+
+    @property
+    def rows_per_pair(self) -> int | None:
+        """See `FSSDPConfig`."""
+        return self._config.rows_per_pair
 
     @property
     def cost(self) -> LayerCost:
@@ -136,13 +154,22 @@ class LayerPlans:
         """Mean tokens per device and micro-batch in the last step."""
         return self._tokens_per_device
 
+    def foresee(self, counts: NDArray[np.int64] | None) -> None:
+        """Plan the next step's copies from `counts`, int64 `[D, E]`, instead of the history; None: from the history."""
+        self._foreseen = counts
+
     def outlook(self) -> Outlook:
-        """What the next step is planned from, including the micro-batches booked so far."""
+        """What the next step is planned from: foreseen loads, or the history and the micro-batches booked so far."""
         steps, tokens = self.history.steps, self._tokens_per_device
         if self._totals.micro_batches:
             steps = (*steps, self._totals.counts)[-self._config.load_window :]
             tokens = self._totals.tokens_per_device
-        return Outlook(self._policy, self.setting(tokens), steps, self.owners, self.experts)
+        if self._foreseen is not None:
+            steps = (self._foreseen,)
+            # Before the first step nobody knows top_k; then a row counts as a token. That costs time at most.
+            tokens = tokens or int(self._foreseen.sum()) // len(self._foreseen)
+        kept = self.experts.kept_placement
+        return Outlook(self._policy, self.setting(tokens), steps, self.owners, kept, self.experts)
 
     def plan(self, counts: NDArray[np.int64], held: Placement, top_k: int, settled: bool = False) -> Plan:
         """Plan which device computes which tokens of one call in one micro-batch.
@@ -155,8 +182,15 @@ class LayerPlans:
         """
         setting = self.setting(int(counts.sum()) // (counts.shape[0] * top_k))
         owners = self.owners
-        placement = held if settled else self._policy.calibrate(setting, counts, owners, held)
-        return self._policy.assign(setting, counts, owners, placement)
+        calibration = Calibration(held, held) if settled else self._calibration(setting, counts, owners, held)
+        return replace(self._policy.assign(setting, counts, owners, calibration.placement), calibration=calibration)
+
+    def _calibration(
+        self, setting: LayerSetting, counts: NDArray[np.int64], owners: NDArray[np.int64], held: Placement
+    ) -> Calibration:
+        if isinstance(self._policy, Weighing):
+            return self._policy.weigh(setting, counts, owners, held)
+        return Calibration(held, self._policy.calibrate(setting, counts, owners, held))
 
     def check(self, plan: Plan) -> None:
         """For HECATE_DEBUG=1: raise if the plan is not valid, or not the same on all ranks. Collective."""
@@ -170,12 +204,20 @@ class LayerPlans:
 
     def report(self, totals: LayerTotals) -> dict[str, Any]:
         """`totals` of one step in the form that `FSSDP.stats()` returns."""
-        return totals.report(self.name, self.setting(totals.tokens_per_device))
+        setting = self.setting(totals.tokens_per_device)
+        found = totals.report(self.name, setting)
+        if totals.last is not None and not totals.last.copies:
+            found["no_copies"] = why_no_copies(totals.last, setting, self._policy, bool(totals.planned_from))
+        return found
+
+    def planned_from(self, steps: Sequence[NDArray[np.int64]]) -> None:
+        """The copies of the step that begins now were planned from the counts of these steps."""
+        self._totals.planned_from = tuple(steps)
 
     def end_step(self) -> LayerTotals:
         """Add the step's loads to the history; returns its totals."""
         totals, self._totals = self._totals, self._no_totals()
-        totals.bytes_sent, self.experts.bytes_sent = self.experts.bytes_sent, 0
+        totals.bytes_sent = self.experts.take_bytes_sent()
         if totals.micro_batches:
             self.history.add(totals.counts)
             self.history.close_step()
@@ -186,7 +228,7 @@ class LayerPlans:
     def drop_step(self) -> None:
         """Drop what was booked since the last step."""
         self._totals = self._no_totals()
-        self.experts.bytes_sent = 0
+        self.experts.take_bytes_sent()
 
     def state(self) -> dict[str, NDArray[np.int64]]:
         """What plans are made from, except `owners`, as int64 arrays; `history` is `[steps, D, E]`."""
@@ -209,6 +251,7 @@ class LayerPlans:
         self.history = LoadHistory(devices, self.num_experts, self._config.load_window)
         self.since_reshard = np.zeros(self.num_experts, dtype=np.int64)
         self._tokens_per_device = 0
+        self._foreseen = None
         self.drop_step()
         if state is not None:
             for counts in state["history"]:
@@ -240,7 +283,7 @@ def make_plans(
     pools: Sequence[ExpertPool],
     comms: Comms,
     shared: SharedBuffers | None,
-    memory: CopiesMemory,
+    arena: Arena,
 ) -> list[LayerPlans]:
     """Make one `LayerPlans` per layer, in order. Collective.
 
@@ -250,17 +293,24 @@ def make_plans(
         pools: the pools that own the experts.
         comms: process groups of the devices that share the experts.
         shared: the buffers of re-materialization, or None.
-        memory: counts the bytes of copies' buffers.
+        arena: memory for copies and for casts of owned rows.
     """
     dense_flops = _dense_flops(setup, model)
+    watches = {pool: CastWatch(pool) for pool in pools}
     made = []
     for layer in setup.layers:
         pool = next(p for p in pools if layer.spec in p.specs)
-        expert_bytes = ChunkLayout(layer.spec.weights).numel * layer.dtypes.param.itemsize
-        slots = memory_slots(setup, layer.spec.num_experts, expert_bytes, comms.topology.devices_per_node)
+        numel = ChunkLayout(layer.spec.weights).numel
+        copy_bytes = numel * layer.dtypes.param.itemsize
+        if setup.policy.keeps:  # a weight, its gradient and its optimizer state
+            copy_bytes = numel * (2 * layer.dtypes.param.itemsize + MOMENTS_BYTES)
+        slots = memory_slots(setup, layer.spec.num_experts, copy_bytes, comms.topology.devices_per_node)
         place = pool.specs.index(layer.spec)
         name = layer.spec.name
-        experts = LayerExperts(layer.index, name, pool, place, layer.dtypes, comms, slots, shared, memory)
+        watch = watches[pool]
+        experts = LayerExperts(
+            layer.index, name, pool, place, layer.dtypes, comms, slots, shared, arena, watch, setup.kernels
+        )
         cost = layer_cost(setup.cost, layer.spec, experts, dense_flops)
         made.append(LayerPlans(layer.spec, experts, setup.policy, setup.config, cost))
     return made

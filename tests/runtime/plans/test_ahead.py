@@ -16,9 +16,9 @@ from hecate.collectives.moves import moves_between
 from hecate.collectives.route import Links, gather_route, reduce_route
 from hecate.collectives.routed import Routed
 from hecate.placement import Placement, Topology
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.plans import ahead as module
-from hecate.runtime.plans.ahead import NICE, PlanAhead, number_of_threads
+from hecate.runtime.plans.ahead import NICE, PlanAhead, PlanningThreads, number_of_threads
 from hecate.runtime.plans.layer import Outlook
 
 
@@ -26,6 +26,10 @@ from hecate.runtime.plans.layer import Outlook
 class _Outlook:
     value: int
     planned: list[int] = field(default_factory=list)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.value,)
 
     def placement(self) -> Placement:
         self.planned.append(self.value)
@@ -39,9 +43,13 @@ class _Outlook:
 class _Layer:
     value: int
     planned: list[int] = field(default_factory=list)
+    told: tuple[int, ...] = ()
 
     def outlook(self) -> _Outlook:
         return _Outlook(self.value, self.planned)
+
+    def planned_from(self, steps: tuple[int, ...]) -> None:
+        self.told = steps
 
 
 def _experts(ahead: PlanAhead) -> list[int]:
@@ -50,17 +58,19 @@ def _experts(ahead: PlanAhead) -> list[int]:
 
 def test_uses_what_was_begun_where_nothing_changed() -> None:
     layers = [_Layer(2), _Layer(3)]
-    ahead = PlanAhead(layers, threads=2)  # type: ignore[arg-type]
+    ahead = PlanAhead(layers, PlanningThreads(2))  # type: ignore[arg-type]
     ahead.start()
     layers[1].value = 5  # as if one more micro-batch had come
     assert _experts(ahead) == [2, 5]
     assert layers[0].planned == [2]
     assert 5 in layers[1].planned
+    assert [layer.told for layer in layers] == [(2,), (5,)]
+    assert ahead.seconds > 0
 
 
 def test_plans_at_once_where_nothing_was_begun() -> None:
     layers = [_Layer(2), _Layer(3)]
-    ahead = PlanAhead(layers, threads=1)  # type: ignore[arg-type]
+    ahead = PlanAhead(layers, PlanningThreads(1))  # type: ignore[arg-type]
     assert _experts(ahead) == [2, 3]
     ahead.start()
     ahead.start()
@@ -76,10 +86,10 @@ def test_auto_is_the_share_of_the_cores(cores: int | None, processes: int, threa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities per thread")
 def test_planning_threads_have_low_priority() -> None:
-    ahead = PlanAhead([], threads=1)
+    threads = PlanningThreads(1)
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    seen = ahead._threads.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result()
-    ahead.close()
+    seen = threads.submit(lambda: os.getpriority(os.PRIO_PROCESS, 0)).result()
+    threads.close()
     assert seen == min(19, before + NICE)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
@@ -99,7 +109,8 @@ _Transport.__abstractmethods__ = frozenset()
 def _experts_of(transport: _Transport, gradient: int) -> LayerExperts:
     """A layer with experts of 6 weights in bfloat16; gradients of `gradient` of them return in float32."""
     layer = SimpleNamespace(
-        comms=SimpleNamespace(experts=transport, reductions=transport),
+        comms=SimpleNamespace(gathers=transport, reductions=transport),
+        kept=None,
         layout=SimpleNamespace(numel=6),
         dtypes=SimpleNamespace(param=torch.bfloat16, reduce=torch.float32),
         gradient_layout=lambda: SimpleNamespace(numel=gradient),
@@ -114,7 +125,8 @@ def test_who_plans_makes_the_routes_that_launches_look_up() -> None:
     placement = Placement(np.eye(4, dtype=bool) | (np.arange(4) == 0)[:, None])
     policy = SimpleNamespace(materialize=lambda setting, history, owners: placement if len(history) == 2 else None)
     steps = (np.ones((4, 4), dtype=np.int64),) * 2
-    outlook = Outlook(policy, SimpleNamespace(topology=topology), steps, owners, _experts_of(transport, 5))  # type: ignore[arg-type]
+    own, setting = Placement.from_owners(owners, 4), SimpleNamespace(topology=topology)
+    outlook = Outlook(policy, setting, steps, owners, own, _experts_of(transport, 5))  # type: ignore[arg-type]
     gather_route.cache_clear()
     reduce_route.cache_clear()
     assert outlook.placement() is placement
@@ -137,11 +149,14 @@ def test_without_copies_or_gradients_there_are_no_such_routes() -> None:
 
 
 def test_an_outlook_changes_with_any_step() -> None:
-    def outlook(*steps: int) -> Outlook:
+    own, both = Placement.even(2, 2), Placement(np.ones((2, 2)))
+
+    def outlook(*steps: int, kept: Placement = own) -> Outlook:
         counts = tuple(np.full((2, 2), step) for step in steps)
-        return Outlook(None, None, counts, np.array([0, 1]), None)  # type: ignore[arg-type]
+        return Outlook(None, None, counts, np.array([0, 1]), kept, None)  # type: ignore[arg-type]
 
     assert outlook(1, 2).equals(outlook(1, 2))
+    assert not outlook(1, 2).equals(outlook(1, 2, kept=both))
     assert not outlook(1, 2).equals(outlook(1, 3))
     assert not outlook(1, 2).equals(outlook(2))
     assert not outlook(1).equals(outlook())
