@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch.profiler import record_function
 
-__all__ = ["label"]
+__all__ = ["Verb", "label"]
 
-Verb = Literal["gather", "plan", "count", "dispatch", "experts", "combine", "reduce", "reshard"]
-"""The same few verbs as in code and README."""
+Verb = Literal["gather", "plan", "count", "dispatch", "experts", "combine", "reduce", "average", "reshard"]
+"""The same few verbs as in code and docs/stats.md."""
 
 
 def label(verb: Verb, layer: str = "") -> record_function:

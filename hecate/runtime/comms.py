@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from hecate.collectives.choice import symmetric_transports, wanted
 from hecate.collectives.groups import release, transport_of
 from hecate.collectives.route import Links
+from hecate.collectives.symmetric import Symmetric
 from hecate.collectives.transport import Transport, Work
+from hecate.config import TransportChoice
 from hecate.cost import CostModel
+from hecate.labels import Verb, label
 from hecate.placement import Topology
 from hecate.private_torch import nccl_options, timeout_of
 from hecate.ranks.backend import backend_of
 from hecate.ranks.heartbeat import Heartbeat
 from hecate.ranks.messages import all_reduce
+from hecate.runtime.arena import Arena
 
-__all__ = ["Comms", "ExposedTime", "Lane", "Pending", "StepTimes", "destroy", "make_comms"]
+__all__ = ["WHOLE_STEP", "Comms", "ExposedTime", "Lane", "Pending", "StepTimes", "destroy", "make_comms"]
 
 
 MAX_CTAS = 8
@@ -38,22 +43,36 @@ each group, and five groups would not fit on 132 SMs. The number is not measured
 """
 
 
+WHOLE_STEP = -1
+"""In place of a layer's index: what a step does for all layers at once."""
+WAITS: tuple[Verb, ...] = ("gather", "reduce", "average")
+"""Verbs in which compute waits for expert rows; the others are times of the host."""
+
+
 class StepTimes:
-    """Time that compute has waited for communication in one step, per layer. Made by `ExposedTime`."""
+    """What one step has spent besides compute, per layer and verb. Made by `ExposedTime`."""
 
     def __init__(self, clock: ExposedTime, step: int) -> None:
         self._clock = clock
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, dict[Verb, float]] = {}
         self.step = step
 
     def seconds(self, layer: int) -> float:
-        """Seconds of one layer. Waits until the device has gone through the step's waits: keep it off the hot path."""
-        self._clock.drain(self.step)
-        return self._seconds.get(layer, 0.0)
+        """Seconds for which compute waited for expert rows of one layer; see `by_verb`."""
+        return sum(seconds for verb, seconds in self.by_verb(layer).items() if verb in WAITS)
 
-    def add(self, layer: int, seconds: float) -> None:
+    def by_verb(self, layer: int) -> dict[Verb, float]:
+        """Seconds of one layer, or of `WHOLE_STEP`, by verb; those with none are left out.
+
+        Waits until the device has gone through the step's waits: keep it off the hot path.
+        """
+        self._clock.drain(self.step)
+        return dict(self._seconds.get(layer, {}))
+
+    def add(self, layer: int, verb: Verb, seconds: float) -> None:
         """Add to the time of one layer."""
-        self._seconds[layer] = self._seconds.get(layer, 0.0) + seconds
+        of_layer = self._seconds.setdefault(layer, {})
+        of_layer[verb] = of_layer.get(verb, 0.0) + seconds
 
 
 class ExposedTime:
@@ -69,10 +88,10 @@ class ExposedTime:
 
     def __init__(self) -> None:
         self.now = StepTimes(self, 0)
-        self._running: deque[tuple[StepTimes, int, _Events]] = deque()  # in the order of the waits
+        self._running: deque[tuple[StepTimes, int, Verb, _Events]] = deque()  # in the order of the waits
         self._spare: list[_Events] = []
 
-    def wait(self, layer: int, blocking: Callable[[], None], on_cuda: bool) -> None:
+    def wait(self, layer: int, blocking: Callable[[], None], on_cuda: bool, verb: Verb = "gather") -> None:
         """Run `blocking` and add the time that compute waits for it to that of `layer`."""
         if on_cuda:
             self.drain()
@@ -80,11 +99,19 @@ class ExposedTime:
             before.record()
             blocking()
             after.record()
-            self._running.append((self.now, layer, events))
+            self._running.append((self.now, layer, verb, events))
             return
         start = time.perf_counter()
         blocking()
-        self.now.add(layer, time.perf_counter() - start)
+        self.now.add(layer, verb, time.perf_counter() - start)
+
+    @contextmanager
+    def on_host(self, verb: Verb, layer: int = WHOLE_STEP, name: str = "") -> Iterator[None]:
+        """A `label` whose time of the host is added to that of `layer`."""
+        start = time.perf_counter()
+        with label(verb, name):
+            yield
+        self.now.add(layer, verb, time.perf_counter() - start)
 
     def take(self) -> StepTimes:
         """End the step; returns its times."""
@@ -94,13 +121,13 @@ class ExposedTime:
     def drain(self, step: int = -1) -> None:
         """Read the events of waits that are over; those up to `step` are waited for."""
         while self._running:
-            times, layer, (before, after) = self._running[0]
+            times, layer, verb, (before, after) = self._running[0]
             if times.step <= step:
                 after.synchronize()
             elif not after.query():
                 return
-            times.add(layer, before.elapsed_time(after) / 1e3)
-            self._spare.append(self._running.popleft()[2])
+            times.add(layer, verb, before.elapsed_time(after) / 1e3)
+            self._spare.append(self._running.popleft()[3])
 
 
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -132,11 +159,22 @@ class Pending:
 
 
 class Lane:
-    """Runs one kind of communication (expert copies, or gradients) in the order of its calls."""
+    """Runs one kind of communication (expert copies, or gradients) in the order of its calls.
 
-    def __init__(self, device: torch.device, exposed: ExposedTime) -> None:
+    Args:
+        device: device of the experts.
+        exposed: counts the time of waits.
+        verb: what profiles call the waits, as in "hecate::gather wait".
+
+    Attributes:
+        arena: memory for rows that are packed to be sent, and for rows that arrive.
+    """
+
+    def __init__(self, device: torch.device, exposed: ExposedTime, verb: Verb) -> None:
+        self.arena = Arena(device)
         self.on_cuda = device.type == "cuda"
         self._exposed = exposed
+        self._verb = verb
         self._stream = torch.cuda.Stream(device) if self.on_cuda else None
 
     def start(self, layer: int, launch: Callable[[], Work]) -> Pending:
@@ -148,16 +186,17 @@ class Lane:
         """
         if self._stream is None:
             work = launch()
-            return Pending(lambda: self._exposed.wait(layer, work.wait, on_cuda=False), launch)
+            return Pending(lambda: self._wait(layer, work.wait), launch)
         self._stream.wait_stream(torch.cuda.current_stream())
         with self._current():
             launch().wait()
             done = torch.cuda.Event()
             done.record()
-        return Pending(
-            lambda: self._exposed.wait(layer, lambda: torch.cuda.current_stream().wait_event(done), on_cuda=True),
-            launch,
-        )
+        return Pending(lambda: self._wait(layer, lambda: torch.cuda.current_stream().wait_event(done)), launch)
+
+    def _wait(self, layer: int, blocking: Callable[[], None]) -> None:
+        with label(self._verb, "wait"):
+            self._exposed.wait(layer, blocking, self.on_cuda, self._verb)
 
     def _current(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -171,7 +210,8 @@ class Comms:
         rank: this device's rank among those that share the experts.
         topology: topology of these devices.
         tokens: process group of the token exchange; None on one device.
-        experts: transport of copies, and of rows that change owners or are saved; None on one device.
+        experts: transport of rows that change owners or are saved: messages of the group of copies; None on one device.
+        gathers: transport of copies; the same object, or symmetric memory; None on one device.
         reductions: transport of gradients, over a process group of its own: messages of one group, and kernels of one
             NCCL communicator, run in starting order; None on one device.
         replicas: process group of the devices that own the same experts; None without a (replicate, shard) mesh.
@@ -187,6 +227,7 @@ class Comms:
     topology: Topology
     tokens: dist.ProcessGroup | None
     experts: Transport | None
+    gathers: Transport | None
     reductions: Transport | None
     replicas: dist.ProcessGroup | None
     copies: Lane
@@ -203,11 +244,26 @@ class Comms:
         """
         return 1.0 / self.topology.num_devices
 
+    @property
+    def transport(self) -> str | None:
+        """What carries copies and gradients: "symmetric", or the backend that sends them; None on one device."""
+        if self.gathers is None:
+            return None
+        on = "cuda" if self.copies.on_cuda else "cpu"
+        return "symmetric" if isinstance(self.gathers, Symmetric) else backend_of(self.gathers.group, on)
+
+    def trim(self) -> None:
+        """Free what the lanes' arenas have not lent since the last call."""
+        for lane in (self.copies, self.gradients, self.averages):
+            lane.arena.trim()
+
     def close(self) -> None:
         """End the threads and destroy the process groups, after running communication has ended. Not collective."""
         if self.heart is not None:
             self.heart.stop()
-        transports = (transport for transport in (self.experts, self.reductions) if transport is not None)
+        transports = [transport for transport in (self.gathers, self.reductions) if transport is not None]
+        for transport in transports:
+            transport.close()
         for group in filter(None, (self.tokens, *(transport.remaining_group for transport in transports))):
             release(group)
             destroy(group)
@@ -224,8 +280,23 @@ def destroy(group: dist.ProcessGroup) -> None:
             dist.destroy_process_group(group)
 
 
-def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, heart: Heartbeat | None) -> Comms:
+def make_comms(
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    cost: CostModel,
+    heart: Heartbeat | None,
+    transport: TransportChoice = "messages",
+    wires: Sequence[torch.dtype] = (),
+) -> Comms:
     """Make the `Comms` of the devices that share experts: those along the last dimension of `mesh`. Collective.
+
+    Args:
+        mesh: (shard,) or (replicate, shard); None on one device.
+        device: of this rank's experts.
+        cost: speeds of links.
+        heart: finds out which ranks are missing.
+        transport: of copies and gradients, see `FSSDPConfig`.
+        wires: dtypes in which gradients are sent.
 
     Tokens, copies and gradients have a process group each, so that none queues behind another. With re-materialization
     the backward pass launches the gradients of layer i, then the copies of layer i - 1, which it needs first.
@@ -236,21 +307,28 @@ def make_comms(mesh: DeviceMesh | None, device: torch.device, cost: CostModel, h
     before it. So over gloo its messages are met, and on NCCL its kernels start once there are free SMs, which is what
     `MAX_CTAS` is for; then it ends. In another order on one rank, two kernels could each wait for the other's peers.
 
+    Over symmetric memory the same holds: a kernel that waits for other ranks is one CTA, and what it waits for is
+    launched before anything that waits for it.
+
     A group over gloo costs each rank a few threads and a connection per other rank; `Comms.close` gives them back.
     """
     exposed = ExposedTime()
-    lanes = (Lane(device, exposed), Lane(device, exposed), Lane(device, exposed))
+    lanes = (Lane(device, exposed, "gather"), Lane(device, exposed, "reduce"), Lane(device, exposed, "average"))
     if mesh is None:
-        return Comms(0, Topology(1, 1), None, None, None, None, *lanes, exposed, heart)
+        return Comms(0, Topology(1, 1), None, None, None, None, None, *lanes, exposed, heart)
     shard = mesh.get_group(mesh.ndim - 1)
     topology = Topology.detect(shard.size())
     ranks = mesh.mesh.view(-1, shard.size()).tolist()
     tokens = _new_group(ranks, shard, device, None)
     links = Links.of(cost, topology, device.type)
-    groups = (_new_group(ranks, shard, device, MAX_CTAS) for _ in range(2))
-    gather, reduce = (transport_of(group, device.type, topology, links) for group in groups)
+    groups = [_new_group(ranks, shard, device, MAX_CTAS) for _ in range(2)]
+    sends, reduce = (transport_of(group, device.type, topology, links) for group in groups)
+    gather = sends
+    if wanted(transport, device) and topology.num_devices > 1:
+        made = symmetric_transports(transport, groups, topology, links, device, wires)
+        gather, reduce = (gather, reduce) if made is None else made
     replicas = mesh.get_group(0) if mesh.ndim == 2 else None
-    return Comms(shard.rank(), topology, tokens, gather, reduce, replicas, *lanes, exposed, heart)
+    return Comms(shard.rank(), topology, tokens, sends, gather, reduce, replicas, *lanes, exposed, heart)
 
 
 def _new_group(

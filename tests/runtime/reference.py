@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import hecate
 from hecate.models.gpt import GPTMoE
 from hecate.models.transformer import ModelConfig
-from hecate.values.full import full_experts, full_tensor
-from hecate.values.local import local_tensor
+from hecate.values.full import full_tensor
 from tests.bench import TOLERANCES, device, dtype_or, mean_over_ranks, mesh_of
 
 TINY = ModelConfig(
@@ -98,7 +97,7 @@ def full_gradients(engine: hecate.FSSDP) -> dict[str, Tensor]:
     }
     for entry in (entry for pool in engine.pools for entry in pool.entries()):
         grad = torch.zeros_like(entry.parameter) if entry.parameter.grad is None else entry.parameter.grad
-        full[entry.name] = full_experts(entry, local_tensor(grad), engine._comms.experts)
+        full[entry.name] = engine._whole(entry, grad)
     return full
 
 

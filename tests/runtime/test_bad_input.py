@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import metadata
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def _batch() -> Tensor:
     ("setting", "value", "rule"),
     [
         ("policy", "best", "must be one of 'balanced', 'hecate', 'ep'"),
-        ("dense", "ddp", "must be one of 'fsdp', 'replicate', 'none'"),
+        ("dense", "ddp", "must be one of 'fsdp', 'replicate', 'deepspeed', 'none'"),
         ("pools", "expert", "must be one of 'shared', 'layer'"),
         ("calibrate", True, "must be one of 'pays', 'always', False"),
         ("calibrate", ["pays"], "must be one of 'pays', 'always', False"),
@@ -108,6 +109,30 @@ def test_config_is_frozen() -> None:
 def test_model_without_moe_layer() -> None:
     with pytest.raises(ValueError, match="Linear has no MoE layer that fits: no submodule has `expert_weights`"):
         hecate.fully_shard(nn.Linear(2, 2))
+
+
+def test_launched_processes_that_cannot_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = _message(lambda: hecate.fully_shard(GPTMoE(TINY)))
+    assert "WORLD_SIZE=2, but no process group is initialized, and MASTER_ADDR, MASTER_PORT are not set" in message
+
+
+@pytest.mark.parametrize("version", [None, "0.18.2", "0.19.0"])
+def test_deepspeed_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    def find(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", find)
+    message = _message(lambda: hecate.fully_shard(GPTMoE(TINY), config=hecate.FSSDPConfig(dense="deepspeed")))
+    if version == "0.19.0":
+        assert "FSSDPConfig.dense='deepspeed' needs a process group" in message
+    else:
+        assert f"needs deepspeed >= 0.19, found {version or 'none'}; install hecate-moe[deepspeed]" in message
 
 
 def test_sharded_twice() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 import hecate
 from hecate.models.gpt import GPTMoE
-from tests.runtime.helpers import config
+from tests.adapters.tiny import tiny_model
+from tests.runtime.helpers import WIDTH, config
 from tests.runtime.reference import TINY
 from tests.workers import Groups
 
@@ -30,11 +33,44 @@ def _held() -> dict[str, int]:
     }
 
 
-def _used(how: str, path: str) -> None:
-    engine = hecate.fully_shard(GPTMoE(TINY), None, config("balanced"))
+class Stacked(nn.Module):
+    """Experts whose computation is a method of the module, which knows the engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(31, WIDTH)
+        self.router = nn.Linear(WIDTH, 4)
+        self.experts = hecate.stack_experts(nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(4)]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids to a loss."""
+        x = self.embedding(tokens.flatten())
+        weights, index = self.router(x).softmax(-1).topk(2)
+        loss: Tensor = self.experts(x, index, weights).square().mean()
+        return loss
+
+
+def _gpt() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return GPTMoE(TINY), lambda model: model(TOKENS[:, :-1], TOKENS[:, 1:]).loss
+
+
+def _stacked() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return Stacked(), lambda model: model(TOKENS)
+
+
+def _qwen() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return tiny_model("qwen3_moe"), lambda model: model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+MODELS = (_gpt, _stacked, _qwen)
+
+
+def _used(how: str, path: str, number: int) -> None:
+    model, loss = MODELS[number]()
+    engine = hecate.fully_shard(model, None, config("balanced"))
     optimizer = torch.optim.AdamW(engine.model.parameters())
     for _ in range(2):
-        engine.model(TOKENS[:, :-1], TOKENS[:, 1:]).loss.backward()
+        loss(engine.model).backward()
         optimizer.step()
         optimizer.zero_grad()
     engine.save(path, optimizer, async_op=True)
@@ -47,10 +83,12 @@ def _used(how: str, path: str) -> None:
 
 
 def _many(how: str, path: str) -> tuple[dict[str, int], dict[str, int]]:
-    _used(how, path)
+    for number in range(len(MODELS)):
+        _used(how, path, number)
     before = _held()
-    for _ in range(4):
-        _used(how, path)
+    for number in (*range(len(MODELS)), *range(len(MODELS))):
+        _used(how, path, number)
+        gc.collect()
     hecate.fully_shard(GPTMoE(TINY)).close()  # takes what was left by garbage in other threads
     return before, _held()
 

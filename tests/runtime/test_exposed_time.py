@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hecate.runtime.comms import ExposedTime
+from hecate.runtime.comms import WHOLE_STEP, ExposedTime
 
 
 class Device:
@@ -111,3 +111,14 @@ def test_on_the_cpu_the_host_waits() -> None:
     assert ran == [1]
     assert exposed.now.seconds(2) > 0
     assert exposed.now.seconds(0) == 0.0
+
+
+def test_times_of_the_host_are_told_apart_from_waits_of_the_device(device: Device) -> None:
+    exposed = ExposedTime()
+    exposed.wait(1, lambda: None, True, "reduce")
+    with exposed.on_host("plan", 1, "layer"), exposed.on_host("reshard"):
+        pass
+    device.run(2)
+    assert list(exposed.now.by_verb(1)) == ["plan", "reduce"]
+    assert exposed.now.seconds(1) == exposed.now.by_verb(1)["reduce"] == pytest.approx(1e-3)
+    assert list(exposed.now.by_verb(WHOLE_STEP)) == ["reshard"]

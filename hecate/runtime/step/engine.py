@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hecate.cost import CostModel
-from hecate.labels import label
 from hecate.placement import Placement
 from hecate.private_torch import allow_data_parallel, refuse_data_parallel
 from hecate.ranks.same import check_placements
-from hecate.runtime.comms import Comms
+from hecate.runtime.comms import WHOLE_STEP, Comms
 from hecate.runtime.dense.base import Dense
 from hecate.runtime.experts.buffers import SharedBuffers
+from hecate.runtime.experts.kept import KeptCopies
 from hecate.runtime.experts.optimizers import OptimizerWatch
 from hecate.runtime.experts.slots import SlotsWatch
 from hecate.runtime.plans.ahead import PlanAhead
+from hecate.runtime.plans.foreseen import foreseen_counts
 from hecate.runtime.plans.layer import LayerPlans
-from hecate.runtime.plans.ownership import Resharder
+from hecate.runtime.plans.ownership import Resharded, Resharder
 from hecate.runtime.plans.stats import LayerTotals, SummedLoads
 from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.unchanged import Unchanged
@@ -56,6 +57,7 @@ class Engine:
         shared: the buffers of re-materialization, or None.
         device: the device of the experts.
         unchanged: checks that users have not changed the model.
+        kept: per pool, copies that stay between steps; none if the policy keeps none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         shared: SharedBuffers | None,
         device: torch.device,
         unchanged: Unchanged,
+        kept: Sequence[KeptCopies],
     ) -> None:
         self.layers = tuple(layers)
         self.passes = passes
@@ -83,11 +86,16 @@ class Engine:
         self._slots = slots
         self._device = device
         self._unchanged = unchanged
+        self._kept = tuple(kept)
         self._shared = shared
         self._placements: list[Placement] | None = None  # of the step under way
+        self._trains = False  # whether a pass with gradients has begun in it
         self._totals: list[LayerTotals] = []  # of the last step
         self._loads = SummedLoads([], None, device)  # of the last step
         self._exposed = comms.exposed.now  # of the last step
+        self._planning_seconds = 0.0  # of the last step
+        self._resharded = Resharded()  # before the last step
+        self._stepped = False  # whether an optimizer has ever made a step
         self._hooks: list[RemovableHandle] = []
         self._model: nn.Module | None = None
 
@@ -137,9 +145,11 @@ class Engine:
         # from the same state on all ranks.
         self._dense.leave_evaluation()
         self._dense.enter()
-        if self._placements is None:
-            self._placements = self._begin_step()
-        self.passes.begin_forward(self.step, self._placements, torch.is_grad_enabled())
+        placements = self._planned()
+        self._trains |= torch.is_grad_enabled()
+        # Inside an optimizer's step its closure runs the model, with other weights each time.
+        accumulates = torch.is_grad_enabled() and self._stepped and not self._watch.stepping
+        self.passes.begin_forward(self.step, placements, torch.is_grad_enabled(), accumulates)
 
     @torch.compiler.disable
     def after_forward(self, output: object) -> None:
@@ -147,22 +157,63 @@ class Engine:
         if not self.passes.recomputing:
             self.passes.end_forward([t for t in _tensors(output) if t.requires_grad])
 
+    def _planned(self) -> Sequence[Placement]:
+        """Per layer, the placement of the pass that begins now; the first pass of a step plans them.
+
+        Kept copies serve passes with gradients only: for others, weights may have been swapped (`hecate.ema`).
+        """
+        if torch.is_grad_enabled() and self._kept:
+            if self._watch.stepping:
+                raise RuntimeError("FSSDPConfig.policy='flexmoe': optimizers that take a closure are not supported")
+            if not self._trains and self._change_kept():
+                self._drop_plans()
+        if self._placements is None:
+            self._placements = self._begin_step()
+        if self._kept and not torch.is_grad_enabled():
+            return [layer.experts.owners for layer in self.layers]
+        return self._placements
+
+    def _change_kept(self) -> bool:
+        """Before a step's first pass with gradients: drop kept copies that are stale, change them if it is time."""
+        stale = [kept.drop_if_stale() for kept in self._kept]
+        with self.comms.exposed.on_host("reshard"):
+            return self._resharder.change_kept(self.step) or any(stale)
+
+    def drop_kept(self) -> None:
+        """Drop the copies that stay between steps: weights or optimizer state have been loaded. On all ranks."""
+        for kept in self._kept:  # also without copies: owners may have changed
+            kept.drop()
+        if self._kept and self._placements is not None:
+            self._placements = [layer.experts.owners for layer in self.layers]
+
     def _begin_step(self) -> list[Placement]:
-        with label("reshard"):
+        with self.comms.exposed.on_host("reshard"):
             self._resharder.before_step(self.step)
         self._slots.before_step()
         if self._shared is not None:
-            self._shared.reserve(max(layer.experts.buffer_bytes for layer in self.layers))
-        with label("plan"):
+            self._shared.reserve(max(layer.experts.shared_bytes for layer in self.layers))
+        with self.comms.exposed.on_host("plan"):
             placements = self._ahead.placements()
+        for layer in self.layers:
+            layer.foresee(None)  # it was about this step
         if self.comms.tokens is not None:
             check_placements(f"step {self.step}", tuple(placements), self.comms.tokens)
         return placements
+
+    def foresee(self, counts: object) -> None:
+        """Plan the next step from these loads, see `FSSDP.foresee`; planning begins at once. Collective."""
+        names, experts = [layer.name for layer in self.layers], [layer.num_experts for layer in self.layers]
+        for layer, loads in zip(self.layers, foreseen_counts(counts, names, experts, self.comms), strict=True):
+            layer.foresee(loads)
+        if not self._trains:  # passes without gradients may have begun the step; it begins anew
+            self._drop_plans()
+            self._ahead.start()
 
     # The end of a step.
 
     def end_step(self) -> None:
         """Called after the optimizer's step: add loads to the history; the next forward pass makes new plans."""
+        self._stepped = True
         if self._placements is None:
             return
         self._drop_plans()
@@ -170,6 +221,9 @@ class Engine:
         counts = [total.counts.sum(axis=0) for total in self._totals]
         self._loads = SummedLoads(counts, self.comms.replicas, self._device)
         self._exposed = self.comms.exposed.take()
+        self._planning_seconds, self._resharded = self._ahead.seconds, self._resharder.last
+        self.layers[0].experts.arena.trim()
+        self.comms.trim()
         self.step += 1
 
     def skip_step(self) -> None:
@@ -203,6 +257,7 @@ class Engine:
             if plans is not None and cost is not None:
                 owners = [plans[spec.name]["owners"] for spec in pool.specs]
                 pool.set_owners(owners if pool.fits(owners) else pool.owners)
+        self.drop_kept()
         for layer in self.layers:
             layer.restart(None if plans is None else plans[layer.name], cost)
         self.passes.gradients.discard()
@@ -215,14 +270,30 @@ class Engine:
         if self._shared is not None:
             self._shared.evict()
         self._placements = None
+        self._trains = False
 
-    def report(self) -> list[dict[str, Any]]:
-        """Per layer, what `FSSDP.stats()` returns: for the last step, or before its end for the first step so far."""
+    def report(self) -> dict[str, Any]:
+        """What `FSSDP.stats()` returns of the last step, or before its end of the first step so far."""
+        exposed = self._exposed if self._totals else self.comms.exposed.now
+        layers = self._layers_report()
+        times: dict[str, float] = {}
+        for part in (exposed.by_verb(WHOLE_STEP), *(layer["exposed"] for layer in layers)):
+            for verb, seconds in part.items():
+                times[verb] = times.get(verb, 0.0) + seconds
+        return {
+            "layers": layers,
+            "exposed": times,
+            "planning_seconds": self._planning_seconds,
+            "resharded": self._resharded._asdict(),
+        }
+
+    def _layers_report(self) -> list[dict[str, Any]]:
         totals = self._totals or [layer.totals for layer in self.layers]
         exposed = self._exposed if self._totals else self.comms.exposed.now
         loads = self.loads() or [total.counts.sum(axis=0) for total in totals]
         return [
-            layer.report(total) | {"loads": loads[i], "exposed_seconds": exposed.seconds(i)}
+            layer.report(total)
+            | {"loads": loads[i], "exposed_seconds": exposed.seconds(i), "exposed": exposed.by_verb(i)}
             for i, (layer, total) in enumerate(zip(self.layers, totals, strict=True))
         ]
 

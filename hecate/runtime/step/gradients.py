@@ -11,7 +11,8 @@ from hecate.labels import label
 from hecate.private_torch import post_accumulate_hooks, refuse_hooks
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
-from hecate.runtime.experts.copies import LayerCopies, LayerExperts
+from hecate.runtime.experts.copies import LayerCopies
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
 from hecate.runtime.experts.reduction import Reduction
 from hecate.runtime.step.replicas import ReplicaAverages
@@ -55,6 +56,8 @@ class ExpertGradients:
         layer = copies.layer
         with self._comms.guard(), label("reduce", layer.name):
             self._arrive()
+            if self._averages is None and copies.take_gradients(grads):
+                return
             if self._averages is None:
                 target = layer.pool.gradients_of(layer.place, grads)
             else:

@@ -23,7 +23,7 @@ class Held:
 
     Args:
         owner: the object.
-        parts: closed in this order.
+        parts: closed in this order. They must not refer to `owner`, also not through others: it would never be garbage.
     """
 
     def __init__(self, owner: object, *parts: Closable) -> None:

@@ -15,7 +15,7 @@ from hecate.labels import label
 from hecate.ops.grouped import Groups
 from hecate.private_torch import accumulates
 from hecate.runtime.experts.copies import LayerCopies
-from hecate.runtime.experts.module import ExpertsModule, take_experts
+from hecate.runtime.experts.module import ExpertsModule, WeightModule
 from hecate.runtime.step.engine import Engine
 from hecate.runtime.step.passes import Passes
 from hecate.runtime.step.record import LayerRecord
@@ -28,25 +28,19 @@ class FSSDPExperts(ExpertsModule):
 
     @staticmethod
     def take_over(module: nn.Module, index: int, spec: ExpertsSpec) -> FSSDPExperts:
-        """Change the class of `module` in place, as FSDP2's `fully_shard` does, to a subclass of both classes.
-
-        The module keeps its name, submodules and attributes; the stacked weights, which the pool has copied, are freed.
-        """
-        kinds = tuple(name for name, _ in module.named_parameters(recurse=False))  # in the order of the state dict
-        for kind in kinds:
-            delattr(module, kind)
-        cls = type(module)
-        module.__class__ = type(f"FSSDP{cls.__name__}", (FSSDPExperts, cls), {})
-        assert isinstance(module, FSSDPExperts)
-        module.hecate_index = index
-        module.hecate_spec = spec
-        module.hecate_kinds = kinds
-        module.register_load_state_dict_pre_hook(take_experts)
-        return module
+        """Change the class of `module`, and of modules with other weights of its experts; see `ExpertsModule.take`."""
+        kinds = {name: name for name, _ in module.named_parameters(recurse=False)}  # in the order of the state dict
+        for kind, place in spec.elsewhere.items():
+            WeightModule.take(place.module, index, spec, {place.attribute: kind})
+        return FSSDPExperts.take(module, index, spec, kinds)
 
     def connect(self, engine: Engine) -> None:
         """Set the engine that `forward` uses, and the experts that state dicts are made from."""
-        self.keep(engine.layers[self.hecate_index].experts)
+        experts = engine.layers[self.hecate_index].experts
+        self.keep(experts)
+        for place in self.hecate_spec.elsewhere.values():
+            assert isinstance(place.module, WeightModule)
+            place.module.keep(experts)
         # In a list, so that nn.Module does not look into it: the engine refers to the model.
         self._hecate_engine = [engine]
 
@@ -63,22 +57,25 @@ class FSSDPExperts(ExpertsModule):
 
         Args:
             hidden_states: `[T, d]`.
-            top_k_index: int64 `[T, k]`, the experts of each token; -1: none, so a token may have any number up to k.
+            top_k_index: integers `[T, k]`, the experts of each token; -1: none, so a token may have any number up to
+                k.
             top_k_weights: `[T, k]`, their weights.
 
         Returns:
             `[T, d]` in the dtype of `hidden_states`. Experts compute in `param_dtype`, even under autocast.
 
         Raises:
-            ValueError: under autocast with float16.
+            ValueError: under autocast with float16, or tensors of other shapes or kinds than these.
             RuntimeError: `FSSDP.close` was called.
         """
         if not self._hecate_engine:
             raise RuntimeError(f"{self.hecate_spec.name}: FSSDP.close() was called; the model cannot run any more")
         engine = self._hecate_engine[0]
         _check_autocast(self.hecate_spec.name, hidden_states.device.type)
+        _check_shapes(self.hecate_spec.name, hidden_states, top_k_index, top_k_weights)
+        chosen = (top_k_index.long().contiguous(), top_k_weights.contiguous())
         with engine.comms.guard():
-            return _run(engine, self.hecate_index, self.hecate_spec, hidden_states, top_k_index, top_k_weights)
+            return _run(engine, self.hecate_index, self.hecate_spec, hidden_states, *chosen)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -96,6 +93,21 @@ def _check_autocast(layer: str, kind: str) -> None:
         )
 
 
+def _check_shapes(layer: str, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+    if hidden.ndim != 2 or index.ndim != 2 or len(hidden) != len(index) or not index.shape[1]:
+        raise ValueError(
+            f"{layer} was called with hidden_states {list(hidden.shape)} and top_k_index {list(index.shape)}; must be "
+            "[tokens, width] and [tokens, k], k > 0"
+        )
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{layer}: top_k_index is {index.dtype}; must be the integer ids of experts")
+    if index.shape != weights.shape:
+        raise ValueError(
+            f"{layer}: the router gave top_k_index {list(index.shape)} and top_k_weights {list(weights.shape)}; must "
+            "both be [tokens, k] (hunyuan_v1_moe's in transformers 5.0 gives a weight per expert: use a newer version)"
+        )
+
+
 def _run(
     engine: Engine, index: int, spec: ExpertsSpec, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -103,14 +115,14 @@ def _run(
     passes, dtype = engine.passes, engine.layers[index].experts.dtypes.param
     record = passes.record(index, top_k_index, top_k_weights)
     with label("dispatch", spec.name):
-        rows = record.dispatch.dispatch(hidden_states.to(dtype), record.copies.add_own_gradients)
+        rows = record.dispatch.dispatch(hidden_states, dtype, record.copies.add_own_gradients)
     record.copies.ensure_held()
     with label("experts", spec.name):
-        rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies))
+        rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies), passes)
     if rows.requires_grad:
         rows.register_hook(_GatherForBackward(passes, record.copies))
     with label("combine", spec.name):
-        output = record.dispatch.combine(rows, record.weights(top_k_weights)).to(hidden_states.dtype)
+        output = record.dispatch.combine(rows, record.weights(top_k_weights), hidden_states.dtype)
     passes.after_layer(index, record)
     return output
 
@@ -133,14 +145,20 @@ class _GatherForBackward:
             gradient.register_hook(self)
 
 
-def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights) -> Tensor:
+def _run_parts(spec: ExpertsSpec, rows: Tensor, record: LayerRecord, weights: Weights, passes: Passes) -> Tensor:
     """The expert MLP, once per stack of weights."""
+    if record.dispatch.ends is not None:
+        ((_, part),) = weights  # `Setup` has seen to it
+        return spec.mlp(rows, Groups(None, record.dispatch.ends, record.copies.layer.kernels, passes.gemm), part)
     ends = [0, *accumulate(record.dispatch.sizes)]
     outputs = []
     for positions, part in weights:
         first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
         sizes = record.dispatch.sizes[first:last]
-        outputs.append(spec.mlp(rows[ends[first] : ends[last]], Groups.of(sizes, rows.device), part))
+        groups = Groups.of(sizes, rows.device, record.copies.layer.kernels, passes.gemm)
+        # The gradient of a slice is written into zeros of the shape of `rows`, so a slice of all rows is left out.
+        own = rows if len(weights) == 1 else rows[ends[first] : ends[last]]
+        outputs.append(spec.mlp(own, groups, part))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from enum import Enum
 
 from hecate.placement import Placement
-from hecate.runtime.experts.copies import LayerCopies, LayerExperts
+from hecate.runtime.experts.copies import LayerCopies
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.record import LayerRecord
 
@@ -93,7 +94,7 @@ class MicroBatch:
     def launch(self, experts: LayerExperts, placement: Placement) -> LayerCopies:
         """The copies of one layer, whose gather is started unless they are held or arriving. Collective."""
         if experts.index not in self.copies:
-            self.copies[experts.index] = LayerCopies(experts, placement)
+            self.copies[experts.index] = LayerCopies(experts, placement, keep_casts=self.with_grad)
         self.copies[experts.index].launch()
         return self.copies[experts.index]
 
@@ -117,7 +118,7 @@ class MicroBatch:
             return
         self.booked = True
         for (layer, _), record in self.records.items():
-            plans[layer].book(record.counts, record.plan, record.top_k)
+            plans[layer].book(*record.planned.both, record.top_k)
 
     def end(self) -> None:
         """Release all copies, drop all records, and go to state ENDED."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hecate.labels import label
-from hecate.ops.permute import sort_by_expert
 from hecate.placement import Placement
 from hecate.private_torch import at_end_of_backward, graph_task, in_backward
+from hecate.ranks.agree import agree
 from hecate.ranks.same import debugging
 from hecate.runtime.comms import Comms
 from hecate.runtime.dense.base import Dense
@@ -26,9 +26,9 @@ from hecate.runtime.plans.ahead import PlanAhead
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
-from hecate.runtime.step.record import LayerRecord
-from hecate.runtime.tokens.counts import ABSENT, RECOMPUTED, Counting, Position
-from hecate.runtime.tokens.dispatch import dispatch_of
+from hecate.runtime.step.record import LayerRecord, Planned
+from hecate.runtime.step.recorder import Recorder, Where
+from hecate.runtime.tokens.counts import RECOMPUTED
 
 __all__ = ["Passes"]
 
@@ -42,6 +42,7 @@ class Passes:
         dense: the dense part of the model.
         ahead: plans the next step while a backward pass runs.
         rematerialize: whether copies are released after forward and gathered again for backward.
+        gemm: what multiplies rows with experts' weights; see `FSSDPConfig.expert_gemm`.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Passes:
         dense: Dense,
         ahead: PlanAhead,
         rematerialize: bool,
+        gemm: str,
     ) -> None:
+        self.gemm = gemm
         self._layers = tuple(layers)
-        self._names = [layer.name for layer in layers]
-        self._experts = [layer.num_experts for layer in layers]
+        self._recorder = Recorder(layers, comms)
         self._comms = comms
         self._dense = dense
         self._ahead = ahead
@@ -70,6 +72,8 @@ class Passes:
         self._in_backward: dict[int, MicroBatch] = {}  # by number: micro-batches of the running backward pass
         self._backward_of: MicroBatch | None = None  # the micro-batch whose backward runs now
         self._looped: set[int] = set()  # layers that were called several times in one forward pass
+        self._unchecked: list[Planned] = []  # what no backward pass has asked for yet
+        self._cast_watches = tuple(dict.fromkeys(layer.experts.watch for layer in layers))
         self.gradients = ExpertGradients([layer.experts for layer in layers], comms, dense)
 
     # The forward pass.
@@ -84,16 +88,25 @@ class Passes:
         # then not a recomputation: it builds the graph.
         return bool(self._in_backward) or waits
 
-    def begin_forward(self, step: int, placements: Sequence[Placement], with_grad: bool) -> None:
+    def begin_forward(
+        self, step: int, placements: Sequence[Placement], with_grad: bool, accumulates: bool = False
+    ) -> None:
         """Begin a micro-batch and launch the gather of the first layer's copies. Collective.
 
         Args:
             step: optimizer steps so far.
             placements: per layer, the placement to gather before it runs.
             with_grad: whether a backward pass may follow.
+            accumulates: whether its gradients may be added to those of earlier passes of the step, so that weights may
+                not have changed since; see `CastWatch`.
         """
         self._release_freed()
         self._leave_forward()
+        self._check_counts()
+        for watch in self._cast_watches:
+            watch.begin_forward(accumulates)
+        if debugging():
+            agree(self._check_casts)
         self._step, self._placements = step, placements
         self._number += 1
         self._runs = True
@@ -123,6 +136,21 @@ class Passes:
         # With gradients but without such outputs, no hook announces backward, and a recomputation needs the weights
         # that `enter` put in place. So the dense part stays as it is.
         self._leave_forward()
+
+    def _check_casts(self) -> None:
+        """For HECATE_DEBUG=1: RuntimeError if weights were written in a way that `CastWatch` does not see."""
+        for layer in self._layers:
+            if (reason := layer.experts.outdated()) is not None:
+                raise RuntimeError(reason)
+
+    def _check_counts(self) -> None:
+        """Raise what is wrong with counts for which no layer waited and that no backward pass has asked for.
+
+        After a backward pass there is nothing left to wait for.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        for planned in unchecked:
+            _ = planned.both
 
     def _leave_forward(self) -> None:
         """Leave state FORWARD, including after a pass that raised."""
@@ -185,12 +213,14 @@ class Passes:
                 f"{name}: called {micro_batch.calls[layer]} times in one forward pass under activation checkpointing "
                 "with use_reentrant=True, of which FSDP2 loses gradients; set use_reentrant=False or dense='replicate'"
             )
-        record = self._plan(micro_batch, layer, call, index, weights)
+        where = Where(self._step, layer, call)
+        record = self._recorder.record(micro_batch, where, self._placements[layer], index, weights)
         self._keep(micro_batch, layer, call, record)
         return record
 
     def _keep(self, micro_batch: MicroBatch, layer: int, call: int, record: LayerRecord) -> None:
         """Remember a record for recomputation and backward, and how many calls will run backward."""
+        self._unchecked.append(record.planned)
         if call > 0:
             self._looped.add(layer)
         if call != RECOMPUTED:
@@ -208,27 +238,6 @@ class Passes:
         micro_batch = self._running()
         return None if micro_batch is None else micro_batch.token
 
-    def _plan(self, micro_batch: MicroBatch, layer: int, call: int, index: Tensor, weights: Tensor) -> LayerRecord:
-        plans, comms = self._layers[layer], self._comms
-        trained = sum(p.requires_grad << i for i, p in enumerate(plans.experts.pool.parameters.values()))
-        position = Position(self._step, layer, call, micro_batch.with_grad, trained)
-        with label("count", plans.name):
-            counting = Counting(position, index, weights, self._experts, comms)
-            by_expert = sort_by_expert(index, plans.num_experts)  # while the counts are on their way
-            counts, tokens = counting.wait(self._names)
-        with label("gather", plans.name):  # after the ranks have found that they are in the same layer
-            copies = micro_batch.launch(plans.experts, self._placements[layer])
-        with label("plan", plans.name):
-            plan = plans.plan(counts, copies.placement, max(1, index.shape[1]), settled=copies.settled)
-        if debugging():
-            plans.check(plan)
-        if plan.placement != copies.placement:
-            copies.extend(plan.placement)
-        wire = plans.experts.dtypes.wire
-        dispatch = dispatch_of(plan, index, comms, copies.experts, plans.cost, wire, by_expert, tokens)
-        absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
-        return LayerRecord(counts, max(1, index.shape[1]), plan, dispatch, copies, absent)
-
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""
         current = self._current
@@ -236,9 +245,9 @@ class Passes:
             record.copies.release()
         if not in_backward() or (current is not None and current.state is PassState.FORWARD):
             self._launch(layer + 1)
-            if current is not None and current.with_grad and record.plan.placement != self._placements[layer]:
+            if current is not None and current.with_grad and record.copies.placement != self._placements[layer]:
                 # Copies were added after the gate. The routes of their gradients are not needed before backward.
-                self._ahead.make_routes(record.copies.layer, record.plan.placement)
+                self._ahead.make_routes(record.copies.layer, record.copies.placement)
 
     # Backward.
 
@@ -254,6 +263,8 @@ class Passes:
         self._backward_of = micro_batch
         if micro_batch.number in self._in_backward:
             return
+        own = {record.planned for record in micro_batch.records.values()}
+        self._unchecked = [planned for planned in self._unchecked if planned not in own]
         micro_batch.book(self._layers)
         if not self._in_backward:
             self._dense.enter()
@@ -312,6 +323,8 @@ class Passes:
     def _finish_backward(self) -> None:
         self.gradients.next_pass()
         self._end_backward()
+        for watch in self._cast_watches:
+            watch.end_backward()
         self._dense.leave()
         self._dense.reduce()
 
@@ -342,4 +355,8 @@ class Passes:
         for micro_batch in self._kept.values():
             micro_batch.end()
         self._kept.clear()
+        for layer in self._layers:
+            layer.experts.end_step()
+        for watch in self._cast_watches:
+            watch.forget()
         self._placements = ()

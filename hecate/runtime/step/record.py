@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,23 @@ from hecate.planning.plan import Plan
 from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.tokens.exchange import Dispatch
 
-__all__ = ["LayerRecord"]
+__all__ = ["LayerRecord", "Planned"]
+
+
+class Planned:
+    """The counts and the plan of one call of a layer, made when they are first asked for.
+
+    Args:
+        make: returns int64 `[D, E]`, the tokens that each device routed to each expert, and the plan for them.
+    """
+
+    def __init__(self, make: Callable[[], tuple[NDArray[np.int64], Plan]]) -> None:
+        self._make = make
+
+    @cached_property
+    def both(self) -> tuple[NDArray[np.int64], Plan]:
+        """The counts and the plan. If the layer did not wait for the counts, the host waits here, the first time."""
+        return self._make()
 
 
 @dataclass(frozen=True)
@@ -20,17 +38,15 @@ class LayerRecord:
     """Kept so that recomputation and backward use the same plan as forward (docs/design.md, decision 5).
 
     Attributes:
-        counts: int64 `[D, E]`, tokens each device routed to each expert.
         top_k: experts per token.
-        plan: which device computes which tokens.
+        planned: which device computes which tokens.
         dispatch: where this device's rows go.
         copies: the experts held here.
         absent: bool `[T, k]`, which copies of tokens have no expert; None: all have one.
     """
 
-    counts: NDArray[np.int64]
     top_k: int
-    plan: Plan
+    planned: Planned
     dispatch: Dispatch
     copies: LayerCopies
     absent: Tensor | None = None

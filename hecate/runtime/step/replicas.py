@@ -17,7 +17,7 @@ from hecate.collectives.transport import Work
 from hecate.labels import label
 from hecate.ranks.messages import all_reduce
 from hecate.runtime.comms import Comms, Pending
-from hecate.runtime.experts.copies import LayerExperts
+from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.experts.pool import ExpertPool
 
 __all__ = ["ReplicaAverages"]
@@ -129,15 +129,16 @@ class ReplicaAverages:
         sums = self._take(layer)
         if not kinds:
             return
-        owned = len(layer.owned)
-        weights = next(iter(layer.pool.weights_of(layer.place).values()))
-        flat = weights.new_zeros(owned * layout.numel + len(kinds), dtype=layer.dtypes.reduce)
+        owned = layer.num_owned
+        flat = self._lane.arena.empty(1, owned * layout.numel + len(kinds), layer.dtypes.reduce)[0]
         rows, reached = flat[: owned * layout.numel].view(owned, layout.numel), flat[owned * layout.numel :]
         views = layout.views(rows)
         for kind, flag in zip(kinds, reached, strict=True):
+            flag.fill_(kind in sums)
             if kind in sums:
                 views[kind].copy_(sums[kind])
-                flag.fill_(1)
+            else:
+                views[kind].zero_()
         with label("reduce", layer.name):
             home = self._lane.start(layer.index, lambda: self._all_reduce(flat))
         self._under_way.append(_Average(layer, frozenset(sums), views, reached, home))

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -217,3 +218,24 @@ def test_steps_of_the_node_exchange_are_differentiable_twice() -> None:
         assert check(lambda rows: _Take.apply(rows, index, slots), (draw(3, 2),))
         assert check(lambda rows: _SumOf.apply(rows, index, slots), (draw(3, 2),))
         assert check(lambda rows, weights: _WeightedSum.apply(rows, weights, index, slots), (draw(3, 2), draw(3, 2)))
+
+
+def _sent_tensors() -> None:
+    """A backend's thread may hold what is sent longer than the caller; it must not hold the graph with it."""
+    sent, exchange = [], dist.all_to_all_single
+
+    def remember(out: Tensor, rows: Tensor, *args: Any, **options: Any) -> Any:
+        sent.extend((out, rows))
+        return exchange(out, rows, *args, **options)
+
+    for changes in ({}, {"kernels": "hecate"}):
+        pair = Pair(gpt().float(), **changes)
+        with patch.object(dist, "all_to_all_single", remember):
+            loss = lm_loss(1)(pair.model, rank())
+        assert loss.requires_grad
+        assert sent
+        assert all(tensor.grad_fn is None for tensor in sent)
+
+
+def test_no_collective_holds_the_graph(groups: Groups) -> None:
+    groups(2).run(_sent_tensors)

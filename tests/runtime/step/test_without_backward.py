@@ -117,15 +117,18 @@ def _memory(frozen: bool) -> None:
             if not frozen:
                 pair.warm_up(lm_loss(9))
             pair.model.eval()
-            used: list[tuple[int, int]] = []
+            arena, used = pair.engine._parts.copies_memory, []
             for number in range(21):
                 if number in (2, 20):
                     gc.collect()  # passes that garbage keeps alive are released at the beginning of this one
                 # The measured passes have one batch: what a pass keeps depends on its plan.
                 assert lm_loss(2 if number == 20 else number)(pair.model, rank()).item() > 0
                 if number in (2, 20):
-                    used.append((_live_bytes(), pair.engine._parts.copies_memory.now))
+                    used.append(_live_bytes() - arena.num_bytes)
             assert used[1] <= used[0], used
+            # The arena keeps what the largest plans needed: of a pass, and of the one before it, which garbage held.
+            layers = [layer.experts for layer in pair.engine._engine.layers]
+            assert arena.num_bytes <= 2 * sum(8 * layer.memory_slots * layer.layout.numel for layer in layers)
             assert len(pair.engine._engine.passes._kept) <= 1
             assert pair.engine.stats()["step"] == (not frozen)
 
