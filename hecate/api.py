@@ -32,7 +32,7 @@ __all__ = ["FSSDP", "fully_shard"]
 def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPConfig | None = None) -> FSSDP:
     """Prepare `model` for FSSDP training: experts by sparse collectives, the rest as `config.dense` says. In place.
 
-    Collective. Call it before making the optimizer, and after freezing parameters or adding LoRA to the dense part.
+    Collective. Call it before making the optimizer, and after freezing parameters or adding LoRA.
 
     Parameter groups: the experts of all layers with equal weights are one parameter per weight kind, called
     `hecate_pool_<number>_<kind>`, e.g. `hecate_pool_0_down_proj`; `engine.pools[number].specs` lists its layers. So
@@ -50,7 +50,8 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
         model: any module with MoE layers that an adapter knows (`hecate.adapters.base`); the same on every rank.
         mesh: `(shard,)` or `(replicate, shard)`; by default all ranks in one dimension, on the accelerator if there is
             one and the process group has a backend for it, wherever the model was built: it is moved there. A mesh of
-            CPUs trains on the CPU. Without a process group the model runs on one device, its own.
+            CPUs trains on the CPU. Without a process group, one is initialized if a launcher such as torchrun has
+            started several processes (WORLD_SIZE); otherwise the model runs on one device, its own.
         config: settings; the same on all ranks.
 
     Returns:
@@ -60,6 +61,8 @@ def fully_shard(model: nn.Module, mesh: DeviceMesh | None = None, config: FSSDPC
         ValueError: no MoE layer, parameters that are sharded already, a mesh that is not over all ranks of the process
             group, ranks that pass different models or settings, or two ranks on one GPU under NCCL; before anything is
             changed.
+        RuntimeError: `FSSDPConfig.kernels="hecate"` or `expert_gemm="sonicmoe"`, and a rank lacks what it needs; before
+            anything is changed.
     """
     return FSSDP(model, mesh, FSSDPConfig() if config is None else config)
 
@@ -82,9 +85,10 @@ class FSSDP(Stateful):
         self.config = config
         self.mesh = setup.mesh
         self.device = setup.device
+        self._kernels = setup.kernels
         if self.mesh is not None:
             generate_in_step(model)
-        self._parts.watch.on_step(lambda: self._memory.after_step(self._parts.watch.optimizers))
+        self._parts.watch.on_step(lambda: self._memory.after_step(self._optimizers))
         self._engine.attach(model)
         self._hook = model.register_forward_pre_hook(lambda module, args: self._check_usable(), prepend=True)
 
@@ -113,7 +117,7 @@ class FSSDP(Stateful):
     # Methods for training loops.
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their total norm is at most `max_norm`.
+        """Scale all gradients, of experts and of the dense part, so that their total norm is at most `max_norm`.
 
         If the norm is NaN or infinite, gradients are not changed, so that `non_finite` can find the cause.
 
@@ -123,7 +127,13 @@ class FSSDP(Stateful):
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]  # none is None
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.nan_to_num(0.0, posinf=0.0))
+        dense = self._parts.dense
+        if (elsewhere := dense.gradient_norm()) is not None:
+            norm = torch.hypot(norm, elsewhere.to(norm))
+        finite = norm.nan_to_num(0.0, posinf=0.0)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, finite)
+        if elsewhere is not None:
+            dense.scale_gradients((max_norm / (finite + 1e-6)).clamp(max=1.0))  # as torch does
         return norm
 
     def non_finite(self, loss: Tensor | None = None) -> list[str]:
@@ -217,6 +227,28 @@ class FSSDP(Stateful):
             raise RuntimeError("FSSDP.loads: no optimizer step has been made yet")
         return np.stack(loads) if len({len(load) for load in loads}) == 1 else loads
 
+    def foresee(self, counts: object) -> None:
+        """Plan the copies of the next step from these loads instead of past ones. Collective.
+
+        For loads that are known, as in replays of recorded routing, or guessed. They change which copies are made and
+        so the time of the step, never its results: tokens go where the router sends them. If the step has no pass with
+        gradients yet, it uses the loads (passes without, such as a rollout that records routing, may come first);
+        otherwise the next step does. The one after it uses the history again. "ep" makes no copies, and where the cost
+        model says that nothing is hidden, "balanced" leaves them to `calibrate`.
+
+        Args:
+            counts: int `[layers, D, E]`, tokens that each of the D devices which share the experts will route to each
+                expert in all micro-batches of the step, the same on all of them; a list of int numpy arrays `[D, E]`
+                if layers have different numbers of experts. Or a list of int tensors `[T, k]`, one per layer: the
+                experts of this rank's tokens (-1: none), which are counted and exchanged.
+
+        Raises:
+            ValueError: a wrong number of layers, shape or dtype, counts < 0, experts that do not exist, or ranks that
+                pass different counts; on all ranks, and nothing is changed.
+        """
+        self._check_usable()
+        self._engine.foresee(counts)
+
     def stats(self) -> dict[str, Any]:
         """Statistics of the last step.
 
@@ -225,17 +257,38 @@ class FSSDP(Stateful):
 
             - `step`: optimizer steps so far.
             - `policy`: name of the policy.
+            - `expert_gemm`: as configured; see `FSSDPConfig.expert_gemm`.
+            - `kernels`: "hecate" or "torch", what runs between the collectives; see `FSSDPConfig.kernels`. Tokens that
+              cross each node border once are moved by torch's operations in either case.
+            - `transport`: what carries copies and gradients: "symmetric" (memory that all ranks read), or the backend
+              that sends them, "nccl" or "gloo"; None on one device. See `FSSDPConfig.transport`.
+            - `splits`: as configured; see `FSSDPConfig.splits`.
             - `layers`: a dictionary per MoE layer: `name`; `loads`, int64 `[E]`, of all ranks and replicas (of this
               replica before the first step ends); `counts`, int64 `[D, E]`, of this replica; `imbalance_before` and
               `imbalance_after`, max/mean device load without and with copies; `lower_bound`, of `imbalance_after` for
               the available memory slots; `limited_by`, what kept `imbalance_after` above `max_imbalance`, None if
               nothing did; `copies`; `crossings`, pairs of an expert and a node that holds it other than its owner's;
               `bytes`, sent over all links; `exposed_seconds`, time that compute waited for copies and gradients.
-            - `memory_bytes`: peaks on this device: `owned`, `optimizer`, `gradients`, `copies`.
+              Of the last micro-batch: `copied`, int64 `[copies, 2]`, pairs (expert, device), and `calibrated`, bool
+              `[copies]`, whether they were made after the gate; `no_copies`, if there are none, why.
+              `device_loads_before` and `device_loads_after`, int64 `[D]`, without and with copies; `predicted`, int64
+              `[E]`, mean of the loads that copies were planned from (None without history), and `mispredicted`, the
+              share of tokens at other experts than predicted; `exposed`, seconds by label (`hecate.labels`): gather,
+              reduce and average are waits of the device, count and plan are times of the host.
+            - `exposed`: the same, summed over layers, and with re-sharding and the wait for plans before the step.
+            - `planning_seconds`: time that threads took to plan the step's copies, mostly beside the backward pass.
+            - `resharded`: `experts` that changed owners before the step, and `bytes` that moved.
+            - `memory_bytes`: peaks on this device: `owned`, `optimizer`, `gradients`, `copies`. If the policy keeps
+              copies between steps, their weights count as copies, their optimizer state and gradients with the others.
         """
+        copies = self._parts.copies_memory.peak + sum(kept.num_bytes for kept in self._parts.kept)
         return {
             "step": self._engine.step,
             "policy": self.config.policy,
-            "layers": self._engine.report(),
-            "memory_bytes": self._memory.peaks | {"copies": self._parts.copies_memory.peak},
+            "expert_gemm": self.config.expert_gemm,
+            "kernels": "hecate" if self._kernels else "torch",
+            "transport": self._engine.comms.transport,
+            "splits": self.config.splits,
+            **self._engine.report(),
+            "memory_bytes": self._memory.peaks | {"copies": copies},
         }

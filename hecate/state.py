@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hecate.adapters.peft import base_model, refuse_initial_values
 from hecate.adapters.stack import StackedExperts
 from hecate.checkpoint.background import SaveHandle, Saves
-from hecate.checkpoint.state import TrainingState, dense_tensors
+from hecate.checkpoint.state import TrainingState
 from hecate.checkpoint.state_dict import hide_pools
 from hecate.checkpoint.store import load
+from hecate.experts import OwnedExperts
 from hecate.names import original_modules, original_name
 from hecate.pretrained.conversion import Format, format_of, mixes_experts
 from hecate.pretrained.own import save_through
-from hecate.ranks.agree import agree
+from hecate.ranks.agree import agree, gather
 from hecate.runtime.setup import Setup
 from hecate.runtime.step.assemble import Parts, assemble
 from hecate.runtime.step.held import Held
 from hecate.values.full import full_experts, full_tensor
+from hecate.values.initialize import initialize
 from hecate.values.local import local_tensor
 from hecate.values.memory import PeakMemory
 from hecate.values.missing import MissingValues
@@ -45,17 +48,22 @@ class Stateful:
         self._stacked = {m.spec.name: m.module for m in setup.layers if isinstance(m.module, StackedExperts)}
         for stack in self._stacked.values():
             stack.name_by_stack()
+        self._kept = {e.name: e for layer in setup.layers for e in layer.spec.elsewhere.values()}
         self._names = [original_name(key) for key in model.state_dict(keep_vars=True)]
-        self._format = format_of(original_modules(model)[""])
+        root = original_modules(model)[""]
+        self._format = format_of(root)  # of folders that are written, and read unless the model has adapters
+        self._base_format = None if base_model(root) is root else format_of(base_model(root))
+        self._seed = setup.config.seed
         _warn_of_mixed_experts(type(model).__name__, self._format, setup)
         self._parts: Parts = assemble(setup, model)
         self._engine, self._comms, self.pools = self._parts.engine, self._parts.comms, self._parts.pools
         self._saves = Saves()
-        self._held = Held(self, self._saves, self._parts.ahead, self._comms)
-        self._memory = PeakMemory(model)
+        self._held = Held(self, self._saves, self._parts.threads, self._comms)
+        self._memory = PeakMemory(model, [p for kept in self._parts.kept for p in kept.parameters.values()])
         self._missing = MissingValues(model, setup.without_values)
         self._missing.fill_buffers(self._parts.stacks(), setup.config.seed, set(self._names))
         hide_pools(model, self._parts.dense.leave, self._missing.got)
+        model.register_load_state_dict_post_hook(lambda module, keys: self._parts.took_weights())
         save_through(model, self._format, setup.mesh is not None, self.save_pretrained, self.full_state_dict)
 
     def init_weights(self, seed: int, rule: Callable[[nn.Module], None] | None = None) -> None:
@@ -70,15 +78,19 @@ class Stateful:
             rule: called with a module, fills its tensors from torch's default generator; replaces the rules above.
 
         Raises:
-            ValueError: the model was built on the meta device and has tensors that no rule fills; names them.
+            ValueError: the model was built on the meta device and has tensors that no rule fills, or it has adapters
+                of peft and `rule` is None; names them.
         """
 
         def fill() -> None:
+            if rule is None:
+                refuse_initial_values(self.model)
             self._parts.dense.leave()
             self._missing.fill_all(self._parts.stacks(), seed, rule)
 
         agree(fill)
         self._missing.got_all()
+        self._parts.took_weights()
         self._engine.restart(self._engine.step)
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -88,19 +100,23 @@ class Stateful:
             RuntimeError: the model was built on the meta device and has no values yet.
         """
         self._check_usable()
-        self._parts.dense.leave()
+        state = self._training_state()
         experts = {entry.name: entry for pool in self.pools for entry in pool.entries()}
-        dense = dense_tensors(self.model, [name for name in self._names if name not in experts])
+        dense = state.dense()
         full = {}
         for name in self._names:
             if name in experts:
-                entry = experts[name]
-                full[name] = full_experts(entry, local_tensor(entry.parameter), self._comms.experts)
+                full[name] = self._whole(experts[name], experts[name].parameter)
             else:
                 full[name] = full_tensor(dense[name])
-        for prefix, stack in self._stacked.items():
-            full = stack.named_by_expert(full, f"{prefix}.")
+        for prefix, module in self._stacked.items():
+            full = module.named_by_expert(full, f"{prefix}.")
         return full
+
+    def _whole(self, entry: OwnedExperts, slots: Tensor) -> Tensor:
+        """A stacked weight, or its gradient or state `slots`, whole and in the shape that the model keeps it in."""
+        stack = full_experts(entry, local_tensor(slots), self._comms.experts)
+        return self._kept[entry.name].as_kept(stack) if entry.name in self._kept else stack
 
     def save(
         self,
@@ -138,7 +154,8 @@ class Stateful:
         self._check_usable()
         if optimizer is not None:
             self._parts.watch.add(optimizer)  # it may have state loaded by expert, if it has not stepped since
-        return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra, sha256)
+        with self._parts.dense.with_state(optimizer):
+            return self._saves.save(Path(path), self._training_state(), optimizer, async_op, extra, sha256)
 
     def load(self, path: str | PathLike[str], optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Read a checkpoint of `save`, on any number of devices, or of `dcp.save(model.state_dict())`. Collective.
@@ -167,11 +184,14 @@ class Stateful:
             RuntimeError: the process group is gone.
         """
         self._saves.finish()
-        extra = load(Path(path), self._training_state(), optimizer)
+        state = self._training_state()
+        extra = load(Path(path), state, optimizer)
         self._missing.got_all()
+        self._parts.took_weights(state.masters)
         if optimizer is not None:
+            self._parts.dense.took_state(optimizer)
             self._parts.watch.hold(optimizer)  # its state must move if experts change owners before its first step
-        self._memory.after_loading(self._parts.watch.optimizers)
+        self._memory.after_loading(self._optimizers)
         return extra
 
     def load_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -183,18 +203,42 @@ class Stateful:
         are cast to the model's dtype, which is `master_dtype` if that is set. Tied parameters need to be present only
         once. Optimizer, owners and load history are not changed.
 
+        If peft has put LoRA adapters into the model, the folder is one of the base model, or one that peft has written
+        for the adapters. Adapters that have no values when the base model is read get those that peft gives new ones.
+
         Args:
-            folder: contains `model.safetensors`, or `model.safetensors.index.json` and the files it lists.
+            folder: contains `model.safetensors`, or `model.safetensors.index.json` and the files it lists, or
+                `adapter_model.safetensors`.
 
         Raises:
             ValueError: missing or unknown keys, except those that the model class ignores; a different shape or number
                 of experts; quantized weights; a conversion that mixes experts; a damaged file (names it). On all ranks,
                 before anything is overwritten.
         """
+        from hecate.pretrained.adapters import is_of_adapters, load_adapters, names_in_base
         from hecate.pretrained.load import load_pretrained  # needs safetensors, an optional dependency
 
-        self._format = load_pretrained(Path(folder), self._training_state(), self._format, self._missing.names)
-        self._missing.got_all()
+        state = self._training_state()
+        if any(gather(is_of_adapters(Path(folder)))):
+            self._missing.got(load_adapters(Path(folder), state, self._kept))
+        else:
+            names = names_in_base(original_modules(self.model)[""], self._names)
+            form = self._base_format or self._format
+            form = load_pretrained(Path(folder), state, form, self._missing.names, names)
+            if self._base_format is None:
+                self._format = form
+            self._missing.got(set(names) | (self._missing.names - set(self._names)))
+            self._fill_adapters()
+        self._parts.took_weights(state.masters)
+
+    def _fill_adapters(self) -> None:
+        """Give adapters that have no values yet peft's first ones."""
+        from hecate.pretrained.adapters import first_values
+
+        if missing := set(self._missing.names):
+            rule = agree(lambda: first_values(self.model, missing))
+            stacks = self._parts.stacks()
+            self._missing.got(agree(lambda: initialize(self.model, stacks, self._seed, rule, missing)))
 
     def save_pretrained(self, folder: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write weights and buffers in the format that transformers' `from_pretrained` reads. Collective.
@@ -224,7 +268,14 @@ class Stateful:
         self._parts.dense.leave()
         group = self._comms.replicas
         replica, replicas = (0, 1) if group is None else (group.rank(), group.size())
-        return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas)
+        masters = self._parts.dense.masters()
+        return TrainingState(self.model, self._names, self.pools, self._engine, replica, replicas, masters)
+
+    @property
+    def _optimizers(self) -> list[Optimizer]:
+        """All optimizers that have state of this model."""
+        kept = [optimizer for kept in self._parts.kept for optimizer in kept.optimizers]
+        return [*self._parts.watch.optimizers, *self._parts.dense.optimizers, *kept]
 
     @torch.compiler.disable
     def _check_usable(self) -> None:
@@ -234,7 +285,7 @@ class Stateful:
 
 
 def _warn_of_mixed_experts(model: str, form: Format, setup: Setup) -> None:
-    stacked = [f"{layer.spec.name}.{weight.kind}" for layer in setup.layers for weight in layer.spec.weights]
+    stacked = [layer.spec.name_of(weight.kind) for layer in setup.layers for weight in layer.spec.weights]
     if reason := mixes_experts(form, stacked):
         warnings.warn(
             f"fully_shard: {model}: load_pretrained and save_pretrained will refuse folders of the hub's format: "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hecate.ops.activation import activation
 from hecate.ops.grouped import Groups, grouped_linear
 from hecate.ops.plain import run_experts
 from hecate.ranks.messages import all_reduce
@@ -145,7 +146,7 @@ class Experts(nn.Module):
             groups: number of rows per expert, in the order of the first dimension of `weights`.
             weights: name in `expert_weights` -> `[experts, ...]`, any subset of the experts in any order.
         """
-        hidden = F.gelu(grouped_linear(x, weights["up"], groups))
+        hidden = activation(grouped_linear(x, weights["up"], groups), "gelu", False, groups.kernels)
         return grouped_linear(hidden, weights["down"], groups)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,11 +36,17 @@ class Stack:
         name: name of the module.
         rows: kind -> `[owned, *shape]`, sharing memory with the model.
         experts: expert id of each row.
+        names: original names of the kinds that are not called `name.kind`.
     """
 
     name: str
     rows: Mapping[str, Tensor]
     experts: Sequence[int]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, kind: str) -> str:
+        """Original name of the stacked weights of one kind."""
+        return self.names.get(kind, f"{self.name}.{kind}")
 
 
 @runtime_checkable
@@ -59,16 +65,18 @@ class _Place:
         module, attribute: the module, and the name of the attribute.
         tensor: what is there; None for stacked weights that are in a pool.
         stack: the stack if these are stacked weights, whose stand-ins have one expert; else None.
+        kind: which weights of the stack.
     """
 
     module: nn.Module
     attribute: str
     tensor: Tensor | None
     stack: Stack | None = None
+    kind: str = ""
 
     def stand_in(self, device: str) -> Tensor:
         """A tensor to put here while rules run: filled with NaN on the CPU, without memory on the meta device."""
-        like = self.tensor if self.stack is None else self.stack.rows[self.attribute]
+        like = self.tensor if self.stack is None else self.stack.rows[self.kind]
         assert like is not None
         shape = like.shape if self.stack is None else (1, *like.shape[1:])
         fill = float("nan") if like.dtype.is_floating_point else 0
@@ -98,7 +106,7 @@ class _Place:
         """
         if self.stack is not None:
             assert row is not None
-            self.stack.rows[self.attribute][row].copy_(value[0])
+            self.stack.rows[self.kind][row].copy_(value[0])
             return
         assert self.tensor is not None
         target = self.tensor
@@ -155,9 +163,10 @@ def initialize(
     places = _places(model)
     for stack in stacks:
         for kind in stack.rows:
-            present = places.get(f"{stack.name}.{kind}")
+            present = places.get(name := stack.name_of(kind))
             tensor = None if present is None else present.tensor
-            places[f"{stack.name}.{kind}"] = _Place(modules[stack.name], kind, tensor, stack)
+            home, _, attribute = name.rpartition(".")
+            places[name] = _Place(modules[home], attribute, tensor, stack, kind)
     given: set[str] = set()
     scaffold = _Scaffold(places, set(places) if wanted is None else wanted, seed)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,14 +20,16 @@ class PeakMemory:
 
     Args:
         model: the model.
+        copies: parameters that are not the model's, but have gradients too.
 
     Attributes:
         peaks: bytes of "owned" (parameters), "optimizer" and "gradients".
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, copies: Sequence[Tensor] = ()) -> None:
         self.peaks = {"owned": 0, "optimizer": 0, "gradients": 0}
         self._model = model
+        self._copies = tuple(copies)
         self._steps_left = STEPS_TO_MEASURE
 
     def after_step(self, optimizers: Iterable[Optimizer]) -> None:
@@ -47,7 +49,7 @@ class PeakMemory:
         found: dict[str, list[Tensor]] = {
             "owned": parameters,
             "optimizer": [v for v in state if isinstance(v, Tensor)],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "gradients": [p.grad for p in (*parameters, *self._copies) if p.grad is not None],
         }
         self.peaks = {kind: max(peak, _num_bytes(found[kind])) for kind, peak in self.peaks.items()}
 

@@ -126,7 +126,7 @@ def with_accident(accident: Callable[[Run], list[str]] | None, settings: dict[st
         assert all(p.grad is None for p in run.model.parameters())
     plans = len(run.plans)
     losses += run.train(3, 6)
-    copies = run.engine._parts.copies_memory.now
+    copies = run.engine._parts.copies_memory.num_bytes
     return names, losses, run.plans[plans:], copies, run.engine.full_state_dict()
 
 
