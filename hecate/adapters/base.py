@@ -27,11 +27,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from hecate.adapters.peft import adapted, wrappers_of
 from hecate.adapters.transformers import (
     DESCRIPTION,
     follows_experts_interface,
+    gated_activation,
     interface_mlp,
     interface_weights,
+    refuse_own_forward,
     refuse_router,
     refuse_tensor_parallel,
 )
@@ -62,11 +65,19 @@ class OwnExperts(Protocol):
 
 @dataclass(frozen=True)
 class FoundExperts:
-    """One MoE layer of a model: its experts module, the parent of that module, and its description."""
+    """One MoE layer of a model.
+
+    Attributes:
+        parent: the module that holds the experts module.
+        module: the experts module.
+        spec: its description.
+        wrappers: peft's modules around it, the innermost first; `parent` holds the last.
+    """
 
     parent: nn.Module
     module: nn.Module
     spec: ExpertsSpec
+    wrappers: tuple[nn.Module, ...] = ()
 
 
 def find_experts(model: nn.Module) -> list[FoundExperts]:
@@ -80,19 +91,17 @@ def find_experts(model: nn.Module) -> list[FoundExperts]:
     modules = original_modules(model)
     for name, module in modules.items():
         if (spec := _spec(name, module)) is not None:
+            _refuse_replaced_forward(name, module)
             if not name:
                 kind = type(module).__name__
                 raise ValueError(
                     f"fully_shard: the model itself, {kind}, is an experts module; wrap it in the module that calls it"
                 )
-            parent = modules[name.rpartition(".")[0]]
-            if getattr(parent, "base_layer", None) is module:
-                raise ValueError(
-                    f"{name}: {type(parent).__name__} adapts its weights; adapters (LoRA) fit the dense part only, so "
-                    "leave experts out of target_parameters and target_modules"
-                )
-            refuse_router(name, parent)
-            found.append(FoundExperts(parent, module, spec))
+            wrappers = wrappers_of(name, modules)
+            outer = next(reversed(wrappers), name)
+            parent = modules[outer.rpartition(".")[0]]
+            refuse_router(outer, parent)
+            found.append(FoundExperts(parent, module, adapted(spec, wrappers), tuple(wrappers.values())))
     _refuse_tied(model, found)
     if not found:
         raise ValueError(
@@ -110,19 +119,36 @@ def _refuse_tied(model: nn.Module, found: Iterable[FoundExperts]) -> None:
         places.setdefault(id(parameter), []).append(original_name(name))
     for f in found:
         for weight in f.spec.weights:
-            if len(names := places[id(getattr(f.module, weight.kind))]) > 1:
-                raise ValueError(f"fully_shard: {' and '.join(names)} are one tied parameter; experts must not be tied")
+            if len(names := places[id(f.spec.parameter(f.module, weight.kind))]) > 1:
+                raise ValueError(
+                    f"fully_shard: {' and '.join(names)} are one tied parameter; experts must not be tied. Register an "
+                    "MoE layer at one place of the model, and call it as often as you like"
+                )
+
+
+def _refuse_replaced_forward(name: str, module: nn.Module) -> None:
+    """ValueError if code has set another `forward` on the object, which would be called instead of FSSDP's."""
+    if (forward := vars(module).get("forward")) is not None:
+        what = getattr(forward, "__qualname__", type(forward).__name__)
+        raise ValueError(
+            f"{name}: the forward pass of this {type(module).__name__} was replaced by {what}; FSSDP replaces it, too, "
+            "and only one can run. Undo that (accelerate does it to models loaded with a device_map)"
+        )
 
 
 def _spec(name: str, module: nn.Module) -> ExpertsSpec | None:
     if isinstance(module, OwnExperts):
         return _spec_of(name, module, module.expert_weights, module.expert_mlp)
     if follows_experts_interface(module):
-        return _spec_of(name, module, interface_weights(name, module), interface_mlp(module))
+        refuse_own_forward(name, module)
+        mlp, gated = interface_mlp(module), gated_activation(module)
+        return _spec_of(name, module, interface_weights(name, module), mlp, gated)
     return None
 
 
-def _spec_of(name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertMLP) -> ExpertsSpec:
+def _spec_of(
+    name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertMLP, gated: str | None = None
+) -> ExpertsSpec:
     stacked = {kind: _parameter(name, module, kind) for kind in kinds}
     sizes = {kind: tuple(w.shape) for kind, w in stacked.items()}
     if len({shape[0] for shape in sizes.values()}) != 1:
@@ -130,11 +156,13 @@ def _spec_of(name: str, module: nn.Module, kinds: tuple[str, ...], mlp: ExpertML
     for kind, w in stacked.items():
         if not w.dtype.is_floating_point or w.dtype.itemsize == 1:
             raise ValueError(f"{name}.{kind}: dtype {w.dtype} is quantized; must be float64, float32 or bfloat16")
+        if hasattr(w, "__tensor_flatten__"):  # a subclass that holds other tensors, such as quantized ones of torchao
+            raise ValueError(f"{name}.{kind} is a {type(w).__name__}; must be a plain tensor (not quantized)")
     if rest := sorted({n for n, _ in module.named_parameters(recurse=False)} - stacked.keys()):
         raise ValueError(f"{name}: parameters {rest} belong to no expert; put them into a submodule of {name}")
     weights = tuple(WeightSpec(k, tuple(w.shape[1:]), w.dtype, w.requires_grad) for k, w in stacked.items())
     num_experts = next(iter(sizes.values()))[0]
-    return ExpertsSpec(name, num_experts, _width(name, weights), weights, mlp)
+    return ExpertsSpec(name, num_experts, _width(name, weights), weights, mlp, gated)
 
 
 def _parameter(name: str, module: nn.Module, kind: str) -> nn.Parameter:

@@ -32,13 +32,15 @@ def stack_experts(module: nn.ModuleList | nn.ModuleDict) -> StackedExperts:
         module: at least one MLP, all of the same class and settings; their parameters are all those of `nn.Linear`.
 
     Raises:
-        ValueError: the MLPs differ, or have parameters or buffers outside of `nn.Linear`; names them.
+        ValueError: the MLPs differ, have parameters or buffers outside of `nn.Linear`, or hooks, which would be lost;
+            names them.
     """
     keys, mlps = list(dict(module.named_children())), list(module.children())
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not mlps:
         kind = type(module).__name__
         raise ValueError(f"stack_experts: {kind} of {len(mlps)}; must be a ModuleList or ModuleDict of MLPs")
     _check_linear(keys[0], mlps[0])
+    _check_hooks(module)
     for key, mlp in zip(keys, mlps, strict=True):
         for what, ours in _description(mlp).items():
             first = _description(mlps[0]).get(what)
@@ -129,6 +131,14 @@ class _GroupedLinear(nn.Module):
         self._groups = groups
         self._weights = [weights[kind] for kind in self.kinds.values()] if weights else []
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("kinds", ()):
+            raise AttributeError(
+                f"stack_experts: the MLP reads {name} of an nn.Linear, which several experts have here; it must call "
+                "the nn.Linear"
+            )
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[N, i]` to `[N, o]`."""
         assert self._groups is not None
@@ -162,6 +172,18 @@ def _check_linear(key: str, mlp: nn.Module) -> None:
         raise ValueError(
             f"stack_experts: weights {names} of MLP {key} are tied or have names that differ only by '_' and '.'"
         )
+
+
+def _check_hooks(mlps: nn.Module) -> None:
+    """ValueError if something was attached to an MLP or one of its layers: the stacked ones would run without it."""
+    for name, module in mlps.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if name and (any(hooks) or "forward" in vars(module)):
+            kind = type(module).__name__
+            raise ValueError(
+                f"stack_experts: {name} ({kind}) has hooks or a replaced forward, which would be lost; attach them to "
+                "the module that stack_experts returns, or compute it in the MLP's own forward"
+            )
 
 
 def _description(mlp: nn.Module) -> dict[str, Any]:

@@ -17,17 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts import ExpertMLP
+from hecate.ops.activation import activation
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
+from hecate.ops.kernels.activations import Activation
+from hecate.ops.sonicmoe import gated_mlp
 
 __all__ = [
     "cast_constants",
     "follows_experts_interface",
+    "fused_activation",
+    "gated_activation",
     "generate_in_step",
     "interface_mlp",
     "interface_weights",
     "kept_in_float32",
+    "refuse_own_forward",
     "refuse_router",
     "refuse_tensor_parallel",
+    "tie_on_meta",
 ]
 
 DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -38,6 +45,20 @@ UNDECORATED = ("Step3p7Experts",)
 """Classes without the decorator, and so without its attributes, whose forward pass is that of the interface."""
 PLAIN = {**LATER, "has_bias": False, "is_transposed": False}
 """Attributes -> values that describe the modules of `UNDECORATED`."""
+
+INTERFACE = "transformers.integrations.moe"
+"""The module of the decorator, and so of the forward pass that it gives a class."""
+DEFAULT_GATE = (INTERFACE, "_default_apply_gate")
+"""Module and name of the gate that the decorator gives modules without one of their own."""
+ACTIVATIONS: Mapping[str, Activation] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+"""Classes of torch.nn and transformers.activations -> the kernels' names of the same functions."""
 
 CONSTANTS = {"MiniMaxLightningAttention": ("slope_rate", "query_decay", "key_decay", "diagonal_decay")}
 """Class -> buffers that are multiplied with hidden states and must therefore have their dtype.
@@ -55,6 +76,25 @@ def follows_experts_interface(module: nn.Module) -> bool:
     flags = [getattr(module, name, LATER.get(name)) for name in DESCRIPTION]
     gate = hasattr(module, "has_gate") or callable(getattr(module, "_apply_gate", None))
     return gate and all(isinstance(flag, bool) for flag in flags)
+
+
+def refuse_own_forward(name: str, module: nn.Module) -> None:
+    """ValueError if such a module has a forward pass of its own, which FSSDP would leave out.
+
+    A subclass may override the interface's, and libraries put their own into the class or the object.
+
+    Args:
+        name: name of the module, for the error.
+        module: a module for which `follows_experts_interface` is true.
+    """
+    forward: Any = type(module).forward
+    by_interface = getattr(forward, "__globals__", {}).get("__name__") == INTERFACE
+    if not by_interface and type(module).__name__ not in UNDECORATED:
+        raise ValueError(
+            f"{name}: the forward pass of {type(module).__name__} is {getattr(forward, '__qualname__', forward)}, not "
+            "that of transformers' experts interface; FSSDP would leave out what it adds. Put that into the module "
+            "that calls the experts, or define expert_weights and expert_mlp (see hecate.adapters.base)"
+        )
 
 
 def interface_weights(name: str, module: Any) -> tuple[str, ...]:
@@ -124,6 +164,22 @@ def kept_in_float32(model: nn.Module) -> set[nn.Parameter]:
     return kept
 
 
+def tie_on_meta(model: nn.Module) -> None:
+    """Tie parameters on the meta device that the model's class ties, e.g. the output head's to the embedding.
+
+    Up to some 5.x, transformers ties those of a model that was built on the meta device only in `from_pretrained`.
+    """
+    module: Any
+    for module in model.modules():
+        tied = getattr(module, "all_tied_weights_keys", None)
+        if not isinstance(tied, dict) or not callable(getattr(module, "tie_weights", None)):
+            continue
+        named = dict(module.named_parameters(remove_duplicate=False))
+        pairs = [(named.get(target), named.get(source)) for target, source in tied.items()]
+        if any(one is not other and one is not None and one.is_meta for one, other in pairs):
+            module.tie_weights()
+
+
 class _Constants:
     """Casts buffers of one module to another dtype during its forward pass."""
 
@@ -171,10 +227,46 @@ def interface_mlp(module: nn.Module) -> ExpertMLP:
 
 def _mlp(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor]) -> Tensor:
     """Outputs `[N, d]` of the experts for `rows` `[N, d]` sorted by expert."""
+    if groups.gemm == "sonicmoe" and groups.num_rows and (whole := gated_activation(module)) is not None:
+        stacks = (_stack(module, weights, "gate_up_proj"), _stack(module, weights, "down_proj"))
+        biases = (weights.get("gate_up_proj_bias"), weights.get("down_proj_bias"))
+        return gated_mlp(rows, groups, whole, *stacks, biases)
     hidden = _linear(module, rows, groups, weights, _first(module))
-    hidden = module._apply_gate(hidden) if _flag(module, "has_gate") else module.act_fn(hidden)
+    hidden = _activated(module, hidden, groups.kernels)
     hidden = _linear(module, hidden, groups, weights, "down_proj")
     return module.post_expert_norm(hidden) if _flag(module, "has_post_expert_norm") else hidden
+
+
+def _activated(module: Any, hidden: Tensor, by_kernels: bool) -> Tensor:
+    """What runs between the two products: the module's own code, or a kernel for the same function."""
+    gated = _flag(module, "has_gate")
+    if by_kernels and (kind := fused_activation(module)) is not None:
+        return activation(hidden, kind, gated, by_kernels)
+    return module._apply_gate(hidden) if gated else module.act_fn(hidden)
+
+
+def fused_activation(module: Any) -> Activation | None:
+    """The kernels' name for what an experts module runs between its two products; None: they have no such function.
+
+    Gated modules must have the interface's own gate, which activates the first half and multiplies it with the second.
+    """
+    gate = getattr(getattr(module, "_apply_gate", None), "__func__", None)
+    own_gate = (getattr(gate, "__module__", ""), getattr(gate, "__name__", ""))
+    if _flag(module, "has_gate") and own_gate != DEFAULT_GATE:
+        return None
+    act, kind = module.act_fn, type(module.act_fn)
+    known = kind.__module__ == "transformers.activations" or kind.__module__.startswith("torch.nn.")
+    if not known or "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks:
+        return None
+    if kind is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS.get(kind.__name__)
+
+
+def gated_activation(module: Any) -> Activation | None:
+    """The activation of a module that computes `down(act(gate) * up)` and nothing else; None of another."""
+    whole = _flag(module, "has_gate") and not _flag(module, "has_post_expert_norm")
+    return fused_activation(module) if whole else None
 
 
 def _first(module: Any) -> str:
@@ -186,7 +278,11 @@ def _flag(module: Any, name: str) -> bool:
     return bool(getattr(module, name, PLAIN[name]))
 
 
+def _stack(module: Any, weights: Mapping[str, Tensor], kind: str) -> Tensor:
+    """The matrices `[experts, outputs, inputs]`."""
+    return weights[kind].transpose(1, 2) if _flag(module, "is_transposed") else weights[kind]
+
+
 def _linear(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor], kind: str) -> Tensor:
-    weight = weights[kind].transpose(1, 2) if _flag(module, "is_transposed") else weights[kind]
-    out = grouped_linear(rows, weight, groups)
+    out = grouped_linear(rows, _stack(module, weights, kind), groups)
     return grouped_bias(out, weights[f"{kind}_bias"], groups) if _flag(module, "has_bias") else out

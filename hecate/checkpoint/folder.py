@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,15 @@ def replace_folder(temporary: Path, path: Path, keep: Callable[[str], bool]) -> 
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `path` atomically: a crash, even of the machine, leaves either the old content or the new."""
+    """Write `path` atomically: an error or a crash, even of the machine, leaves either the old content or the new."""
     partial = path.with_name(path.name + ".part")
-    _write(partial, text)
-    os.replace(partial, path)
+    try:
+        _write(partial, text)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):  # it may not be there
+            partial.unlink()
+        raise
     sync(path.parent)
 
 

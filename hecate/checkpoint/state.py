@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,6 +37,7 @@ class TrainingState:
         pools, engine: the pools that hold the experts, and the engine that runs them.
         replica, replicas: index of this device's replica in a (replicate, shard) mesh, and number of replicas; 0 and 1
             without such a mesh.
+        masters: values of dense parameters that are saved and loaded instead of the parameters' own, which are coarser.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class TrainingState:
     engine: Engine
     replica: int
     replicas: int
+    masters: Mapping[nn.Parameter, Tensor]
 
     @property
     def mesh(self) -> list[Any]:
@@ -61,8 +63,16 @@ class TrainingState:
         """
         entries = [entry for pool in self.pools for entry in pool.entries()]
         experts = {entry.name: expert_rows(entry, local_tensor(entry.parameter)) for entry in entries}
-        dense = dense_tensors(self.model, [name for name in self.names if name not in experts])
+        dense = self.dense()
         return {name: experts[name] if name in experts else dense[name] for name in self.names}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Parameters and buffers other than experts, sharing memory with the model or with `masters`. See `weights`."""
+        experts = {entry.name for pool in self.pools for entry in pool.entries()}
+        tensors = dense_tensors(self.model, [name for name in self.names if name not in experts])
+        named = self.model.named_parameters(remove_duplicate=False)
+        masters = {original_name(name): self.masters[p] for name, p in named if p in self.masters}
+        return tensors | masters
 
     def original_names(self) -> dict[Tensor, tuple[list[str], ExpertPool | None]]:
         """Parameter -> the original names it stands for, and its pool if it belongs to one."""

@@ -257,7 +257,10 @@ def not_per_expert(step: Conversion) -> str | None:
         elif kind in ("Concatenate", "Chunk", "Interleave", "Transpose"):
             alone = 0 not in dims and getattr(operation, "num_shards_attribute", None) is None
         else:
-            alone = kind == "Force16BytesAlignment"  # of transformers 5.0: a copy with the same values
+            # The first, of transformers 5.0, makes a copy with the same values; the other returns a single source.
+            alone = kind == "Force16BytesAlignment" or (
+                kind == "Inkling2LoopDequantizeExperts" and len(step.sources) < 2
+            )
         if not alone:
             return repr(operation)
     return None

@@ -63,6 +63,10 @@ class TensorMeta:
 class WeightFiles:
     """The tensors in `model.safetensors`, or in the files that `model.safetensors.index.json` lists.
 
+    Args:
+        folder: the folder.
+        single: name of the file that has all tensors, instead of `model.safetensors`.
+
     Attributes:
         tensors: key -> dtype and shape, over all files.
 
@@ -70,8 +74,8 @@ class WeightFiles:
         ValueError: the folder has no such files, or a file is missing or damaged; the message names the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+        self._folder, self._single = folder, single
         self._handles = {file: self._open(file) for file in self._files()}
         self._file_of = {key: file for file, handle in self._handles.items() for key in handle.keys()}  # noqa: SIM118
         if absent := sorted(self._listed - self._file_of.keys()):
@@ -89,10 +93,10 @@ class WeightFiles:
 
     def _files(self) -> list[str]:
         self._listed: set[str] = set()
-        if (self._folder / SINGLE).exists():
-            return [SINGLE]
+        if (self._folder / self._single).exists():
+            return [self._single]
         if not (self._folder / INDEX).exists():
-            raise ValueError(f"{self._folder}: must be a folder with {SINGLE} or {INDEX}")
+            raise ValueError(f"{self._folder}: must be a folder with {self._single} or {INDEX}")
         try:
             weight_map = json.loads((self._folder / INDEX).read_text()).get("weight_map")
         except (ValueError, AttributeError) as error:

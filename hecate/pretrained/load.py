@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from hecate.checkpoint.state import TrainingState
@@ -17,7 +17,9 @@ from hecate.ranks.agree import agree
 __all__ = ["load_pretrained"]
 
 
-def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Format:
+def load_pretrained(
+    folder: Path, state: TrainingState, form: Format, needed: Set[str], names: Mapping[str, str]
+) -> Format:
     """See `FSSDP.load_pretrained`.
 
     Args:
@@ -25,23 +27,25 @@ def load_pretrained(folder: Path, state: TrainingState, form: Format, needed: Se
         state: training state of the model.
         form: file format of the model.
         needed: names without values yet, which the folder must have even if the model class lets them be missing.
+        names: original name of each tensor to read -> its name in the model that the folder is of.
 
     Returns:
         The format that writes a folder with the same keys.
     """
-    reading = agree(lambda: _planned(folder, state, form, needed))
+    reading = agree(lambda: _planned(folder, state, form, needed, names))
     agree(lambda: _read(reading))
     return reading.writes
 
 
-def _planned(folder: Path, state: TrainingState, form: Format, needed: Set[str]) -> Reading:
+def _planned(folder: Path, state: TrainingState, form: Format, needed: Set[str], names: Mapping[str, str]) -> Reading:
     where = f"FSSDP.load_pretrained({str(folder)!r})"
     refuse_quantized(where, folder)
     files = WeightFiles(folder)
-    entries = state.weights()
+    entries = {names[name]: entry for name, entry in state.weights().items() if name in names}
     steps, unexpected, writes = steps_to_read(form, files.tensors, entries)
     reading = Reading(where, files, entries, shapes_of(entries), tuple(steps), writes)
-    return checked(reading, unexpected, first_names(state.model), needed)
+    first = {names[name]: names.get(one, one) for name, one in first_names(state.model).items() if name in names}
+    return checked(reading, unexpected, first, {names[name] for name in needed if name in names})
 
 
 def _read(reading: Reading) -> None:

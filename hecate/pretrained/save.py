@@ -74,7 +74,7 @@ def _planned(where: str, state: TrainingState, form: Format, group: dist.Process
     names = [next((n for n in same if n not in form.tied), same[0]) for same in tied.values()]
     steps = steps_to_write(form, [name for name in names if name not in form.unsaved])
     owners = {
-        f"{spec.name}.{kind}": pool.owners[row]
+        spec.name_of(kind): pool.owners[row]
         for pool in state.pools
         for row, spec in enumerate(pool.specs)
         for kind in pool.parameters

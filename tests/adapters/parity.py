@@ -38,14 +38,18 @@ class Precision:
     tolerance: float = TOLERANCE
 
 
-BF16_TOLERANCE = 5e-2
+BF16_TOLERANCE = 1e-1
 """One rounding to bfloat16 (8 bits) is off by up to 2**-9 = 0.2 %. Both runs round as often, at other places: they
 add the tokens of the ranks in another order. A gradient has passed some hundred roundings, whose errors add up like
-their square root: up to 3.6 % was seen. An expert or a rank left out, or a sum in place of a mean, is off by tens of
-percent.
+their square root: up to 6.2 % was seen (flex_olmo), where the plain model in bfloat16 is itself up to 7.5 % off the one
+in float32. An expert or a rank left out, or a sum in place of a mean, is off by tens of percent.
 """
 BF16_MODEL = Precision(torch.bfloat16, steps=2, tolerance=BF16_TOLERANCE)
 BF16_COMPUTE = Precision(param_dtype=torch.bfloat16, steps=2, tolerance=BF16_TOLERANCE)
+
+
+SEEDS = {"gpt_oss": 7}
+"""Seeds other than 0: with 0 a router finds two experts equal within 0.1 %, and bfloat16 decides by rounding."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Plain:
 
 def plain_model(model_type: str, precision: Precision) -> Plain:
     """With clear routers."""
-    model = spread_router(tiny_model(model_type, dtype=precision.dtype))
+    model = spread_router(tiny_model(model_type, SEEDS.get(model_type, 0), dtype=precision.dtype))
     param_dtype = precision.param_dtype
     return Plain(model, model if param_dtype is None else tiny_model(model_type, dtype=param_dtype))
 

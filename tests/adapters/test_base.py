@@ -83,6 +83,15 @@ def test_a_router_that_weights_all_experts_is_refused() -> None:
         hecate.fully_shard(model)
 
 
+def test_what_an_early_transformers_5_leaves_untied_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = tiny_model("ernie4_5_moe")
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    engine = hecate.fully_shard(nn.ModuleDict({"model": model}))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    engine.close()
+
+
 def test_two_flags_of_the_interface_make_no_experts() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].has_bias, model[0].is_transposed = True, False
@@ -90,11 +99,21 @@ def test_two_flags_of_the_interface_make_no_experts() -> None:
         hecate.fully_shard(model)
 
 
+class Quantized(Tensor):
+    """As torchao's: the dtype is that of the values it stands for."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], object]:
+        return [], None
+
+
 def test_quantized_experts_are_refused() -> None:
     model = tiny_model("mixtral")
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match=r"experts\.down_proj: dtype torch\.float8_e4m3fn is quantized"):
+        hecate.fully_shard(model)
+    experts.down_proj = nn.Parameter(torch.zeros_like(experts.down_proj).float().as_subclass(Quantized))
+    with pytest.raises(ValueError, match=r"experts\.down_proj is a Quantized; must be a plain tensor"):
         hecate.fully_shard(model)
 
 
@@ -120,6 +139,34 @@ def test_names_of_what_is_no_stacked_parameter(name: str, value: Tensor | None, 
     )
     with pytest.raises(ValueError, match=message):
         hecate.fully_shard(model)
+
+
+def _doubled(experts: Any, *args: Tensor) -> Tensor:
+    return 2 * type(experts).forward(experts, *args)
+
+
+def test_experts_with_a_forward_pass_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a subclass, in transformers' class, or in one object: FSSDP would train without what it adds."""
+    model = tiny_model("mixtral")
+    experts = model.model.layers[1].mlp.experts
+    own = type(experts)
+    experts.__class__ = type("ScaledExperts", (own,), {"forward": lambda self, *args: 2 * own.forward(self, *args)})
+    refused = r"layers\.1\.mlp\.experts: the forward pass of ScaledExperts is .*<lambda>, not that of transformers'"
+    with pytest.raises(ValueError, match=refused):
+        hecate.fully_shard(model)
+    experts.__class__ = type("OtherGate", (own,), {"_apply_gate": lambda self, x: x.chunk(2, dim=-1)[0].relu()})
+    tokens = torch.arange(3, 11).unsqueeze(0)
+    expected = model(tokens).logits
+    experts.forward = _doubled.__get__(experts)
+    with pytest.raises(ValueError, match=r"the forward pass of this OtherGate was replaced by _doubled"):
+        hecate.fully_shard(model)
+    del experts.forward
+    monkeypatch.setattr(own, "forward", _doubled)
+    with pytest.raises(ValueError, match=r"the forward pass of MixtralExperts is _doubled, not that of"):
+        hecate.fully_shard(model)
+    monkeypatch.undo()
+    hecate.fully_shard(model)
+    torch.testing.assert_close(model(tokens).logits, expected)
 
 
 class DenseExperts(nn.Module):

@@ -176,11 +176,31 @@ def _changed(change: Callable[[nn.Module], Any]) -> nn.ModuleList:
         (_changed(lambda m: m.w2.requires_grad_(False)), r"w2.weight is .* and .*requires_grad=False of MLP 2"),
         (nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))]), "1.weight, 1.bias of MLP 0 .* an nn.Linear"),
         (nn.ModuleList([nn.GELU()]), "has no nn.Linear"),
+        (_changed(lambda m: m.w1.register_forward_hook(print)), r"2.w1 \(Linear\) has hooks or a replaced forward"),
+        (_changed(lambda m: m.register_forward_pre_hook(print)), r"stack_experts: 2 \(Gated\) has hooks"),
+        (_changed(lambda m: setattr(m.w2, "forward", print)), r"2.w2 \(Linear\) has hooks or a replaced forward"),
     ],
 )
 def test_refusals(experts: nn.ModuleList, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hecate.stack_experts(experts)
+
+
+class Reads(nn.Module):
+    """An MLP that uses the weight of a linear layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.up.weight)
+
+
+def test_weights_that_are_read_are_named() -> None:
+    experts = hecate.stack_experts(nn.ModuleList([Reads(), Reads()]))
+    with pytest.raises(AttributeError, match="the MLP reads weight of an nn"):
+        experts(torch.ones(1, WIDTH), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
 
 
 def test_the_refusal_of_a_list_names_it() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hecate
 from tests.adapters.parity import BF16_TOLERANCE, adamw, batch
-from tests.adapters.tiny import tiny_model
+from tests.adapters.tiny import skip_unknown, tiny_model
 from tests.adapters.ways import CONFIG, Way, compare_way, loss_of
 from tests.workers import Groups
 
@@ -61,6 +61,7 @@ def saved_and_resumed(folder: Path, config: hecate.FSSDPConfig) -> None:
         assert torch.equal(value, other), name
 
 
+@skip_unknown(MODEL)
 def test_saved_and_resumed(groups: Groups, tmp_path: Path) -> None:
     for dense in ("fsdp", "replicate"):
         groups(2).run(saved_and_resumed, tmp_path / dense, replace(CONFIG, dense=dense))
@@ -80,6 +81,7 @@ def groups_by_dtype() -> None:
     assert gate.weight.grad.dtype == torch.float32
 
 
+@skip_unknown(MODEL)
 def test_groups_by_dtype(groups: Groups) -> None:
     groups(2).run(groups_by_dtype)
 
@@ -95,6 +97,7 @@ def without_groups(way: Way) -> None:
         compare_way(way)
 
 
+@skip_unknown(MODEL)
 def test_what_is_not_grouped_is_replicated(groups: Groups) -> None:
     groups(2).run(without_groups, IN_BF16)
 

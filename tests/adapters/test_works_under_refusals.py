@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForSeq2SeqLM
@@ -23,6 +25,11 @@ from tests.workers import Groups
 TEXT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
 TEXT |= {name: SIZES[name] for name in ("num_attention_heads", "pad_token_id", "bos_token_id", "eos_token_id")}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 4, "num_experts": 4}
+DBRX: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 64}
+DBRX |= {
+    "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+}
 NLLB = {"vocab_size": 64, "d_model": 32, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
 NLLB |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 16))}
 
@@ -35,6 +42,7 @@ NLLB |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (
             TEXT | {"intermediate_size_mlp": 32},
             "model.layers.0.feed_forward.experts (Llama4TextExperts",
         ),
+        ("dbrx", DBRX, "transformer.blocks.0.ffn.experts (DbrxExperts"),
         ("jetmoe", TEXT, "model.layers.0.mlp.input_linear (JetMoeParallelExperts"),
         ("switch_transformers", T5, "decoder.block.1.layer.2.mlp.experts (SwitchTransformersExperts"),
         ("nllb-moe", NLLB, "model.encoder.layers.0.ffn.experts (NllbMoeExperts"),
@@ -117,3 +125,41 @@ def expert_parallel() -> str:
 
 def test_experts_that_transformers_has_split() -> None:
     assert "model.layers.1.mlp.experts: transformers holds only a part of its experts here" in expert_parallel()
+
+
+def test_weights_of_another_shape_than_indices_are_refused() -> None:
+    """As hunyuan_v1_moe's in transformers 5.0: a weight for each expert of the layer."""
+    engine = hecate.fully_shard(model := tiny_model("mixtral"))
+    experts = model.model.layers[0].mlp.experts
+    message = error_of(lambda: experts(torch.zeros(4, 32), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 8)))
+    assert "model.layers.0.mlp.experts: the router gave top_k_index [4, 2] and top_k_weights [4, 8]" in message
+    engine.close()
+
+
+def _otherwise(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same call of experts, with int32 indices, and column after column in memory."""
+    hidden, index, weights = args
+    return hidden, index.int().t().contiguous().t(), weights.t().contiguous().t()
+
+
+def test_indices_of_other_kinds() -> None:
+    """Any integers serve, in any memory layout; what is not `[tokens, k]` is named."""
+    engine = hecate.fully_shard(model := tiny_model("mixtral"))
+    experts = model.model.layers[0].mlp.experts
+    gradients = []
+    for hook in (lambda module, args: args, _otherwise):
+        with experts.register_forward_pre_hook(hook):
+            loss_of(model, batch(0, 0)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    hidden, index, weights = torch.ones(4, 32), torch.tensor([[0, 1], [5, -1], [2, 3], [7, 0]]), torch.ones(4, 2)
+    for wrong in (index.float(), index > 1):
+        message = error_of(partial(experts, hidden, wrong, weights))
+        assert f"experts: top_k_index is {wrong.dtype}; must be the integer ids of experts" in message
+    called = "model.layers.0.mlp.experts was called with hidden_states {} and top_k_index {}; must be [tokens, width]"
+    assert called.format([1, 4, 32], [4, 2]) in error_of(lambda: experts(hidden[None], index, weights))
+    assert called.format([4, 32], [3, 2]) in error_of(lambda: experts(hidden, index[1:], weights[1:]))
+    assert called.format([4, 32], [4]) in error_of(lambda: experts(hidden, index[:, 0], weights[:, 0]))
+    assert called.format([4, 32], [4, 0]) in error_of(lambda: experts(hidden, index[:, :0], weights[:, :0]))
+    engine.close()

@@ -112,33 +112,47 @@ def in_bf16(model: nn.Module) -> nn.Module:
     return model.bfloat16()
 
 
-def frozen_experts(model: nn.Module) -> nn.Module:
+def train_only(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
     for name, p in model.named_parameters():
-        p.requires_grad_(".experts." not in name)
+        p.requires_grad_(wanted(name))
     return model
+
+
+def frozen_experts(model: nn.Module) -> nn.Module:
+    return train_only(model, lambda name: ".experts." not in name)
 
 
 def frozen_trunk(model: nn.Module) -> nn.Module:
-    for name, p in model.named_parameters():
-        p.requires_grad_(".experts." in name)
-    return model
+    return train_only(model, lambda name: ".experts." in name)
 
 
 def frozen_down(model: nn.Module) -> nn.Module:
     """One of the weights of each expert."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(not name.endswith("experts.down"))
-    return model
+    return train_only(model, lambda name: not name.endswith("experts.down"))
 
 
 def frozen_trunk_checkpointed(model: nn.Module) -> nn.Module:
     return checkpointed(frozen_trunk(model))
 
 
+def frozen_router(model: nn.Module) -> nn.Module:
+    return train_only(model, lambda name: "mlp.gate." not in name)
+
+
+def jittered(model: nn.Module) -> nn.Module:
+    """Routers see their inputs times noise, which is drawn again in a recomputation."""
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_pre_hook(jitter)
+    return checkpointed(model)
+
+
+def jitter(router: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0] * torch.empty_like(args[0]).uniform_(0.9, 1.1),)
+
+
 def frozen_first_layer(model: nn.Module) -> nn.Module:
-    for name, p in model.named_parameters():
-        p.requires_grad_("layers.0." not in name and "embed" not in name)
-    return model
+    return train_only(model, lambda name: "layers.0." not in name and "embed" not in name)
 
 
 def under_autocast(model: nn.Module) -> Callable[..., Any]:
@@ -210,7 +224,18 @@ IN_BF16: Any = {"steps": 1, "tolerance": BF16_TOLERANCE}
 EVALUATED: Any = {"passes": with_evaluation, "plain_passes": with_evaluation}
 CLIPPED: Any = {"clip": by_torch, "steps": 4}
 
-WAYS = {
+GROUPED: Any = {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "num_hidden_layers": 3}
+SHAPES = {
+    "tied-top-1": Way("gpt_oss", {"tie_word_embeddings": True, "num_experts_per_tok": 1}, steps=2),
+    "groups-of-experts": Way("deepseek_v3", {**GROUPED, "routed_scaling_factor": 2.5}, steps=2),
+    "one-layer-one-expert": Way(
+        "mixtral", {"num_hidden_layers": 1, "num_local_experts": 1, "num_experts_per_tok": 1}, steps=2
+    ),
+    "all-experts": Way("olmoe", {"num_experts_per_tok": 8}, steps=2),
+}
+"""Configurations of listed models that differ from those of the parity tests."""
+
+WAYS = SHAPES | {
     "accumulation": Way(micro_batches=3),
     "no_sync": Way(micro_batches=3, passes=with_no_sync),
     "no_sync-replicate": Way(micro_batches=3, passes=with_no_sync, config=REPLICATE),
@@ -230,6 +255,8 @@ WAYS = {
     "frozen-trunk": Way(prepare=frozen_trunk, optimizer=adamw_fused, micro_batches=2),
     "frozen-trunk-replicate": Way(prepare=frozen_trunk, config=REPLICATE, optimizer=adamw_fused),
     "frozen-trunk-checkpointing": Way(prepare=frozen_trunk_checkpointed, optimizer=adamw_fused),
+    "frozen-router": Way(prepare=frozen_router, optimizer=adamw_fused),
+    "jitter": Way(prepare=jittered, micro_batches=2),
     "frozen-first-layer": Way(prepare=frozen_first_layer, optimizer=adamw_fused),
     "compile": Way(wrap=compiled, steps=2),
     "adamw-foreach": Way(optimizer=adamw_foreach),

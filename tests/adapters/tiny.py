@@ -117,10 +117,17 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "loop_num_passes": 2,
         "loop_gate_rank": 4,
     },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
     "kimi_linear": {**LATENT_ATTENTION, "linear_head_dim": 8, "linear_num_heads": 4, **MIXED},
     "kolibri1": {},
     "laguna": {},
+    "lara_mini": LINEAR_ATTENTION,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mellum": {},
     "mimo_v2_flash": {},
@@ -165,9 +172,18 @@ def known(model_types: Iterable[str], often: Iterable[str]) -> list[Any]:
     ]
 
 
+ROUTER = "its router gives a weight for each expert of the layer, not for each choice"
+LIMITED = {"hunyuan_v1_moe": ("5.1", ROUTER), "phimoe": ("5.1", ROUTER)}
+"""Model type -> the first version whose class works, and what the class of earlier ones does. Both are refused."""
+
+
 def skip_unknown(model_type: str) -> pytest.MarkDecorator:
     """Skips if an older version has no such class, or one that does not follow the experts interface yet."""
-    lacks = Version(__version__) < Version("5.21") and not _follows_interface(model_type)
+    version = Version(__version__)
+    works_from, reason = LIMITED.get(model_type, ("5.0", ""))
+    if version < Version(works_from):
+        return pytest.mark.skip(reason=f"{model_type} of transformers {__version__}: {reason}")
+    lacks = version < Version("5.21") and not _follows_interface(model_type)
     return pytest.mark.skipif(lacks, reason=f"transformers {__version__} lacks {model_type}, or its experts interface")
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.checkpoint.runs import Run
+from tests.workers import PRELOADED
 
 
 def keep_saving(path: str) -> None:
@@ -28,8 +29,9 @@ LONG = pytest.mark.long
 
 @pytest.mark.parametrize("milliseconds", [9, *(pytest.param(n, marks=LONG) for n in (1, 2, 4, 6, 13, 17, 23, 31))])
 def test_kill_at_any_time(tmp_path: Path, milliseconds: int) -> None:
-    path = tmp_path / "checkpoint"
-    process = mp.get_context("spawn").Process(target=keep_saving, args=(str(path),), daemon=True)
+    path, context = tmp_path / "checkpoint", mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=keep_saving, args=(str(path),), daemon=True)
     process.start()
     while not path.exists():
         assert process.is_alive()

@@ -295,6 +295,7 @@ def test_names_of_the_state_dict(tmp_path: Path) -> None:
     assert_equal(weights_of(tmp_path / "saved"), weights_of(tmp_path / "source"))
 
 
+@skip_unknown("granitemoe")
 def test_of_a_model_from_pretrained(groups: Groups, tmp_path: Path) -> None:
     """A model is saved in the format in which it was loaded."""
     tiny_model("granitemoe").save_pretrained(tmp_path / "source", save_original_format=False)

@@ -114,8 +114,9 @@ def test_missing_keys_that_the_model_class_ignores(folder: Path) -> None:
     engine = build()
     before = engine.full_state_dict()[ATTENTION].clone()
     engine._format = replace(engine._format, ignored_missing=(r"q_proj",))
+    names = {name: name for name in engine._names}
     with pytest.raises(ValueError, match=f"lacks {re.escape(ATTENTION)}$"):
-        load.load_pretrained(folder, engine._training_state(), engine._format, needed={ATTENTION})
+        load.load_pretrained(folder, engine._training_state(), engine._format, needed={ATTENTION}, names=names)
     engine.load_pretrained(folder)
     assert torch.equal(engine.full_state_dict()[ATTENTION], before)
 
