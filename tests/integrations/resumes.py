@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 import hecate
 from hecate.examples.shared import Text, say, tiny_model
-from hecate.integrations.trainer import FSSDPTrainer
+from hecate.integrations.transformers import FSSDPTrainer
 from hecate.ranks.join import join
 
 STEPS = 4

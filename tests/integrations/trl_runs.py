@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hecate
 from hecate.examples.shared import say, tiny_model
-from hecate.integrations.trainer import FSSDPTrainerMixin
+from hecate.integrations.transformers import FSSDPTrainerMixin
 from hecate.ranks.join import join
 
 WORDS = [f"w{i}" for i in range(250)]
