@@ -3,7 +3,7 @@
     python -m hecate.examples.finetune_trainer --out tuned
     torchrun --nproc-per-node 2 -m hecate.examples.finetune_trainer --out tuned
 
-`--resume` continues from a checkpoint of an earlier run. For TRL's trainers see `hecate.integrations.trainer`.
+`--resume` continues from a checkpoint of an earlier run. For TRL's trainers see `hecate.integrations.transformers`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 import hecate
 from hecate.examples.shared import Text, say, tiny_model
-from hecate.integrations.trainer import FSSDPTrainer
+from hecate.integrations.transformers import FSSDPTrainer
 from hecate.ranks.join import join
 
 

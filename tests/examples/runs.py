@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hecate
 from hecate.examples.shared import Text, tiny_model
-from hecate.integrations.trainer import FSSDPTrainer
+from hecate.integrations.transformers import FSSDPTrainer
 from hecate.ranks.agree import rank_and_world
 from hecate.ranks.join import join
 

@@ -28,6 +28,16 @@ def test_own_moe() -> None:
     assert all(loss < 0.1 for loss in found)  # 2 at random
 
 
+def test_replay() -> None:
+    output = run("hecate.examples.replay")
+    found = losses(output)
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    pairs = re.findall(r"imbalance (\d+\.\d+) without, (\d+\.\d+) with", output)
+    assert len(pairs) == 4
+    assert all(float(after) <= 1.02 or float(after) < float(before) for before, after in pairs)
+
+
 def test_finetune(tmp_path: Path) -> None:
     first = losses(run("hecate.examples.finetune", "--out", str(tmp_path / "a"), "--steps", "21"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")

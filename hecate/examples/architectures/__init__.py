@@ -6,7 +6,9 @@
 - `chain_of_experts`: a token goes through the experts of one layer several times;
 - `top_p`: as many experts a token as its router needs to be sure;
 - `expert_choice`: each expert chooses its tokens;
-- `zero_experts`: experts that compute nothing.
-
-A layer is called with hidden states `[T, d]` and returns `[T, d]`.
+- `zero_experts`: experts that compute nothing;
+- `recurrent_router`: routers that pass a state from layer to layer;
+- `lora_experts`: low-rank experts on a frozen MLP;
+- `diffusion`: a diffusion transformer;
+- `vision`: a vision transformer.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hecate.examples.architectures.shared import WIDTH, experts, train
+from hecate.examples.architectures.shared import WIDTH, Model, experts, train
 
 __all__ = ["ChainOfExperts"]
 
@@ -27,4 +27,4 @@ class ChainOfExperts(nn.Module):
 
 
 if __name__ == "__main__":
-    train(ChainOfExperts)
+    train(lambda: Model(ChainOfExperts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hecate.examples.architectures.shared import WIDTH, experts, train
+from hecate.examples.architectures.shared import WIDTH, Model, experts, train
 
 __all__ = ["DeepSeekMoE"]
 
@@ -26,4 +26,4 @@ class DeepSeekMoE(nn.Module):
 
 
 if __name__ == "__main__":
-    train(DeepSeekMoE)
+    train(lambda: Model(DeepSeekMoE))

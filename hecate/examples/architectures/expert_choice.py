@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hecate.examples.architectures.shared import WIDTH, experts, train
+from hecate.examples.architectures.shared import WIDTH, Model, experts, train
 
 __all__ = ["ExpertChoice"]
 
@@ -29,4 +29,4 @@ class ExpertChoice(nn.Module):
 
 
 if __name__ == "__main__":
-    train(ExpertChoice)
+    train(lambda: Model(ExpertChoice))

@@ -1,4 +1,4 @@
-"""Trains a model of two layers of one kind."""
+"""Trains a small model of one kind of layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from hecate.models.moe import Experts
 from hecate.ranks.agree import rank_and_world
 from hecate.ranks.join import join
 
-__all__ = ["WIDTH", "Model", "experts", "train"]
+__all__ = ["WIDTH", "Loss", "Model", "experts", "regression", "train"]
 
 WIDTH = 32
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+"""(model, noise `[T, WIDTH]`, T a multiple of 8) -> scalar; the same noise gives the same loss."""
 
 
 def experts(number: int, hidden: int = 32) -> Experts:
@@ -42,18 +45,23 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def train(layer: Callable[[], nn.Module], steps: int = 30) -> None:
-    """Learn a fixed random function; prints the loss and the loads."""
+def regression(model: nn.Module, x: Tensor) -> Tensor:
+    """Mean square error of a fixed function of the inputs."""
+    wanted = (2 * x.roll(1, dims=1)).tanh()
+    loss: Tensor = (model(x) - wanted).square().mean()
+    return loss
+
+
+def train(make: Callable[[], nn.Module], loss_of: Loss = regression, steps: int = 30) -> None:
+    """Train the model that `make` gives, on random inputs; prints the loss and the loads."""
     device = join()
     torch.manual_seed(0)
-    model = Model(layer).to(device)
-    target = torch.randn(WIDTH, WIDTH, device=device)
+    model = make().to(device)
     engine = hecate.fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     torch.manual_seed(1 + rank_and_world()[0])
     for step in range(steps):
-        x = torch.randn(128, WIDTH, device=device)
-        loss = (model(x) - (x @ target).tanh()).square().mean()
+        loss = loss_of(model, torch.randn(128, WIDTH, device=device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hecate.examples.architectures.shared import WIDTH, experts, train
+from hecate.examples.architectures.shared import WIDTH, Model, experts, train
 
 __all__ = ["ZeroExperts"]
 
@@ -28,4 +28,4 @@ class ZeroExperts(nn.Module):
 
 
 if __name__ == "__main__":
-    train(ZeroExperts)
+    train(lambda: Model(ZeroExperts))
