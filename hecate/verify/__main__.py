@@ -42,7 +42,7 @@ KEYS = """keys and defaults:
                     any and nothing is overridden
   steps=5           optimizer steps; accumulate=2 micro-batches of batch=2 sequences of length=16 random tokens per rank
   dtype=float64     float32 or bfloat16; own: the model's
-  policies=a,b      default: all
+  policies=a,b      default: the configured one, balanced, hecate, ep
   optimizer=adamw   or sgd (with momentum)
   seed=0
   folder=PATH       for a checkpoint, which all ranks must see; default: temporary files of the machine

@@ -51,10 +51,10 @@ def check_input(
 
 
 def resolve_policies(policies: Sequence[PolicyName] | None, config: FSSDPConfig) -> tuple[PolicyName, ...]:
-    """`policies`, or by default all, the configured one first. ValueError if there is none or an unknown one."""
+    """`policies`, or by default the configured one and Hecate's own three. ValueError for none or an unknown one."""
     valid = get_args(PolicyName)
     if policies is None:
-        return tuple(dict.fromkeys((config.policy, *valid)))
+        return tuple(dict.fromkeys((config.policy, "balanced", "hecate", "ep")))
     if isinstance(policies, str) or not policies or any(policy not in valid for policy in policies):
         raise ValueError(f"verify: policies={policies!r}: must be at least one of {', '.join(map(repr, valid))}")
     return tuple(policies)

@@ -53,7 +53,7 @@ def parts(model: nn.Module) -> dict[str, str]:
             inside = name.startswith(f"{found.spec.name}.")
             if not inside and parameter.ndim and parameter.shape[0] == found.spec.num_experts:
                 names[name] = "router"
-        names |= {f"{found.spec.name}.{w.kind}": f"experts {w.kind}" for w in found.spec.weights}
+        names |= {found.spec.name_of(w.kind): f"experts {w.kind}" for w in found.spec.weights}
     return names
 
 

@@ -73,7 +73,8 @@ def verify(
         optimizer_fn: makes the optimizer of a model, sharded or not; by default AdamW.
         recompute_fn: switches activation checkpointing of a model on, before it is sharded; by default the model's own
             way to do so, if it has one.
-        policies: policies to compare; by default all, the configured one first. All further ways use the first one.
+        policies: policies to compare; by default the configured one, then "balanced", "hecate" and "ep". All further
+            ways use the first one.
         mesh: mesh for `fully_shard`.
         accumulate: micro-batches per rank and step.
         max_norm: norm that gradients are clipped to.

@@ -16,7 +16,17 @@ from hecate.ranks.agree import agree, gather, rank_and_world
 from hecate.text import listed
 from hecate.values.initialize import on_meta
 
-__all__ = ["Task", "adamw", "build", "digests", "gather_batches", "loss_of_output"]
+__all__ = [
+    "Task",
+    "adamw",
+    "build",
+    "call_with",
+    "digests",
+    "gather_batches",
+    "loss_of",
+    "loss_of_output",
+    "moved",
+]
 
 EPSILON = 1e-4
 """Epsilon of the default AdamW: large enough that a gradient that is only rounding noise causes no large step."""
@@ -176,15 +186,23 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) ->
     return value
 
 
-def loss_of_output(model: nn.Module, batch: Any) -> Any:
-    """The default `loss_fn`: calls the model with the batch and takes `.loss`, `["loss"]` or the output itself."""
+def call_with(model: Callable[..., Any], batch: Any) -> Any:
+    """The model's output: a mapping becomes keywords, a tuple positional arguments, else the batch is the argument."""
     if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, tuple) else model(batch)
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def loss_of(output: Any) -> Any:
+    """`output.loss`, `output["loss"]` or the output itself."""
     if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
     return getattr(output, "loss", output)
+
+
+def loss_of_output(model: nn.Module, batch: Any) -> Any:
+    """The default `loss_fn`: the loss in what the model returns for the batch."""
+    return loss_of(call_with(model, batch))
 
 
 def adamw(model: nn.Module) -> Optimizer:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.config import FSSDPConfig, PolicyName
+from hecate.policies import get_policy
 
 __all__ = ["Recompute", "Way", "offered_recomputation", "ways"]
 
@@ -50,9 +51,13 @@ def ways(config: FSSDPConfig, policies: Sequence[PolicyName], recompute: bool) -
     """
     yield Way("as configured", config)
     slots = SLOTS if config.memory_slots == "auto" else config.memory_slots
-    busy = replace(config, max_imbalance=1.0, calibrate="always", memory_slots=slots, reshard_interval=0)
+    quiet = replace(config, policy="balanced", reshard_interval=0)  # which not all policies allow
+    busy = replace(quiet, max_imbalance=1.0, calibrate="always", memory_slots=slots)
     for policy in policies:
-        yield Way(f"policy {policy}", replace(busy, policy=policy))
+        chosen = get_policy(policy)
+        # Without copies, owners are all that it can change, and copies that stay change at the same time.
+        interval = 0 if chosen.copies and not chosen.keeps else 1
+        yield Way(f"policy {policy}", replace(busy, policy=policy, reshard_interval=interval))
     moving = replace(busy, policy=policies[0], reshard_interval=1)
     yield Way("re-sharding", moving)
     yield Way("rematerialize", replace(moving, rematerialize=True))

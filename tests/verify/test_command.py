@@ -12,6 +12,7 @@ import torch
 
 from hecate.verify.__main__ import run
 from hecate.verify.command import read_settings, shrunk
+from tests import forked
 from tests.adapters.tiny import tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_refused(words: list[str], message: str, tmp_path: Path) -> None:
 
 
 def test_wrong_command_ends_with_2(tmp_path: Path) -> None:
-    done = python("-m", "hecate.verify", f"model={tmp_path}")
+    done = forked.run("-m", "hecate.verify", f"model={tmp_path}")
     assert done.returncode == 2
     assert done.stderr == f"error: model={tmp_path}: must be a folder with a config.json, or such a file\n"
 
