@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_COLUMNS", "MAX_LAYERS", "MAX_POINTS", "Curve", "Curves", "read_curves"]
+__all__ = ["MAX_COLUMNS", "MAX_LAYERS", "MAX_POINTS", "Curve", "Curves", "Parts", "read_curves"]
 
 Floats = NDArray[np.float64]
 
@@ -19,7 +19,16 @@ MAX_COLUMNS = 400
 """Columns per heat map."""
 MAX_LAYERS = 12
 """Number of heat maps."""
-NAMES = ("loss", "imbalance_before", "imbalance_after")
+NAMES = (
+    "loss",
+    "imbalance_before",
+    "imbalance_after",
+    "imbalance_worst",
+    "tokens_per_second",
+    "copies",
+    "copies_calibrated",
+)
+"""Metrics that `plot_run` draws."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Curves:
     Attributes:
         first, last: numbers of the first and the last step.
         steps: `[points]`, mean step number of each point.
-        values: a curve for each of `NAMES`.
+        values: a curve for each name; NaN where no step of a point has the metric.
         validation: (step, loss), at most one per point.
         layers: indices of the layers that are shown.
         loads: `[layers shown, experts, columns]`, expert load / mean expert load.
@@ -58,33 +67,45 @@ class Curves:
     loads: Floats
 
 
-def read_curves(metrics: Iterable[Mapping[str, Any]]) -> Curves:
+def read_curves(metrics: Iterable[Mapping[str, Any]], names: Sequence[str] = NAMES) -> Curves:
     """Aggregate `metrics`, one mapping per step, see `plot_run`; iterates twice. ValueError if there are no steps."""
     count = sum(1 for _ in metrics)
-    points, columns = _Parts(count, MAX_POINTS), _Parts(count, MAX_COLUMNS)
-    sums, low, high = (np.full((len(NAMES) + 1, points.parts), start) for start in (0.0, np.inf, -np.inf))
+    points, columns = Parts(count, MAX_POINTS), Parts(count, MAX_COLUMNS)
+    sums, low, high = (np.full((len(names) + 1, points.parts), start) for start in (0.0, np.nan, np.nan))
+    counted, recorded = np.zeros_like(sums), np.zeros(columns.parts)
     numbers: list[int] = []
     layers: list[int] = []
     loads = np.zeros((0, 0, 0))
     validation: dict[int, tuple[int, float]] = {}
     for index, step in enumerate(metrics):
-        point, row = points.of(index), np.array([step["step"], *(step[name] for name in NAMES)], dtype=np.float64)
-        sums[:, point] += row
+        point, row = points.of(index), _row(step, names)
+        sums[:, point] += np.nan_to_num(row)
+        counted[:, point] += ~np.isnan(row)
         low[:, point] = np.fmin(low[:, point], row)
         high[:, point] = np.fmax(high[:, point], row)
         numbers = [*numbers[:1], step["step"]]
         if "validation_loss" in step:
             validation[point] = (step["step"], step["validation_loss"])
+        if "loads" not in step:
+            continue
         if not layers:
             layers = _shown(len(step["loads"]))
             loads = np.zeros((len(layers), len(step["loads"][0]), columns.parts))
         own = np.array([step["loads"][layer] for layer in layers], dtype=np.float64)
+        recorded[columns.of(index)] += 1
         loads[:, :, columns.of(index)] += own / np.maximum(own.mean(axis=1, keepdims=True), 1e-9)
     if not numbers:
         raise ValueError("a run without a step cannot be drawn")
-    mean = sums / points.sizes
-    values = {name: Curve(low[i], high[i], mean[i]) for i, name in enumerate(NAMES, start=1)}
-    return Curves(numbers[0], numbers[-1], mean[0], values, list(validation.values()), layers, loads / columns.sizes)
+    mean = np.where(counted > 0, sums / np.maximum(counted, 1), np.nan)
+    values = {name: Curve(low[i], high[i], mean[i]) for i, name in enumerate(names, start=1)}
+    loads = loads / np.maximum(recorded, 1) if layers else loads
+    return Curves(numbers[0], numbers[-1], mean[0], values, list(validation.values()), layers, loads)
+
+
+def _row(step: Mapping[str, Any], names: Sequence[str]) -> Floats:
+    """The step's number and metrics; NaN for one that it does not have."""
+    values = (step.get(name) for name in names)
+    return np.array([step["step"], *(np.nan if value is None else value for value in values)], dtype=np.float64)
 
 
 def _shown(layers: int) -> list[int]:
@@ -92,7 +113,7 @@ def _shown(layers: int) -> list[int]:
     return np.unique(np.linspace(0, layers - 1, min(layers, MAX_LAYERS)).round().astype(int)).tolist()
 
 
-class _Parts:
+class Parts:
     """Split of `count` steps into `parts` <= `most` consecutive parts, like `numpy.array_split`; `sizes` `[parts]`."""
 
     def __init__(self, count: int, most: int) -> None:

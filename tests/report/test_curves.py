@@ -32,6 +32,10 @@ class Steps:
                 "loss": float(draw.random()),
                 "imbalance_before": 1 + float(draw.random()),
                 "imbalance_after": 1.0,
+                "imbalance_worst": 1 + float(draw.random()),
+                "tokens_per_second": 1000 * float(draw.random()),
+                "copies": int(draw.integers(5)),
+                "copies_calibrated": int(draw.integers(5)),
                 "loads": draw.integers(0, 99, (LAYERS, EXPERTS)).tolist(),
             }
             yield step | ({"validation_loss": 2.0 + index} if index % 3 == 2 else {})
@@ -66,6 +70,15 @@ def test_long_run_keeps_extremes_and_means(monkeypatch: pytest.MonkeyPatch) -> N
     assert [step for step, _ in found.validation] == [3, 6, 9]
 
 
+def test_what_was_not_recorded_is_left_out() -> None:
+    steps = [{name: value for name, value in m.items() if name not in ("copies", "loads")} for m in Steps(3)]
+    steps[1]["tokens_per_second"] = None
+    found = read_curves(steps)
+    assert np.isnan(found.values["copies"].mean).all()
+    assert np.isnan(found.values["tokens_per_second"].mean).tolist() == [False, True, False]
+    assert found.layers == []
+
+
 def test_memory_does_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_POINTS", 50)
     monkeypatch.setattr(module, "MAX_COLUMNS", 20)
@@ -83,7 +96,10 @@ def test_memory_does_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> N
 def test_picture_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, points: int) -> None:
     monkeypatch.setattr(module, "MAX_POINTS", points)
     plot_run(Steps(9), tmp_path / "run.png", title="nine steps")
-    assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plot_run(Steps(9), tmp_path / "both.png", title="two runs", other=("other", Steps(20)))
+    pictures = [(tmp_path / name).read_bytes() for name in ("run.png", "both.png")]
+    assert all(picture[:8] == b"\x89PNG\r\n\x1a\n" for picture in pictures)
+    assert pictures[0] != pictures[1]
 
 
 def test_run_without_steps_is_refused(tmp_path: Path) -> None:
