@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from hecate.api import FSSDP
 from hecate.checkpoint.background import SaveHandle
 from hecate.checkpoint.history import checkpoints, latest, prune
-from hecate.ranks.agree import agree, on_rank_0
+from hecate.ranks.agree import agree, gather, on_rank_0
 
 __all__ = ["Checkpoints", "Position"]
 
@@ -63,13 +65,16 @@ class Checkpoints:
         try:
             self._begin(position, self._background)
         except OSError as error:
-            _report(position, error)
+            self._report(position, error)
 
     def save_now(self, position: Position) -> None:
         """Return when the checkpoint of `position` is in place. OSError if it cannot be written."""
         self.finish()
-        if self._last != position:
-            self._begin(position, background=False)
+        try:
+            if self._last != position:
+                self._begin(position, background=False)
+        except OSError as error:
+            raise OSError(f"{error}{self._needed(error)}") from error
 
     def failed(self) -> bool:
         """Whether this rank knows that the checkpoint being written has failed; not collective."""
@@ -84,7 +89,7 @@ class Checkpoints:
             pending.wait()
         except OSError as error:
             assert self._last is not None
-            _report(self._last, error)
+            self._report(self._last, error)
             self._last = None
         else:
             self._prune()
@@ -108,14 +113,21 @@ class Checkpoints:
         damaged = sorted(path.name for path in checkpoints(self._folder))
         if damaged:
             raise ValueError(
-                f"{self._folder}: all checkpoints are damaged ({', '.join(damaged)}); resume=false drops them and "
+                f"{self._folder}: all checkpoints are damaged ({', '.join(damaged)}); overwrite=true drops them and "
                 "starts the run again"
             )
 
+    def _report(self, position: Position, error: OSError) -> None:
+        text = (
+            f"checkpoint of step {position.step} could not be written, the one before is kept: {error}"
+            f"{self._needed(error)}; the next one is tried when it is due"
+        )
+        on_rank_0(lambda: print(text, file=sys.stderr, flush=True))
 
-def _report(position: Position, error: OSError) -> None:
-    text = (
-        f"checkpoint of step {position.step} could not be written, the one before is kept: {error}; the next one is "
-        "tried when it is due"
-    )
-    on_rank_0(lambda: print(text, file=sys.stderr, flush=True))
+    def _needed(self, error: OSError) -> str:
+        """If the disk is full, how much a checkpoint takes. Collective: all ranks have the error."""
+        if os.strerror(errno.ENOSPC) not in str(error):
+            return ""
+        memory = self._engine.stats()["memory_bytes"]
+        size = sum(gather(memory["owned"] + memory["optimizer"]))
+        return f"; a checkpoint of this run takes about {size / 2**20:,.1f} MiB"

@@ -8,7 +8,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from hecate.errors import MissingRankError
+from hecate.errors import MissingRankError, NonFiniteError
 from hecate.ranks.device import settle_device
+from hecate.train.lock import FolderInUseError
 from hecate.train.settings import Settings
 from hecate.train.signals import (
-    CTRL_C_EXIT_CODE,
     StopRequest,
     exit_code,
     forwarding,
@@ -34,9 +34,13 @@ from hecate.train.signals import (
     sigint_blocked,
 )
 
-__all__ = ["World", "launch"]
+__all__ = ["World", "check_launch", "launch"]
 
 Config = Mapping[str, Any]
+EXPLAINED = (ValueError, OSError, NonFiniteError, FolderInUseError)
+"""Errors of the run whose message says what is wrong and what to do; MissingRankError has its own exit code."""
+ERROR = "hecate/error"
+PATIENCE = timedelta(seconds=3)
 # Without this, gloo looks up the host name, which may not resolve on a new machine.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 
@@ -87,22 +91,21 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
         run: a module-level function, so that it can be pickled.
 
     Raises:
-        SystemExit: `run` raised it, here or in a spawned process; with the same code.
+        ValueError: see `check_launch`.
+        SystemExit: `run` raised it, here or in a spawned process, with the same code; or the ranks do not meet.
     """
     settings = Settings.from_config(config)
+    check_launch(settings.devices)
     if "WORLD_SIZE" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
-        if settings.devices != world_size:
-            raise ValueError(f"devices={settings.devices}: must equal torchrun's WORLD_SIZE={world_size}")
         with listening(settings.requeue_exit_code) as stop:
-            store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+            store, rank = _met(settings)
             name = os.environ.get("TORCHELASTIC_RUN_ID")
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 name = launch_name(store)
                 store = _of_this_attempt(store, rank, settings)
             local_rank = int(os.environ.get("LOCAL_RANK", rank))
             group = _group(settings, store, rank, local_rank, stop, launches(name))
-            with _requeued(settings.requeue_exit_code, rank), group as world:
+            with _requeued(settings, rank), _saying(settings, store, rank), group as world:
                 run(config, world)
         return
     # The parent holds the store, so that it outlives every rank: the remaining ranks can find out who is missing.
@@ -117,12 +120,30 @@ def launch(config: Config, run: Callable[[Config, World], None]) -> None:
             while not context.join(grace_period=settings.timeout_seconds):
                 pass
     except mp.ProcessExitedException as error:
-        if error.exit_code in (settings.requeue_exit_code, CTRL_C_EXIT_CODE):
+        if error.exit_code > 0:  # it has said why
             sys.exit(error.exit_code)
         # A process that has not installed its handlers yet is killed by the signal.
         if forwarder.signal and forwarder.sent and error.exit_code == -forwarder.sent:
             sys.exit(exit_code(forwarder.signal, settings.requeue_exit_code))
-        raise
+        sys.exit(f"error: rank {error.error_index} was ended by {error.signal_name}")
+
+
+def check_launch(devices: int) -> None:
+    """ValueError if a launcher has started another number of processes than `devices`."""
+    if (started := os.environ.get("WORLD_SIZE")) not in (None, str(devices)):
+        raise ValueError(f"devices={devices}: must equal torchrun's WORLD_SIZE={started}")
+
+
+def _met(settings: Settings) -> tuple[dist.Store, int]:
+    """The store that all ranks have in common, and this process's rank; exits if the others are not there."""
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=_timeout(settings)))
+    except (ValueError, dist.DistError) as error:
+        if settings.debug:
+            raise
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        sys.exit(f"error on rank {os.environ.get('RANK', '?')}: the ranks do not meet at {place}: {error}")
+    return store, rank
 
 
 def launch_name(store: dist.Store) -> str:
@@ -161,24 +182,55 @@ def _spawned(rank: int, config: Config, port: int, run: Callable[[Config, World]
         os.environ.setdefault(name, value)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_timeout(settings))
     with (
-        _requeued(settings.requeue_exit_code, rank),
+        _requeued(settings, rank),
         listening(settings.requeue_exit_code) as stop,
+        _saying(settings, store, rank),
         _group(settings, store, rank, rank, stop, launches(None)) as world,
     ):
         run(config, world)
 
 
 @contextmanager
-def _requeued(code: int, rank: int) -> Iterator[None]:
-    """End with exit code `code` if another rank is missing: this one has done nothing wrong, and the run can go on."""
+def _requeued(settings: Settings, rank: int) -> Iterator[None]:
+    """If another rank is missing, end with `requeue_exit_code`: this one has done nothing wrong; the run can go on."""
     try:
         yield
     except MissingRankError as error:
-        traceback.print_exc()
+        if settings.debug:
+            traceback.print_exc()
         # The launcher may report only the process that failed first, which knows least about the cause.
-        print(f"rank {rank}: {error}; exit {code}", file=sys.stderr, flush=True)
+        print(f"rank {rank}: {error}; exit {settings.requeue_exit_code}", file=sys.stderr, flush=True)
         sys.last_value = error  # as of an uncaught exception: the heartbeat tells the others why this rank ends
-        raise SystemExit(code) from error
+        raise SystemExit(settings.requeue_exit_code) from error
+
+
+@contextmanager
+def _saying(settings: Settings, store: dist.Store, rank: int) -> Iterator[None]:
+    """End with exit code 1 after an error that its message explains: one line for all ranks, without a traceback.
+
+    Other errors, and with debug=true all, keep their traceback.
+    """
+    try:
+        yield
+    except EXPLAINED as error:
+        if settings.debug:
+            raise
+        _say_once(store, rank, f"{error}")
+        sys.last_value = error  # as of an uncaught exception: the heartbeat tells the others why this rank ends
+        raise SystemExit(1) from error
+
+
+def _say_once(store: dist.Store, rank: int, message: str) -> None:
+    """Print an error on rank 0; on another rank only if it is not that of rank 0, and with the rank."""
+    said = None
+    with suppress(RuntimeError):  # the store is gone, or rank 0 has no error
+        if rank == 0:
+            store.set(ERROR, message)
+        else:
+            store.wait([ERROR], PATIENCE)
+            said = store.get(ERROR).decode()
+    if said != message:
+        print(f"error: {message}" if rank == 0 else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, and whether a run in it is resumed or deleted."""
+"""The folder of a run: its files, and whether a run in it is continued, left as it is or replaced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hecate.checkpoint.folder import MANIFEST, delete, replace_file
+from hecate.train.loggers import RUN_ID
 
 __all__ = ["RunFolder"]
 
 LAUNCHES = "launches.json"
-FILES = ("config.yaml", "metrics.jsonl", "summary.json", "run.png", "trace.npz")
-FOLDERS = ("checkpoints", "tensorboard", "wandb")
-# Sections that must not change when a run is resumed; policy, devices, steps and learning rate may.
-RESUMED_WITH = ("model", "data", "seed")
+SUMMARY = "summary.json"
+FILES = (
+    *("config.yaml", "metrics.jsonl", SUMMARY, "run.png", "report.html", RUN_ID),
+    *("layers.bin", "layers.damaged.bin", "trace.npz", "trace.damaged.npz"),
+)
+FOLDERS = ("checkpoints", "pretrained", "profile", "tensorboard", "wandb")
+# Keys that must not change when a run is resumed; policy, devices, steps and learning rate may.
+RESUMED_WITH = ("model", "data", "seed", "optimizer._target_")
 
 
 class RunFolder:
@@ -26,40 +31,54 @@ class RunFolder:
     Args:
         path: path of the folder.
         config: resolved configuration.
-        resume: whether an unfinished run is resumed.
-        launches: see `signals.launches`. A run begun by the same launch, before a restart, is always resumed.
+        overwrite: whether a run that is there is deleted.
+        launches: see `signals.launches`. A run begun by the same launch, before a restart, is always continued.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], resume: bool, launches: Mapping[str, bool]) -> None:
-        self.path, self._config, self._resume, self._launches = path, dict(config), resume, launches
+    def __init__(self, path: Path, config: Mapping[str, Any], overwrite: bool, launches: Mapping[str, bool]) -> None:
+        self.path, self.config, self._overwrite, self._launches = path, dict(config), overwrite, launches
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def pretrained(self) -> Path:
+        """Folder of the trained model in transformers' format."""
+        return self.path / "pretrained"
+
     def prepare(self) -> bool:
         """Make the folder and record the configuration; returns False if there is nothing left to do.
 
-        Deletes a finished run, or with resume=false any run, unless this launch began it before a restart: then it is
-        resumed, or there is nothing to do if it is finished.
+        An unfinished run is continued; so is a finished one if it is to have more steps now. With overwrite=true what
+        is there is deleted, unless this launch began it before a restart.
 
         Raises:
-            ValueError: the unfinished run to resume has another model, other data or another seed.
+            ValueError: the run to continue has another model, other data or another seed, or left no checkpoint.
             OSError: the folder cannot be written, or something in it cannot be deleted.
         """
-        finished, begun = (self.path / "summary.json").exists(), self._begun()
-        if finished and begun:
-            return False
         self.path.mkdir(parents=True, exist_ok=True)
-        if not begun and (finished or not self._resume):
+        if self._overwrite and not self._begun():
             self._drop()
         for partial in self.checkpoints.glob("*.tmp"):
             delete(partial)  # left by a killed process
-        record = self.path / "config.yaml"
-        if record.exists() and any(self.checkpoints.glob(f"*/{MANIFEST}")):
-            self._check_same(OmegaConf.to_container(OmegaConf.load(record)))
-        replace_file(record, OmegaConf.to_yaml(OmegaConf.create(self._config)))
+        record, saved = self.path / "config.yaml", any(self.checkpoints.glob(f"*/{MANIFEST}"))
+        before: Any = OmegaConf.to_container(OmegaConf.load(record)) if record.exists() else None
+        finished = self.path / SUMMARY
+        if before is not None and (saved or finished.exists()):
+            self._check_same(before)
+        if finished.exists():
+            if before is None or self.config["steps"] <= before["steps"]:
+                return False
+            if not saved:
+                raise ValueError(
+                    f"name={self.path.name!r}: the run of {before['steps']} steps left no checkpoint "
+                    f"(save_interval=0), so that steps={self.config['steps']} cannot continue it; overwrite=true "
+                    "starts it again"
+                )
+            finished.unlink()
+        replace_file(record, OmegaConf.to_yaml(OmegaConf.create(self.config)))
         replace_file(self.path / LAUNCHES, json.dumps(sorted(self._launches)) + "\n")  # see `_begun`
         return True
 
@@ -81,13 +100,22 @@ class RunFolder:
                     delete(entry)
             elif folder.exists():
                 delete(folder)
-        for name in sorted(FILES, key=lambda name: name == "summary.json"):
+        for name in sorted(FILES, key=lambda name: name == SUMMARY):
             (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, before: Any) -> None:
-        for section in RESUMED_WITH:
-            if before[section] != self._config[section]:
+        for key in RESUMED_WITH:
+            there, here = (OmegaConf.select(OmegaConf.create(config), key) for config in (before, self.config))
+            if there != here:
                 raise ValueError(
-                    f"name={self.path.name!r}: the unfinished run has {section}={before[section]}, this one "
-                    f"{section}={self._config[section]}; they must be equal to resume it (or resume=false drops it)"
+                    f"name={self.path.name!r}: the run in this folder has {_differences(key, there, here)}; they "
+                    "must be equal to continue it (another name makes another run, overwrite=true replaces it)"
                 )
+
+
+def _differences(key: str, there: Any, here: Any) -> str:
+    """The keys below `key` whose values differ, with both values."""
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return f"{key}={there!r}, this command {here!r}"
+    keys = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(_differences(f"{key}.{name}", there.get(name), here.get(name)) for name in keys)

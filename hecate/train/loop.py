@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import zipfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hecate.api import fully_shard
-from hecate.checkpoint.folder import replace_file
 from hecate.errors import NonFiniteError
-from hecate.loads.trace import TraceWriter
-from hecate.models import Output, mask_tokens
-from hecate.placement import Topology
 from hecate.ranks.agree import agree, on_rank_0
+from hecate.report.metrics import MetricsFile
+from hecate.train.banner import banner
 from hecate.train.checkpoints import Checkpoints, Position
-from hecate.train.data import load_corpus
+from hecate.train.data import load_data
 from hecate.train.distributed import World
+from hecate.train.finish import write_files
 from hecate.train.folder import RunFolder
 from hecate.train.lock import locked
-from hecate.train.loggers import Logger, MetricsFile, loggers
+from hecate.train.loggers import Logger, loggers
+from hecate.train.models import trained_model
+from hecate.train.optimizer import learning_rate, make_optimizer
 from hecate.train.progress import Progress, print_table
-from hecate.train.settings import OptimizerSettings, Settings
+from hecate.train.records import Records, records
+from hecate.train.settings import Settings
 from hecate.train.signals import exit_code
 from hecate.train.summary import Totals, summarize
+from hecate.train.work import Work, measure, peak_tflops
 
-__all__ = ["Trainer", "learning_rate", "run"]
+__all__ = ["Trainer", "run"]
 
 MOST_NAMES = 10
 KINDS_OF_MEMORY = ("owned", "optimizer", "gradients", "copies")
@@ -47,12 +47,15 @@ def run(config: Mapping[str, Any], world: World) -> None:
         FolderInUseError: another trainer is using the run's folder; nothing was changed.
     """
     settings = Settings.from_config(config)
-    folder = RunFolder(settings.folder, config, settings.resume, world.launches)
+    folder = RunFolder(settings.folder, config, settings.overwrite, world.launches)
     # While rank 0 waits for the lock, the other ranks wait in a collective, which must not time out.
     with locked(folder.path, world.launches, patience=settings.timeout_seconds / 2):
         if not world.broadcast(agree(lambda: on_rank_0(folder.prepare))):
+            if world.rank == 0:
+                print(f"{folder.path}: finished; more steps= continue it, overwrite=true starts it again", flush=True)
             return
         trainer = Trainer(settings, world, folder)
+        trainer.introduce()
         # Over gloo a collective with a missing rank raises, after `timeout_seconds` at the latest; over NCCL none does.
         silent = settings.requeue_exit_code if world.device.type == "cuda" else None
         with trainer.engine.naming_missing_ranks(silent):
@@ -61,29 +64,19 @@ def run(config: Mapping[str, Any], world: World) -> None:
                 raise SystemExit(trainer.exit_code)
 
 
-def learning_rate(step: int, steps: int, optimizer: OptimizerSettings) -> float:
-    """Learning rate of step 1..steps: linear warm-up to `lr`, then half a cosine down to `final_lr_share * lr`."""
-    if step <= optimizer.warmup:
-        return optimizer.lr * step / optimizer.warmup
-    done = (step - optimizer.warmup) / max(steps - optimizer.warmup, 1)
-    share = optimizer.final_lr_share + (1 - optimizer.final_lr_share) * (1 + math.cos(math.pi * done)) / 2
-    return optimizer.lr * share
-
-
 class Trainer:
     """Trains the model on one rank; all ranks must call the same methods in the same order."""
 
     def __init__(self, settings: Settings, world: World, folder: RunFolder) -> None:
         self.settings, self.world, self.folder = settings, world, folder
-        self.corpus = load_corpus(settings.data, settings.sequence_length, settings.token_limit)
-        self.engine = fully_shard(settings.build_model(world.device), world.mesh, settings.fssdp)
+        self.trained = agree(lambda: trained_model(settings))
+        self.data = agree(lambda: load_data(settings.data, settings.sequence_length, self.trained.token_limit))
+        model = agree(lambda: self.trained.build(world.device))
+        self.work = agree(lambda: Work.of(model, settings.sequence_length))
+        self.engine = fully_shard(model, world.mesh, settings.fssdp)
         self.model = self.engine.model
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.optimizer.lr,
-            betas=settings.optimizer.betas,
-            weight_decay=settings.optimizer.weight_decay,
-        )
+        self.optimizer = agree(lambda: make_optimizer(settings.optimizer, self.model))
+        self.train_model = self._train_model()
         self.checkpoints = Checkpoints(
             folder.checkpoints, self.engine, self.optimizer, settings.save_keep, settings.save_async
         )
@@ -92,10 +85,35 @@ class Trainer:
         self.exit_code = 0  # if not 0, the run ends after that step with this exit code
         self._save_failed = False  # whether the checkpoint being written has failed on any rank
         self._skipped = 0  # number of steps skipped in a row
+        self._data_seconds = 0.0  # for the batches of the present step
+        self._layers: list[dict[str, Any]] = []  # what `stats()` says of them
+        self._validation: dict[str, Any] | None = None  # what `validate` found last
+
+    def _train_model(self) -> torch.nn.Module:
+        """What is called in training: the model, or DeepSpeed's engine around it."""
+        if self.settings.fssdp.dense != "deepspeed":
+            return self.model
+        from hecate.integrations.deepspeed import initialize  # needs DeepSpeed, an optional dependency
+
+        self.trained.fill(self.engine)  # DeepSpeed copies the values
+        return initialize(self.engine, self.optimizer, self.settings.deepspeed_config)
 
     def resume(self) -> None:
-        """Load the newest intact checkpoint, if the folder has one."""
-        self.position = self.checkpoints.resume() or self.position
+        """Load the newest intact checkpoint, if the folder has one; else give the model its initial values."""
+        if (position := self.checkpoints.resume()) is not None:
+            self.position = position
+            self._say(f"resumed from step {position.step} of {self.settings.steps}, {self.folder.checkpoints}")
+        elif self.settings.fssdp.dense != "deepspeed":  # then it has them already
+            self.trained.fill(self.engine)
+
+    def introduce(self) -> None:
+        """Print what is about to run."""
+        for text in banner(self.settings, self.world, self.work, self.data.source):
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text, flush=True)
 
     def train(self) -> bool:
         """Train up to `settings.steps`, then validate and summarize; False if asked to stop before that.
@@ -105,45 +123,66 @@ class Trainer:
             OSError: the last checkpoint of the run cannot be written.
         """
         self.world.stop.deferred = True
-        bar = Progress(self.settings.steps, self.position.step, shown=self.world.rank == 0)
+        peak = peak_tflops(self.world.device, self.settings.peak_tflops)
+        shown = self.world.rank == 0
+        bar = Progress(self.settings.steps, self.position.step, self.settings.log_interval, shown, peak)
         try:
-            with self._loggers() as logs, bar as progress, self._trace() as trace:
-                while self.position.step < self.settings.steps:
-                    self._step_and_record(logs, progress, trace)
-                    if self.exit_code and self.position.step < self.settings.steps:
-                        self.checkpoints.save_now(self.position)
-                        progress.say(f"asked to stop: saved step {self.position.step}, exit {self.exit_code}")
-                        return False
-                    self._save_if_due(trace)
-                validation = self.validate()
-                if "validation_non_finite" in validation:
-                    progress.say(validation["validation_non_finite"])
+            with self._loggers() as logs:
+                with bar as progress, self._records(progress) as written:
+                    while self.position.step < self.settings.steps:
+                        with written.profiled(self.position.step + 1):
+                            metrics = self.step()
+                        if "loss" in metrics:
+                            written.append(self.position.step, self._layers)
+                        self._record(metrics, logs, progress)
+                        if self.exit_code and self.position.step < self.settings.steps:
+                            self.checkpoints.save_now(self.position)
+                            progress.say(f"asked to stop: saved step {self.position.step}, exit {self.exit_code}")
+                            return False
+                        self._save_if_due(written)
+                self._end(logs)
         except NonFiniteError:
             self.checkpoints.finish()
             raise
-        self.checkpoints.finish()
-        if self.settings.save_interval:
-            self.checkpoints.save_now(self.position)
-        self._finish(validation)
         return True
 
-    def _step_and_record(self, logs: Sequence[Logger], progress: Progress, trace: TraceWriter | None) -> None:
-        """Run one step, and validation if due; log and display the metrics."""
-        metrics = self.step()
-        if trace is not None and "loss" in metrics:
-            trace.append(self.position.step, [layer["counts"] for layer in self.engine.stats()["layers"]])
-        if self.settings.validation.interval and self.position.step % self.settings.validation.interval == 0:
-            metrics |= self.validate()
-        for logger in logs:
-            logger.log(metrics)
+    def _record(self, metrics: dict[str, Any], logs: Sequence[Logger], progress: Progress) -> None:
+        """Validate if due; log and display the metrics of a step."""
+        step, interval = self.position.step, self.settings.validation.interval
+        try:
+            if step == self.settings.steps or (interval and step % interval == 0):
+                self._validation = self.validate()
+                metrics |= self._validation
+        finally:
+            for logger in logs:
+                logger.log(metrics)
         progress.advance(metrics)
 
-    def _save_if_due(self, trace: TraceWriter | None) -> None:
+    def _end(self, logs: Sequence[Logger]) -> None:
+        """Write the last checkpoint, the summary and the report.
+
+        If the checkpoint cannot be written, the summary is printed all the same, but the run is not finished.
+        """
+        validation = self._validation or self.validate()  # a run that was stopped after its last step
+        self.checkpoints.finish()
+        try:
+            if self.settings.save_interval:
+                self.checkpoints.save_now(self.position)
+            if self.settings.save_pretrained:
+                self.engine.save_pretrained(self.folder.pretrained)
+        except OSError:  # on all ranks
+            self._summary(validation)
+            raise
+        if (summary := self._summary(validation)) is not None:
+            files = write_files(summary, self.settings)
+            for logger in logs:
+                logger.keep(files)
+
+    def _save_if_due(self, written: Records) -> None:
         if self._save_failed:
             self.checkpoints.finish()  # prints the error
         if self.settings.save_interval and self.position.step % self.settings.save_interval == 0:
-            if trace is not None:
-                trace.flush()
+            written.flush()
             self.checkpoints.save(self.position)
 
     def step(self) -> dict[str, Any]:
@@ -154,7 +193,7 @@ class Trainer:
         Raises:
             NonFiniteError: a value is NaN or infinite, and `on_non_finite` or `max_skipped` says to stop.
         """
-        settings, begin = self.settings, time.perf_counter()
+        settings, begin, self._data_seconds = self.settings, time.perf_counter(), 0.0
         rate = learning_rate(self.position.step + 1, settings.steps, settings.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -174,7 +213,11 @@ class Trainer:
         self._skipped = 0
         loss, lm_loss = table[:, :2].mean(0).tolist()
         found = {"loss": loss, "lm_loss": lm_loss, "grad_norm": norm, "learning_rate": rate}
-        return self._metrics(found, sequences * settings.sequence_length, begin)
+        tokens = sequences * settings.sequence_length
+        stats = self.engine.stats()
+        self._layers = stats["layers"]
+        measured = measure(stats, self.world, self.work, tokens, begin)
+        return {"step": self.position.step, **found, "data_seconds": self._data_seconds, **measured}
 
     def _losses(self) -> tuple[Tensor, NonFiniteError | None]:
         """Compute the gradients of all micro-batches.
@@ -215,45 +258,18 @@ class Trainer:
         first = self.position.sequences + micro * self._sequences_per_micro_batch + world.rank * settings.batch_size
         # Random numbers of a step depend only on its sequences, so a resumed run draws the same ones.
         torch.manual_seed(settings.seed * 1_000_003 + first)
-        batch = self.corpus.training_batch(settings.seed, first, settings.batch_size, settings.sequence_length)
+        begin = time.perf_counter()
+        batch = self.data.training_batch(settings.seed, first, settings.batch_size, settings.sequence_length)
+        self._data_seconds += time.perf_counter() - begin
         last = micro == settings.accumulate - 1
         with nullcontext() if last else self.engine.no_sync():
-            output = self._forward(batch, seed=first)
-            (output.loss / settings.accumulate).backward()
-        return torch.stack([output.loss.detach(), output.lm_loss.detach()]) / settings.accumulate
+            found = self.trained.losses(self.train_model, batch, first, world.device)
+            (found.loss / settings.accumulate).backward()
+        return torch.stack([found.loss.detach(), found.lm_loss.detach()]) / settings.accumulate
 
     @property
     def _sequences_per_micro_batch(self) -> int:
         return self.settings.batch_size * self.world.size
-
-    def _forward(self, batch: Tensor, seed: int) -> Any:
-        """The model's `Output` with losses for `batch` `[B, S + 1]`."""
-        inputs, targets = self._inputs_and_targets(batch, seed)
-        output: Output = self.model(inputs.to(self.world.device), targets.to(self.world.device))
-        return output
-
-    def _inputs_and_targets(self, batch: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        if self.settings.kind == "gpt":
-            return batch[:, :-1], batch[:, 1:]
-        return mask_tokens(batch[:, :-1], self.settings.model.vocab_size, torch.Generator().manual_seed(seed))
-
-    def _metrics(self, found: Mapping[str, float], tokens: int, begin: float) -> dict[str, Any]:
-        layers = self.engine.stats()["layers"]
-        exposed = float(self.world.gather([sum(layer["exposed_seconds"] for layer in layers)]).max())
-        seconds = time.perf_counter() - begin
-        return {
-            "step": self.position.step,
-            **found,
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "imbalance_before": float(np.mean([layer["imbalance_before"] for layer in layers])),
-            "imbalance_after": float(np.mean([layer["imbalance_after"] for layer in layers])),
-            "copies": sum(layer["copies"] for layer in layers),
-            "bytes_copied": sum(layer["bytes"] for layer in layers),
-            "exposed_seconds": exposed,
-            "loads": [layer["loads"].tolist() for layer in layers],
-        }
 
     def validate(self) -> dict[str, Any]:
         """Validate: returns `validation_loss`, the mean cross entropy in nats over the predicted tokens.
@@ -284,54 +300,47 @@ class Trainer:
     def _validation_sums(self) -> tuple[float, float]:
         """Sum of cross entropies in nats, and number of predicted tokens, over this rank's validation sequences."""
         settings, world = self.settings, self.world
-        total = settings.validation.sequences
-        # Every rank runs the same number of batches, because passes are collective; the last ones may be empty.
+        total = self.data.validation_count(settings.validation.sequences)
+        # Every rank runs the same number of batches, because passes are collective; the last ones may not count.
         own = range(world.rank, total, world.size)
         nats = count = 0.0
         self.model.eval()
         try:
             for begin in range(0, -(-total // world.size), settings.batch_size):
                 indices = own[begin : begin + settings.batch_size]
-                batch = self.corpus.validation_batch(indices, total, settings.sequence_length)
-                inputs, targets = self._inputs_and_targets(batch, seed=indices.start)
-                output = self.model(inputs.to(world.device), targets.to(world.device))
-                predicted = int((targets != -100).sum())
-                nats += float(output.lm_loss) * predicted
-                count += predicted
+                batch = self.data.validation_batch(indices or range(1), total, settings.sequence_length)
+                found = self.trained.losses(self.model, batch, indices.start, world.device)
+                if indices:
+                    nats += float(found.lm_loss) * found.predicted
+                    count += found.predicted
         finally:
             self.model.train()
         return nats, count
 
-    def _loggers(self) -> AbstractContextManager[Sequence[Logger]]:
-        if self.world.rank != 0:
-            return nullcontext(())
-        return loggers(self.settings.logger, self.folder.path, first_step=self.position.step + 1)
+    @contextmanager
+    def _loggers(self) -> Iterator[Sequence[Logger]]:
+        """The loggers of rank 0; if one cannot be made, all ranks raise. Collective."""
+        folder, first_step = self.folder, self.position.step + 1
+        with ExitStack() as stack:
 
-    def _trace(self) -> AbstractContextManager[TraceWriter | None]:
-        if not self.settings.trace or self.world.rank != 0:
-            return nullcontext()
-        model, path = self.settings.model, self.folder.path / "trace.npz"
-        if path.exists() and not zipfile.is_zipfile(path):  # a process was killed while it wrote to it
-            path.rename(path.with_suffix(".damaged.npz"))
-        return TraceWriter(path, Topology.detect(self.world.size), [model.num_experts] * model.num_layers)
+            def made() -> Sequence[Logger]:
+                return stack.enter_context(loggers(self.settings.logger, folder.path, first_step, folder.config))
 
-    def _finish(self, validation: Mapping[str, Any]) -> None:
+            yield agree(lambda: on_rank_0(made)) or ()
+
+    def _records(self, progress: Progress) -> AbstractContextManager[Records]:
+        return records(self.settings, self.world, self.work.experts, self.position.step, progress.say)
+
+    def _summary(self, validation: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Print the summary; returns it on rank 0."""
         memory = self.engine.stats()["memory_bytes"]
         peak = self.world.gather([memory[kind] for kind in KINDS_OF_MEMORY]).max(0).values.tolist()
         if self.world.rank != 0:
-            return
-        from hecate.report.run import plot_run  # imported late: matplotlib takes half a second
-
-        path = self.folder.path / "metrics.jsonl"
-        totals = Totals(MetricsFile(path), self.settings.fssdp.load_window)
+            return None
+        totals = Totals(MetricsFile(self.folder.path / "metrics.jsonl"), self.settings.fssdp.load_window)
         if totals.taken == 0:
             raise NonFiniteError(f"name={self.settings.name!r}: all {totals.skipped} steps were skipped")
-        summary = summarize(totals, self.settings, validation["validation_loss"])
-        if "validation_non_finite" in validation:
-            summary["validation_non_finite"] = validation["validation_non_finite"]
-        summary["skipped_steps"] = totals.skipped
+        summary = summarize(totals, self.settings, validation, self.data.bytes_per_token)
         summary["memory_bytes"] = {kind: int(value) for kind, value in zip(KINDS_OF_MEMORY, peak, strict=True)}
-        taken, title = MetricsFile(path, taken=True), f"{self.settings.name}: policy {summary['policy']}"
-        plot_run(taken, self.folder.path / "run.png", title)
-        replace_file(self.folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary, self.folder.path)
+        return summary

@@ -44,10 +44,19 @@ class Totals:
         self.steady, self.steady_steps = (rest, self.taken - window) if self.taken > window else (first, self.taken)
 
 
-def summarize(totals: Totals, settings: Settings, validation_loss: float) -> dict[str, Any]:
-    """Summary of a run; means are over the steps after the first `load_window`, in which the load history is short."""
+def summarize(
+    totals: Totals, settings: Settings, validation: Mapping[str, Any], bytes_per_token: float | None
+) -> dict[str, Any]:
+    """Summary of a run; means are over the steps after the first `load_window`, in which the load history is short.
+
+    Args:
+        totals: sums over the steps.
+        settings: the settings of the run.
+        validation: `validation_loss` in nats per token, and, if that is not finite, `validation_non_finite`.
+        bytes_per_token: mean bytes of text per token; None if unknown.
+    """
     assert totals.last is not None, "no step was taken"
-    bits, bytes_per_token = validation_loss / LN2, settings.data.bytes_per_token
+    bits = validation["validation_loss"] / LN2
     sums, steady = totals.sums, totals.steady
     return {
         "name": settings.name,
@@ -65,4 +74,6 @@ def summarize(totals: Totals, settings: Settings, validation_loss: float) -> dic
         "bytes_copied": int(sums["bytes_copied"]),
         "exposed_seconds": sums["exposed_seconds"],
         "seconds": sums["seconds"],
+        "skipped_steps": totals.skipped,
+        **{name: text for name, text in validation.items() if name == "validation_non_finite"},
     }

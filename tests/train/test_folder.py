@@ -18,9 +18,9 @@ FIRST, AGAIN = {"torchrun a": False}, {"torchrun a": True}
 
 
 def run_folder(
-    path: Path, *overrides: str, resume: bool = True, launched: Mapping[str, bool] | None = None
+    path: Path, *overrides: str, overwrite: bool = False, launched: Mapping[str, bool] | None = None
 ) -> RunFolder:
-    return RunFolder(path, config(*overrides), resume, launched or {})
+    return RunFolder(path, config(*overrides), overwrite, launched or {})
 
 
 def make_checkpoint(folder: RunFolder, name: str) -> Path:
@@ -31,8 +31,8 @@ def make_checkpoint(folder: RunFolder, name: str) -> Path:
     return path
 
 
-def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "r")
+def test_unfinished_run_is_continued_and_finished_one_left_or_extended(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "r", "steps=6")
     assert folder.prepare()
     (folder.path / "metrics.jsonl").write_text("")
     (folder.path / "mine.txt").write_text("not a file of a run")
@@ -40,22 +40,39 @@ def test_finished_run_is_replaced_and_unfinished_one_kept(tmp_path: Path) -> Non
     assert folder.prepare()
     assert kept.exists()
     assert not partial.exists()
-    (folder.path / "summary.json").write_text("{}")
-    assert folder.prepare()
+    summary = folder.path / "summary.json"
+    summary.write_text("{}")
+    for steps in (6, 5):  # the same command, or fewer steps: nothing to do
+        assert not run_folder(tmp_path / "r", f"steps={steps}").prepare()
+        assert summary.exists()
+        assert kept.exists()
+    assert run_folder(tmp_path / "r", "steps=9").prepare()
+    assert not summary.exists()
+    assert kept.exists()
+    summary.write_text("{}")
+    assert run_folder(tmp_path / "r", "steps=9", overwrite=True).prepare()
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "launches.json", "mine.txt"]
 
 
-def test_resume_false_starts_an_unfinished_run_again(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, resume=False)
+def test_finished_run_without_checkpoint_cannot_be_extended(tmp_path: Path) -> None:
+    run_folder(tmp_path, "steps=6").prepare()
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the run of 6 steps left no checkpoint .* steps=9 cannot continue it"):
+        run_folder(tmp_path, "steps=9").prepare()
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_overwrite_starts_a_run_again(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, overwrite=True)
     checkpoint = make_checkpoint(folder, "step-9")
     assert folder.prepare()
     assert not checkpoint.exists()
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_restart_goes_on_with_the_run_of_its_launch(tmp_path: Path, resume: bool) -> None:
-    assert run_folder(tmp_path, resume=resume, launched=FIRST).prepare()
-    folder = run_folder(tmp_path, resume=resume, launched=AGAIN)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_restart_goes_on_with_the_run_of_its_launch(tmp_path: Path, overwrite: bool) -> None:
+    assert run_folder(tmp_path, overwrite=overwrite, launched=FIRST).prepare()
+    folder = run_folder(tmp_path, overwrite=overwrite, launched=AGAIN)
     checkpoint = make_checkpoint(folder, "step-9")
     assert folder.prepare()
     assert checkpoint.exists()
@@ -66,7 +83,7 @@ def test_restart_goes_on_with_the_run_of_its_launch(tmp_path: Path, resume: bool
 
 @pytest.mark.parametrize("others", [None, {"torchrun b": False}])
 def test_restart_before_the_folder_was_cleared_clears_it(tmp_path: Path, others: Mapping[str, bool] | None) -> None:
-    folder = run_folder(tmp_path, resume=False, launched=AGAIN)
+    folder = run_folder(tmp_path, overwrite=True, launched=AGAIN)
     if others is not None:
         run_folder(tmp_path, launched=others).prepare()
     checkpoint = make_checkpoint(folder, "step-9")
@@ -80,23 +97,23 @@ def test_restart_before_the_folder_was_cleared_clears_it(tmp_path: Path, others:
 def test_restart_does_not_take_a_finished_run_of_another_launch_for_its_own(tmp_path: Path) -> None:
     run_folder(tmp_path, launched={"torchrun b": False}).prepare()
     (tmp_path / "summary.json").write_text("{}")
-    assert run_folder(tmp_path, launched=AGAIN).prepare()
+    assert run_folder(tmp_path, overwrite=True, launched=AGAIN).prepare()
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_requeued_job_goes_on_under_a_new_torchrun(tmp_path: Path) -> None:
-    run_folder(tmp_path, resume=False, launched={"torchrun a": False, "slurm 7": False}).prepare()
-    folder = run_folder(tmp_path, resume=False, launched={"torchrun b": False, "slurm 7": True})
+    run_folder(tmp_path, overwrite=True, launched={"torchrun a": False, "slurm 7": False}).prepare()
+    folder = run_folder(tmp_path, overwrite=True, launched={"torchrun b": False, "slurm 7": True})
     checkpoint = make_checkpoint(folder, "step-9")
     assert folder.prepare()
     assert checkpoint.exists()
     # In another allocation, where torchrun restarts, the job of the old run is not what was restarted.
-    assert run_folder(tmp_path, resume=False, launched={"torchrun c": True, "slurm 7": False}).prepare()
+    assert run_folder(tmp_path, overwrite=True, launched={"torchrun c": True, "slurm 7": False}).prepare()
     assert not checkpoint.exists()
 
 
 def test_linked_checkpoints_are_dropped_where_they_are(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "r", resume=False)
+    folder = run_folder(tmp_path / "r", overwrite=True)
     (tmp_path / "elsewhere").mkdir()
     folder.path.mkdir()
     folder.checkpoints.symlink_to(tmp_path / "elsewhere")
@@ -109,7 +126,7 @@ def test_linked_checkpoints_are_dropped_where_they_are(tmp_path: Path) -> None:
 @pytest.fixture
 def undeletable(tmp_path: Path) -> Iterator[RunFolder]:
     """An old run with a checkpoint on which a file system is mounted, so that nobody can delete it."""
-    folder = run_folder(tmp_path / "r", resume=False)
+    folder = run_folder(tmp_path / "r", overwrite=True)
     checkpoint = make_checkpoint(folder, "step-9")
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(checkpoint)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
@@ -129,8 +146,11 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path) -> None:
     folder.prepare()
     make_checkpoint(folder, "step-1")
     run_folder(tmp_path, "policy=ep", "steps=9").prepare()
-    with pytest.raises(ValueError, match="the unfinished run has seed=0, this one seed=1"):
+    with pytest.raises(ValueError, match="the run in this folder has seed=0, this command 1"):
         run_folder(tmp_path, "seed=1").prepare()
+    other = "model.d_model=128, this command 64; model.top_k=2, this command 1; they must"
+    with pytest.raises(ValueError, match=f"has {other}"):  # only what differs
+        run_folder(tmp_path, "model.d_model=64", "model.top_k=1").prepare()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -141,19 +140,22 @@ def test_lock_of_a_killed_trainer_is_taken_over(tmp_path: Path, capfd: pytest.Ca
     assert said == [f"{tmp_path / LOCK}: taken over from a trainer that ended without giving it back ({who})"]
 
 
-def test_rank_that_outlives_rank_0_keeps_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_that_outlives_rank_0_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOMENT", 0.1)
+    said: list[str] = []
     with process(take, tmp_path) as first, process(join, tmp_path) as other:
+
+        def say(text: str) -> None:
+            said.append(text)
+            if "waiting for the last processes of a trainer that has ended" in text:
+                kill(other)
+
         kill(first)
         with pytest.raises(FolderInUseError, match=f"process {first}"):
             run_lock(tmp_path, patience=0.1).take()
-        killer = threading.Timer(0.3, kill, [other])
-        killer.start()
+        monkeypatch.setattr(module, "_say", say)
         run_lock(tmp_path, patience=60).take()
-        killer.join()
-    assert "waiting for the last processes of a trainer that has ended" in capfd.readouterr().err
+    assert ["waiting" in text for text in said] == [True, False], said  # then it is taken over
 
 
 OWN = Holder.this_process({})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 from unittest import mock
@@ -13,8 +14,11 @@ import pytest
 
 from hecate.errors import MissingRankError
 from hecate.train.distributed import _requeued
+from hecate.train.settings import Settings
 from hecate.train.signals import StopRequest, exit_code
 from tests.faults.jobs import own_environment
+from tests.forked import Program
+from tests.train.configs import config
 
 REQUEUE = 85
 
@@ -52,6 +56,7 @@ def test_before_the_first_step_nobody_waits(number: signal.Signals) -> None:
 # The main thread waits for a key that nobody sets, outside Python, as it does for a rank that hangs.
 HANGING = """
 import sys
+import time
 from datetime import timedelta
 from torch.distributed import TCPStore
 from hecate.train.signals import listening
@@ -65,13 +70,11 @@ with listening(85) as stop:
 
 @pytest.mark.parametrize(("deferred", "said"), [(True, "SIGINT twice"), (False, "SIGINT before the first step")])
 def test_ctrl_c_ends_a_process_that_hangs(deferred: bool, said: str) -> None:
-    words = [sys.executable, "-c", HANGING, "deferred" if deferred else ""]
-    process = subprocess.Popen(
-        words, env=own_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = Program(("-c", HANGING, "deferred" if deferred else ""), env=own_environment())
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        while process.output() != "ready\n":
+            assert process.poll() is None
+            time.sleep(0.01)
         if deferred:
             process.send_signal(SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
@@ -88,10 +91,8 @@ def test_a_run_in_which_another_rank_is_missing_asks_for_a_requeue(capsys: pytes
     with (
         mock.patch.object(sys, "last_value", None, create=True),
         pytest.raises(SystemExit) as ended,
-        _requeued(85, 1),
+        _requeued(Settings.from_config(config()), 1),
     ):
         raise MissingRankError([0], timedelta(seconds=5))
     assert ended.value.code == 85
-    assert capsys.readouterr().err.endswith(
-        "rank 1: rank 0 is missing: no heartbeat for 5 s; it died or hangs; exit 85\n"
-    )
+    assert capsys.readouterr().err == "rank 1: rank 0 is missing: no heartbeat for 5 s; it died or hangs; exit 85\n"

@@ -44,11 +44,11 @@ def write(path: Path, steps: int, skipped: int = 0) -> MetricsFile:
 @pytest.mark.parametrize("steps", [1, WINDOW, WINDOW + 1, 40])
 def test_means_leave_out_the_first_steps(tmp_path: Path, steps: int) -> None:
     totals = Totals(write(tmp_path / "metrics.jsonl", steps, skipped=2), WINDOW)
-    summary = summarize(totals, Settings.from_config(config()), validation_loss=1.0)
+    summary = summarize(totals, Settings.from_config(config()), {"validation_loss": 1.0}, bytes_per_token=1.0)
     taken = [step(number) for number in range(1, steps + 1)]
     steady = taken[WINDOW:] or taken
     assert (totals.taken, totals.skipped) == (steps, 2)
-    assert summary["steps"] == steps
+    assert (summary["steps"], summary["skipped_steps"]) == (steps, 2)
     assert summary["train_loss"] == taken[-1]["loss"]
     assert summary["tokens"] == 64 * steps
     assert summary["bytes_copied"] == (2**40 + 1) * steps

@@ -1,0 +1,59 @@
+"""Records the layers of every step for `hecate.report`; a disk that is full ends the record, not the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hecate.placement import Topology
+from hecate.report.record import LayersWriter, RecordedStep
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Writes `layers.bin`; used by rank 0, as a context manager.
+
+    A damaged file of an earlier process is put aside as `layers.damaged.bin`, and said.
+
+    Args:
+        path: the file.
+        first_step: number of the next step; what is recorded from it on is replaced.
+        topology: of the devices.
+        say: prints a line.
+    """
+
+    def __init__(self, path: Path, first_step: int, topology: Topology, say: Callable[[str], None]) -> None:
+        self._path, self._topology, self._say = path, topology, say
+        self._writer: LayersWriter | None = None
+        try:
+            self._writer = self._opened(first_step)
+        except OSError as error:
+            say(f"{path}: cannot be written ({error.strerror}); nothing is recorded")
+
+    def _opened(self, first_step: int) -> LayersWriter:
+        try:
+            return LayersWriter(self._path, first_step)
+        except ValueError as error:
+            aside = self._path.with_suffix(".damaged.bin")
+            self._say(f"{error}; the record begins anew, the old one is {aside.name}")
+            self._path.rename(aside)
+            return LayersWriter(self._path, first_step)
+
+    def append(self, step: int, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Record the `layers` of `FSSDP.stats()` after a step."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.append(RecordedStep.of(step, self._topology, layers))
+        except OSError as error:
+            self._writer = None
+            self._say(f"{self._path}: cannot be written ({error.strerror}); it ends before step {step}")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*error)
