@@ -1,0 +1,110 @@
+"""Measures the links between the ranks of a job, for `hecate.sim.measure`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hecate.placement import Topology
+from hecate.ranks.agree import gather
+from hecate.ranks.messages import all_gather_into, all_to_all
+from hecate.sim.clock import SECOND, Clock, fit
+
+__all__ = ["Measured", "measure_links"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Links.
+
+    Attributes:
+        fitted: attributes of `hecate.sim.cluster.Cluster`.
+        times: what was measured, in nanoseconds.
+    """
+
+    fitted: dict[str, int]
+    times: dict[str, int]
+
+
+def measure_links(clock: Clock, topology: Topology, size: int) -> Measured:
+    """Messages of `size` bytes and of twice as many, between pairs inside a node and across nodes; collective.
+
+    A line through these and an empty message gives the rate, so that fixed time does not count.
+    """
+    pairs = _Pairs(clock, topology)
+    per_node, several = topology.devices_per_node, topology.num_nodes > 1
+    message = pairs.exchange(pairs.beside if per_node > 1 else pairs.across, 8)
+    times = {"message": message, "everybody": pairs.everybody(), "counts": pairs.counts()}
+    for name, peer in pairs.kinds.items():
+        times[name], times[f"{name} twice"] = pairs.exchange(peer, size), pairs.exchange(peer, 2 * size)
+
+    def speed(name: str, num_bytes: int) -> int:
+        rows = [[0, 1], [num_bytes, 1], [2 * num_bytes, 1]]
+        per_byte, _ = fit(rows, [message, times[name], times[f"{name} twice"]])
+        return max(1, int(SECOND / per_byte))
+
+    inside = max(1, per_node // 2 * 2)
+    alone, together = ("alone", "together") if per_node > 1 else ("border", "border")
+    port, border = ("port", "border") if several else (alone, together)
+    node_bandwidth = speed(border, size * per_node)
+    late = (times[border] - message) * node_bandwidth // SECOND if several else size * per_node
+    return Measured(
+        {
+            "device_bandwidth": speed(alone, size),
+            "fabric_bandwidth": speed(together, size * inside),
+            "port_bandwidth": speed(port, size),
+            "node_bandwidth": node_bandwidth,
+            "burst_bytes": max(0, size * per_node - late),
+            "message_ns": message,
+            "peer_ns": max(0, times["everybody"] - message) // max(1, topology.num_devices - 1),
+            "barrier_ns": times["counts"] // max(1, (topology.num_devices - 1).bit_length()),
+        },
+        times,
+    )
+
+
+class _Pairs:
+    """Exchanges of this rank with one peer, and with all."""
+
+    def __init__(self, clock: Clock, topology: Topology) -> None:
+        self._clock, self._topology = clock, topology
+        self._rank, per_node = dist.get_rank(), topology.devices_per_node
+        self._local, node = self._rank % per_node, self._rank // per_node
+        other = self._local ^ 1
+        self.beside = node * per_node + (other if other < per_node else self._local)
+        self.across = (self._rank + per_node) % topology.num_devices
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """What is measured, and this rank's peer in it; a rank without one is its own."""
+        kinds = {}
+        if self._topology.devices_per_node > 1:
+            kinds = {"alone": self.beside if self._rank < 2 else self._rank, "together": self.beside}
+        if self._topology.num_nodes > 1:
+            kinds |= {"port": self.across if self._local == 0 else self._rank, "border": self.across}
+        return kinds
+
+    def exchange(self, peer: int, num_bytes: int) -> int:
+        """Send to `peer` and receive from the rank that has this one as its peer."""
+        devices, rank = self._topology.num_devices, self._rank
+        peers = gather(peer)
+        sent = [num_bytes if other == peer and other != rank else 0 for other in range(devices)]
+        received = [num_bytes if peers[other] == rank and other != rank else 0 for other in range(devices)]
+        rows = torch.zeros(sum(sent), 1, dtype=torch.uint8, device=self._clock.device)
+        out = torch.zeros(sum(received), 1, dtype=torch.uint8, device=self._clock.device)
+        return self._clock(lambda: all_to_all(out, rows, received, sent, dist.group.WORLD))
+
+    def everybody(self) -> int:
+        """A message of 8 bytes from everybody to everybody."""
+        devices = self._topology.num_devices
+        rows = torch.zeros(devices, 8, dtype=torch.uint8, device=self._clock.device)
+        out = torch.empty_like(rows)
+        return self._clock(lambda: all_to_all(out, rows, [1] * devices, [1] * devices, dist.group.WORLD))
+
+    def counts(self) -> int:
+        """What a layer exchanges before it plans."""
+        counts = torch.zeros(64, dtype=torch.int64, device=self._clock.device)
+        table = torch.zeros(64 * self._topology.num_devices, dtype=torch.int64, device=self._clock.device)
+        return self._clock(lambda: all_gather_into(table, counts, dist.group.WORLD))
