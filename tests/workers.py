@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ import torch.multiprocessing as mp
 from torch.distributed import distributed_c10d
 
 from tests.bench import DEFAULT, Bench, set_bench
+from tests.forked import Program, free_port
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=180)
 PRELOADED = ["hecate", "transformers"]
 """Modules that one process imports once; the processes of all groups are forked from it."""
 
@@ -35,15 +38,21 @@ class Group:
     Args:
         world_size: the number of processes.
         timeout: of collectives.
-        start: how processes are started: "forkserver" is fast; with "spawn" they end as scripts do.
         bench: device, backend and dtype.
+        start: "spawn" for processes that use a GPU: CUDA cannot be used in a process that was forked from one that
+            has asked for it, as a library may do when it is imported.
     """
 
     def __init__(
-        self, world_size: int, timeout: timedelta = TIMEOUT, start: str = "forkserver", bench: Bench = DEFAULT
+        self,
+        world_size: int,
+        timeout: timedelta = TIMEOUT,
+        bench: Bench = DEFAULT,
+        start: Literal["forkserver", "spawn"] = "forkserver",
     ) -> None:
         context = mp.get_context(start)
-        context.set_forkserver_preload(PRELOADED)
+        if start == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.world_size = world_size
         self.pipes: list[Connection] = []
@@ -114,6 +123,19 @@ class Groups:
                 raise
 
 
+def start_scripts(world_size: int) -> tuple[list[Program], list[Connection]]:
+    """The ranks of a group, which end as scripts do, and the pipes through which they are given functions to run."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/listener") as listener:
+        words = ("-m", "tests.workers", str(listener.address))
+        programs, pipes = [], []
+        for rank in range(world_size):
+            programs.append(Program(words, Path(__file__).parents[1]))
+            pipes.append(listener.accept())
+            pipes[rank].send((rank, world_size, port, TIMEOUT, DEFAULT))
+    return programs, pipes
+
+
 def _receive(pipe: Connection) -> tuple[bool, Any]:
     try:
         return pipe.recv()
@@ -125,7 +147,8 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, bench: Ben
     torch.set_num_threads(1)
     set_bench(bench, rank)
     os.environ.pop("LOCAL_WORLD_SIZE", None)
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
+    # Its constructor waits for all ranks; a short timeout is meant for collectives, not for starting the processes.
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=max(timeout, TIMEOUT))
     dist.init_process_group(bench.backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
     while True:
         try:
@@ -152,7 +175,11 @@ def _destroy_subgroups() -> None:
     gc.collect()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def _script() -> None:
+    """A rank of `start_scripts`."""
+    with Client(sys.argv[1]) as pipe:
+        _serve(*pipe.recv(), pipe)
+
+
+if __name__ == "__main__":
+    _script()
