@@ -41,6 +41,7 @@ TINY = (
     "model.max_length=32",
     "validation.sequences=5",
     "optimizer.warmup=2",
+    "report=false",
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 POLL_SECONDS = 0.005
@@ -72,14 +73,19 @@ def command(root: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> dict
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def make_trainer(kind: Callable[[Settings, World, RunFolder], AnyTrainer], root: str, *overrides: str) -> AnyTrainer:
+def make_trainer(
+    kind: Callable[[Settings, World, RunFolder], AnyTrainer],
+    root: str,
+    *overrides: str,
+    sizes: tuple[str, ...] = TINY,
+) -> AnyTrainer:
     """Run the trainer on every rank of a test group; the run's folder is in `root`, which contains the text."""
-    plain = config(*TINY, f"data.path={root}/text", f"output={root}", *overrides)
+    plain = config(*sizes, f"data.path={root}/text", f"output={root}", *overrides)
     settings = Settings.from_config(plain)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     cpu = torch.device("cpu")
     world = World(dist.get_rank(), dist.get_world_size(), cpu, mesh, default_store(), StopRequest(), {})
-    folder = RunFolder(settings.folder, plain, settings.resume, {})
+    folder = RunFolder(settings.folder, plain, settings.overwrite, {})
     agree(lambda: on_rank_0(folder.prepare))
     return kind(settings, world, folder)
 

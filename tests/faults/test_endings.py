@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import hecate
 from hecate.models.gpt import GPTMoE
 from tests.faults.endings import TINY
 from tests.faults.jobs import own_environment
-from tests.workers import free_port
+from tests.forked import Program, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,22 +20,14 @@ ROOT = Path(__file__).parents[2]
 def run(path: Path, how: str) -> tuple[list[int], list[str]]:
     """The exit codes of both ranks, and what they printed to stderr."""
     port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.endings", str(rank), port, str(path), how],
-            cwd=ROOT,
-            env=own_environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    words = [("-m", "tests.faults.endings", str(rank), port, str(path), how) for rank in range(2)]
+    processes = [Program(given, ROOT, own_environment()) for given in words]
     try:
         errors = [process.communicate(timeout=200)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], errors
+    return [process.wait() for process in processes], errors
 
 
 def step_of(path: Path) -> int:

@@ -89,7 +89,7 @@ def refuse_a_second_trainer(job: Job) -> None:
     for rank in job.ranks():  # they must not end before the other job has started
         os.kill(rank, signal.SIGSTOP)
     before = sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
-    with Job(job.root, job.run.name, command(job.root, f"name={job.run.name}", "resume=false", *RUN)) as other:
+    with Job(job.root, job.run.name, command(job.root, f"name={job.run.name}", "overwrite=true", *RUN)) as other:
         output = other.end(expect=1)
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in job.run.rglob("*"))
     assert "another trainer is at work in it (host" in output
@@ -169,8 +169,8 @@ def test_ctrl_c_under_torchrun_saves(root: Path) -> None:
 
 def test_torchrun_restarts_all_ranks_where_one_is_killed(root: Path) -> None:
     launcher = (*TORCHRUN, "--max-restarts=1")
-    # resume=false: a restart must not take the run of its own launch for an old one.
-    start = command(root, "name=elastic", "resume=false", *RUN, launcher=launcher)
+    # overwrite=true: a restart must not take the run of its own launch for an old one.
+    start = command(root, "name=elastic", "overwrite=true", *RUN, launcher=launcher)
     with Job(root, "elastic", start) as job:
         job.wait_for_step(INTERVAL + 3)
         while not (job.run / "checkpoints" / f"step-{INTERVAL:08d}").exists():
@@ -204,13 +204,19 @@ SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 tasks = []
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
-for i in range(2):
+command = sys.argv[sys.argv.index("bash"):]
+for i in range(1 if "check" in command else 2):
     env = {{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
-    tasks.append(subprocess.Popen(sys.argv[1:], env=env))
-sys.exit(max(task.wait() for task in tasks))
+    tasks.append(subprocess.Popen(command, env=env))
+codes = [task.wait() for task in tasks]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi
+case "$1 $2" in
+"show job") printf 'JobId=17 JobName=hecate\n   Command=/somewhere/launch/slurm.sbatch steps=3\n' ;;
+"show hostnames") echo 127.0.0.1 ;;
+*) echo "$@" >> requeued ;;
+esac
 """
 
 
@@ -282,6 +288,26 @@ def test_slurm_job_that_was_cancelled_stays_so(tmp_path: Path, signals: list[sig
     assert (tmp_path / "requeued").exists() == requeued
 
 
+def test_slurm_job_whose_tasks_are_starting_is_requeued(tmp_path: Path) -> None:
+    trainer = tmp_path / "trainer"
+    trainer.write_text('#!/usr/bin/env bash\ntouch "ready$RANK"\nexec sleep 60\n')  # no handler yet: Python imports
+    trainer.chmod(stat.S_IRWXU)
+    start = slurm(tmp_path, restarts=0)
+    start["env"]["PYTHON"] = str(trainer)
+    with Job(tmp_path, "slurm", start) as job:
+        wait_for_files(job, "ready*")
+        os.kill(job.process.pid, signal.SIGUSR1)
+        job.end(expect=128 + signal.SIGUSR1)
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_slurm_job_finds_its_project_or_says_so(tmp_path: Path) -> None:
+    start = slurm(tmp_path, restarts=0)
+    del start["env"]["PYTHON"]
+    with Job(tmp_path, "slurm", start) as job:
+        assert "no /somewhere/.venv/bin/python; set PYTHON" in job.end(expect=1)
+
+
 def wait_for_files(job: Job, pattern: str) -> None:
     """The process ids of both tasks."""
     while len(list(job.root.glob(pattern))) < 2:
@@ -290,5 +316,5 @@ def wait_for_files(job: Job, pattern: str) -> None:
 
 
 def test_scripts_are_valid_bash() -> None:
-    for script in ("slurm.sbatch", "torchrun.sh", "install_torch.sh"):
+    for script in ("slurm.sbatch", "torchrun.sh", "multinode.sh", "install_torch.sh"):
         subprocess.run(["bash", "-n", LAUNCH / script], check=True)

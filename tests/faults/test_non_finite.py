@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,9 @@ class Recorder:
         self.path = folder / "closed"
 
     def log(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def keep(self, files: Sequence[Path]) -> None:
         pass
 
     def close(self, failed: bool = False) -> None:
