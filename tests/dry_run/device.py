@@ -38,6 +38,7 @@ TO_HOST = (aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.d
 COPIES = (aten._to_copy.default, aten.copy_.default)
 ALLOWED = {
     "_on_host": "one read per layer, of the counts",
+    "book": "counts for which no layer has waited, when a backward pass begins",
     "before_step": "re-sharding compares the optimizers' state, once per reshard_interval",
     "meet": "the optimizer's state is compared once, when it is first seen",
 }

@@ -9,7 +9,10 @@ __all__ = ["Case", "Fault", "Launch", "Message", "Outcome"]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and settings. `replicas` > 1: a (replicate, shard) mesh."""
+    """A model and settings.
+
+    `replicas` > 1: a (replicate, shard) mesh. `by_node`: the node-aware dispatch must pay, so that it is looked at.
+    """
 
     model: str
     policy: str
@@ -18,12 +21,18 @@ class Case:
     per_node: int
     dense: str = "fsdp"
     replicas: int = 1
+    by_node: bool = False
+    kernels: str = "hecate"
+    splits: str = "host"
 
     def __str__(self) -> str:
         """One line for people."""
         parts = [self.model, self.policy, f"{self.world} ranks", f"dense={self.dense}"]
         parts += ["rematerialize"] if self.rematerialize else []
         parts += [f"{self.replicas} replicas"] if self.replicas > 1 else []
+        parts += ["by node"] if self.by_node else []
+        parts += [f"{self.kernels}'s operations"] if self.kernels == "torch" else []
+        parts += ["splits on the device"] if self.splits == "device" else []
         return ", ".join(parts)
 
 

@@ -41,7 +41,9 @@ class Routing:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Context in which the layers' host reads are foreseen: `answer` knows their values."""
-        with mock.patch.object(Counting, "wait", self._waiting(Counting.wait)):
+        with mock.patch.multiple(
+            Counting, wait=self._waiting(Counting.wait), send_to_host=self._sending(Counting.send_to_host)
+        ):
             yield
 
     def answer(self, read: Tensor) -> Tensor | None:
@@ -60,6 +62,8 @@ class Routing:
         """`Counting.wait`, which reads the table of all ranks' rows."""
 
         def wait_for_table(counting: Counting, names: Sequence[str]) -> Counts:
+            if counting._copy is not None:  # answered when it was sent to the host
+                return wait(counting, names)
             self._call += 1
             self._pending = self._table(counting)
             counts = wait(counting, names)
@@ -67,6 +71,17 @@ class Routing:
             return counts
 
         return wait_for_table
+
+    def _sending(self, send: Callable[[Counting], None]) -> Callable[[Counting], None]:
+        """`Counting.send_to_host`, which reads the same table, later."""
+
+        def send_table(counting: Counting) -> None:
+            self._call += 1
+            self._pending = self._table(counting)
+            send(counting)
+            assert self._pending is None, "Counting.send_to_host: sent nothing"
+
+        return send_table
 
     def _table(self, counting: Counting) -> NDArray[np.int64]:
         experts, most = counting._num_experts, counting._most

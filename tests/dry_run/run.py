@@ -18,10 +18,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import hecate
 from hecate.cost import CostModel
 from hecate.models import TransformerMoE
+from hecate.ops.kernels import choice
 from hecate.ranks import backend
 from hecate.ranks.agree import Ranks
 from hecate.ranks.device import own_device
-from hecate.runtime import assemble, comms, setup
+from hecate.runtime import comms, setup
+from hecate.runtime.step import assemble
+from hecate.runtime.tokens import dispatch, on_device
 from tests.dry_run.device import FakeDevice, where
 from tests.dry_run.models import MODELS
 from tests.dry_run.records import Case, Launch, Message, Outcome
@@ -42,10 +45,11 @@ experts per token.
 def run_rank(case: Case, rank: int) -> Outcome:
     """Train two steps (of one and of two micro-batches) and evaluate once, as `rank` of `case.world`."""
     device = FakeDevice()
+    on_device._pairs.cache_clear()  # fake tensors of another rank or case
     shard = case.world // case.replicas
     routing = Routing(shard, lambda r, number: BATCH * _length(rank - rank % shard + r, number))
     device.answer = routing.answer
-    with _ranks(case, rank), device.running(), _seams(device), routing.answering():
+    with _ranks(case, rank), device.running(), _seams(device), routing.answering(), _counted() as by_node:
         torch.cuda.init()
         torch.cuda.set_device(rank % case.per_node)
         model = MODELS[case.model](case.world)
@@ -62,8 +66,9 @@ def run_rank(case: Case, rank: int) -> Outcome:
         with torch.no_grad():
             _forward(model, routing, rank)
         device.strict = False
-        copies = sum(layer["copies"] for layer in engine._engine.report())
+        copies = sum(layer["copies"] for layer in engine._engine.report()["layers"])
         engine.close()
+    assert bool(by_node) == case.by_node, f"{len(by_node)} node-aware dispatches were made"
     return Outcome(tuple(device.log), tuple(device.faults), copies)
 
 
@@ -82,8 +87,12 @@ def _config(case: Case) -> hecate.FSSDPConfig:
         policy=case.policy,  # type: ignore[arg-type]
         rematerialize=case.rematerialize,
         dense=case.dense,  # type: ignore[arg-type]
+        kernels=case.kernels,  # type: ignore[arg-type]
+        transport="messages",  # there is no symmetric memory on devices that do not exist
         memory_slots=2,
-        calibrate="always",
+        calibrate="always" if case.splits == "host" else False,
+        splits=case.splits,  # type: ignore[arg-type]
+        rows_per_pair=None if case.splits == "host" else 4096,
         cost=COST,
         reshard_interval=1,
         master_dtype=torch.float32,
@@ -139,10 +148,25 @@ def _seams(device: FakeDevice) -> Iterator[None]:
             (backend, "_backends", lambda group: {"cpu": "gloo", "cuda": "nccl"}),
             (setup, "settle_device", lambda kind, *rest: (own_device(kind), 1)),
             (assemble, "Heartbeat", lambda *args: None),
+            (choice, "missing", lambda device: None),
             (TransformerMoE, "init_weights", lambda self, seed: None),
         ):
             stack.enter_context(mock.patch.object(target, name, new))
         yield
+
+
+@contextmanager
+def _counted() -> Iterator[list[None]]:
+    """Gives a list with one entry per node-aware dispatch. A Mock would keep the tensors alive."""
+    made: list[None] = []
+    node_dispatch = dispatch.node_dispatch
+
+    def counted(*args: Any) -> Any:
+        made.append(None)
+        return node_dispatch(*args)
+
+    with mock.patch.object(dispatch, "node_dispatch", counted):
+        yield made
 
 
 def _group_call(operations: Sequence[dist.P2POp]) -> Launch:
