@@ -12,6 +12,7 @@ If root, iproute2 or the cpu cgroup are missing, it prints one line and exits wi
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ __all__ = ["MissingError", "Rank", "emulated", "loopback", "run", "tear_down_on_
 SKIPPED = 77
 PERIOD_US = 5000  # short, so that a rank out of its share does not stall the others for long
 LEAST_QUOTA_US = 1000  # the kernel's minimum
+LEAST_CPU = 0.01  # a period of 0.1 s
 PREFIX = "hecate-"
 SUBNET = "10.77.0"
 PORT = 29500
@@ -205,9 +207,15 @@ def _cgroup_root() -> Path:
     raise MissingError("the cpu cgroup (version 1, or version 2 with the cpu controller)")
 
 
+def period_us(cpu: float) -> int:
+    """Microseconds after which a rank gets its share of `cpu` cores anew; long enough for the minimum."""
+    return max(PERIOD_US, math.ceil(LEAST_QUOTA_US / cpu))
+
+
 def _make_cgroup(root: Path, name: str, rank: int, cpu: float) -> Path:
     """A cgroup with `cpu` cores below `root`; returns the file that takes processes."""
-    quota = round(cpu * PERIOD_US)
+    period = period_us(cpu)
+    quota = round(cpu * period)
     folder = root / name / f"rank{rank}"
     try:
         if (root / "cgroup.controllers").exists():
@@ -216,10 +224,10 @@ def _make_cgroup(root: Path, name: str, rank: int, cpu: float) -> Path:
             folder.parent.mkdir(exist_ok=True)
             (folder.parent / "cgroup.subtree_control").write_text("+cpu")
             folder.mkdir()
-            (folder / "cpu.max").write_text(f"{quota} {PERIOD_US}")
+            (folder / "cpu.max").write_text(f"{quota} {period}")
         else:
             folder.mkdir(parents=True)
-            (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (folder / "cpu.cfs_period_us").write_text(str(period))
             (folder / "cpu.cfs_quota_us").write_text(str(quota))
     except OSError as error:
         raise MissingError(f"a writable cpu cgroup ({error})") from error
@@ -297,8 +305,8 @@ def main() -> int:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.nodes > 250:
         parser.error(f"--nodes {args.nodes}: must be at most 250, one address each")
-    if args.cpu is not None and args.cpu * PERIOD_US < LEAST_QUOTA_US:
-        parser.error(f"--cpu {args.cpu}: must be at least {LEAST_QUOTA_US / PERIOD_US}")
+    if args.cpu is not None and args.cpu < LEAST_CPU:
+        parser.error(f"--cpu {args.cpu}: must be at least {LEAST_CPU}")
     if not command:
         parser.error("no command; pass it after --")
     tear_down_on_signals()

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hecate
+from benchmarks.point_to_point import PointToPoint
 from benchmarks.report import Report
 from hecate.collectives.groups import transport_of
 from hecate.collectives.moves import moves_between
-from hecate.collectives.plain import PointToPoint
 from hecate.collectives.route import Links, Route, gather_route, reduce_route
 from hecate.collectives.transport import Transport
 from hecate.loads.synthetic import synthetic_loads

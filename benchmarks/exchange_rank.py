@@ -68,9 +68,16 @@ def measure_tokens(report: Report, where: str, topology: Topology, links: Links,
 def _comms(topology: Topology) -> Comms:
     """For tokens alone."""
     exposed = ExposedTime()
-    copies, gradients, averages = (Lane(torch.device("cpu"), exposed) for _ in range(3))
+    cpu = torch.device("cpu")
+    copies, gradients, averages = (
+        Lane(cpu, exposed, "gather"),
+        Lane(cpu, exposed, "reduce"),
+        Lane(cpu, exposed, "average"),
+    )
     tokens = dist.group.WORLD
-    return Comms(dist.get_rank(), topology, tokens, None, None, None, copies, gradients, averages, exposed, heart=None)
+    return Comms(
+        dist.get_rank(), topology, tokens, None, None, None, None, copies, gradients, averages, exposed, heart=None
+    )
 
 
 def _there_and_back(

@@ -1,24 +1,28 @@
-"""Everything that needs a GPU in one command: whether the kernels are right on it, and how fast they are.
+"""Everything that needs a GPU in one command: whether kernels and training are right on it, and how fast they are.
 
 `make gpu-check`, or `python benchmarks/gpu_check.py --device cpu` for a dry run in which the kernels' code runs on the
 CPU. Each step is a process with a time limit, and what it measured is in the JSON file as soon as it was measured. The
-last line says what passed, what failed and what was not reached.
+last line says what passed, what failed and what was not reached; the table before it says which goals
+(`gpu_goals.py`) the figures reach.
 
-Speed is given in percent of the bytes per second of a large copy on the same device: the bytes that a kernel must read
-and write at least, each counted once, over its time.
+Speed is given in percent of what the same device reached in the same step: of the bytes per second of a large copy
+(the bytes that a kernel must read and write at least, each counted once, over its time), or of the operations per
+second of a large matrix product (`gpu_layers.py` says what is counted).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,9 +32,15 @@ if __name__ == "__main__":  # started by its path from any folder: the installed
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_exact import exact, exact_symmetric
+from benchmarks.gpu_goals import table, verdicts
 from benchmarks.gpu_kernels import Case, Size, cases
-from benchmarks.report import Report, Row
-from hecate.ops.kernels.cuda import use_kernels
+from benchmarks.gpu_layers import layers, train
+from benchmarks.gpu_symmetric import symmetric_speed
+from benchmarks.gpu_timing import copy_ceiling, emit, seconds
+from benchmarks.gpu_variants import variants
+from benchmarks.report import Report
+from hecate.ops.kernels.choice import reason_against
 
 SMALL = Size(tokens=67, top_k=3, experts=8, width=264, hidden=40, owned=3)
 LARGE = Size(tokens=16384, top_k=8, experts=128, width=2048, hidden=768, owned=16)
@@ -39,13 +49,17 @@ ROUNDING = 2**-7
 
 
 def smoke(device: torch.device) -> None:
-    """Every kernel once against its twin on the CPU."""
-    failed = []
-    for here, there in zip(cases(SMALL, device), cases(SMALL, torch.device("cpu")), strict=True):
-        same = _equal(here, here.run(), there.run())
-        emit(str(SMALL), here.name, "equal to the CPU's", float(same))
-        if not same:
-            failed.append(here.name)
+    """Every entry point of the kernels against its twin on the CPU."""
+    failed, twins = [], torch.device("cpu")
+    for setting, all_here, all_there in (
+        (str(SMALL), cases(SMALL, device), cases(SMALL, twins)),
+        ("every entry point", variants(device), variants(twins)),
+    ):
+        for here, there in zip(all_here, all_there, strict=True):
+            same = _equal(here, here.run(), there.run())
+            emit(setting, here.name, "equal to the CPU's", float(same))
+            if not same:
+                failed.append(here.name)
     if failed:
         raise SystemExit(f"differ from the CPU: {', '.join(failed)}")
 
@@ -59,8 +73,7 @@ def _equal(case: Case, here: Sequence[Tensor], there: Sequence[Tensor]) -> bool:
 def speed(device: torch.device) -> None:
     """Every kernel's time, in percent of a large copy."""
     size = LARGE if device.type == "cuda" else SMALL
-    elements = 2**29 if device.type == "cuda" else 2**20
-    ceiling = copy_ceiling(elements, device)
+    ceiling = copy_ceiling(device)
     emit("large copy", "torch", "bytes per second", ceiling, "B/s")
     for case in cases(size, device):
         taken = seconds(case.run, device)
@@ -69,59 +82,38 @@ def speed(device: torch.device) -> None:
             emit(str(size), case.name, "of the copy", 100 * case.bytes_moved / taken / ceiling, "%")
 
 
-def copy_ceiling(elements: int, device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy of bfloat16 numbers."""
-    source = torch.ones(elements, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+def memcheck(device: torch.device) -> None:
+    """The smoke test again under compute-sanitizer, if that is installed: no kernel reads or writes out of bounds."""
+    tool = shutil.which("compute-sanitizer") if device.type == "cuda" else None
+    emit("smoke", "compute-sanitizer memcheck", "ran", float(tool is not None))
+    if tool is None:
+        return
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--step", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"memcheck found errors:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
-def matmul(device: torch.device) -> None:
-    """The ceiling of the experts' products: a large one in bfloat16."""
-    n = 8192 if device.type == "cuda" else 128
-    a, b = (torch.ones(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    emit(f"{n} x {n} x {n} in bfloat16", "torch", "operations per second", 2 * n**3 / seconds(lambda: a @ b, device))
-
-
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
-    """Median time of `run`, after two runs that are not counted."""
-    repeats = repeats if device.type == "cuda" else 1
-    times = []
-    for i in range(repeats + 2):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            took = begin.elapsed_time(end) / 1e3
-        else:
-            started = time.perf_counter()
-            run()
-            took = time.perf_counter() - started
-        if i >= 2:
-            times.append(took)
-    return sorted(times)[len(times) // 2]
-
-
-STEPS: dict[str, tuple[Callable[[torch.device], None], int]] = {
-    "smoke": (smoke, 90),
-    "matmul": (matmul, 60),
-    "speed": (speed, 120),
+STEPS: dict[str, tuple[Callable[..., None], int]] = {
+    "smoke": (smoke, 60),
+    "exact": (exact, 120),
+    "symmetric": (exact_symmetric, 60),
+    "layers": (layers, 90),
+    "speed": (speed, 60),
+    "virtual": (symmetric_speed, 40),
+    "train": (train, 70),
+    "memcheck": (memcheck, 60),
 }
-"""Name -> the step and its limit in seconds, in the order in which they run."""
-
-
-def emit(setting: str, subject: str, metric: str, value: float, unit: str = "") -> None:
-    """Hand one figure to the process that collects them."""
-    print(json.dumps(asdict(Row(setting, subject, metric, value, unit))), flush=True)
+"""Name -> the step and its limit in seconds on a GPU, in the order in which they run."""
+SLOW = 10
+"""How much longer steps may take in a dry run."""
 
 
 def run_step(name: str, device: str, limit: int, report: Report, path: Path) -> str:
     """Run a step in a process of its own; returns what became of it."""
-    command = [sys.executable, __file__, "--step", name, "--device", device]
-    step = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    cut = threading.Timer(limit, step.kill)
+    command = [sys.executable, __file__, "--step", name, "--device", device, "--json", str(path)]
+    step = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    cut = threading.Timer(limit, os.killpg, (step.pid, signal.SIGKILL))  # with the ranks that it started
     cut.start()
     assert step.stdout is not None
     for line in step.stdout:
@@ -143,16 +135,27 @@ def default_path(device: str) -> Path:
 
 
 def describe(report: Report, device: str) -> None:
-    """What a figure depends on, as rows: the driver's and CUDA's versions are numbers here."""
+    """What a figure depends on besides packages, as rows: the driver's and CUDA's versions."""
     if device == "cuda":
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,
-        ).stdout.split(".")
-        report.add(torch.cuda.get_device_name(), "driver", "major version", float(driver[0]))
+        ).stdout.splitlines()[0]
+        report.add(torch.cuda.get_device_name(), f"driver {driver}", "major version", float(driver.partition(".")[0]))
         report.add(torch.cuda.get_device_name(), "CUDA of torch", "version", float(torch.version.cuda or 0))
+
+
+def judge(report: Report, path: Path, on_gpu: bool) -> None:
+    """Print which goals were reached; add this to the results. A dry run's figures say nothing of a GPU."""
+    found = verdicts(report.rows)
+    for verdict in found if on_gpu else ():
+        if verdict.worst is not None:
+            report.add(str(verdict.goal), "to show", verdict.word, verdict.worst)
+    report.write(path)
+    print("" if on_gpu else "dry run: these are figures of a CPU, and say nothing of the goals")
+    print(table(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,25 +163,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="results; default: benchmarks/results/gpu_check_DEVICE_DATE.json")
-    parser.add_argument("--seconds", type=int, default=400, help="limit of all steps together")
+    parser.add_argument("--seconds", type=int, default=400, help="limit of all steps together, on a GPU")
     parser.add_argument("--step", choices=tuple(STEPS), help="run this step in this process (for its own use)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if options.step:
-        use_kernels("hecate", device)
-        STEPS[options.step][0](device)
+        reason_against("hecate", device)
+        step = STEPS[options.step][0]
+        trace = options.json and options.json.with_suffix(".trace.json.gz")
+        step(device, trace) if step is train else step(device)
         return 0
     try:
-        use_kernels("hecate", device)
+        reason_against("hecate", device)
     except RuntimeError as error:
         print(f"nothing was measured: {error}")
         return 2
-    path, report, end = options.json or default_path(options.device), Report(), time.monotonic() + options.seconds
+    slow = 1 if options.device == "cuda" else SLOW
+    path, report, end = (
+        options.json or default_path(options.device),
+        Report(),
+        time.monotonic() + slow * options.seconds,
+    )
     describe(report, options.device)
     outcome = {}
     for name, (_, limit) in STEPS.items():
         left = int(end - time.monotonic())
-        outcome[name] = run_step(name, options.device, min(limit, left), report, path) if left > 0 else "not reached"
+        outcome[name] = (
+            run_step(name, options.device, min(slow * limit, left), report, path) if left > 0 else "not reached"
+        )
+    judge(report, path, on_gpu=options.device == "cuda")
     print("; ".join(f"{name}: {what}" for name, what in outcome.items()))
     return int(any(what != "passed" for what in outcome.values()))
 

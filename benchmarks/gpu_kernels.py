@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from hecate.ops.kernels.launch import to_device
 from hecate.ops.kernels.quota import QuotaProblem, exact_quota
 from hecate.ops.kernels.rows import combine_backward, combine_rows, gather_rows, scatter_rows
 from hecate.ops.kernels.stack import Contributions, KindRows, accumulate_rows, pack_rows
+from hecate.ops.kernels.symmetric import await_flags, pull_rows, signal
 from hecate.ops.kernels.tokens import count_experts, sort_copies
 from hecate.placement import Placement, Topology
 
@@ -61,6 +63,7 @@ def cases(size: Size, device: torch.device) -> list[Case]:
         *_tokens(size, device),
         *_rows(size, device),
         *_stack(size, device),
+        *_symmetric(size, device),
         *_activations(size, device),
         _quota(device),
     ]
@@ -132,6 +135,29 @@ def _stack(size: Size, device: torch.device) -> list[Case]:
     return [
         Case("pack and cast", pack, 6 * elements),
         Case("accumulate 4 gradients", accumulate, (4 * 2 + 4) * elements),
+    ]
+
+
+def _symmetric(size: Size, device: torch.device) -> list[Case]:
+    """Rows and flags as if they were other ranks': of experts, by the kernel and by copy engines."""
+    rows = _random(device, size.owned, 3 * size.hidden * size.width)
+    flags, late = to_device([0] * size.experts, device), to_device([0], device)
+    rank = [(flags.data_ptr() + 8 * i, i + 1) for i in range(size.experts)]
+
+    def pull(engine_bytes: int) -> Sequence[Tensor]:
+        target = torch.empty_like(rows)
+        pull_rows(list(zip(rows, target, strict=True)), device, engine_bytes)
+        return (target,)
+
+    def tell() -> Sequence[Tensor]:
+        signal(rank, device)
+        await_flags(rank, late, timedelta(seconds=5), device)
+        return flags, late
+
+    return [
+        Case("pull by the kernel", lambda: pull(2**62), 2 * rows.nbytes),
+        Case("pull by copy engines", lambda: pull(1), 2 * rows.nbytes),
+        Case("signal and await", tell),
     ]
 
 

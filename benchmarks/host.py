@@ -22,10 +22,13 @@ PARTS = (
     "gate to all-to-all",
     "forward",
     "backward",
+    "op overhead, forward",
+    "op overhead, backward",
     "book",
 )
 """What `benchmarks.host_rank` measures. Bubble: counts known until the rows' all-to-all is called. Gate to all-to-all:
-the same with the counts' exchange before it. Forward and backward: all of the layer."""
+the same with the counts' exchange before it. Forward and backward: all of the layer. Op overhead: as
+many calls of ops and autograd functions that do nothing as the layer makes of this package's."""
 
 
 def main() -> None:

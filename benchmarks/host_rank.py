@@ -20,7 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.testing._internal.distributed import fake_pg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hecate
 from hecate.collectives.transport import Transport, Work
@@ -41,6 +43,7 @@ WIDTH = 8
 RANK = 3
 WARM_UP = 3
 REPEATS = 7  # of each pass; the shortest counts
+CALLS = 200  # of an op or function whose cost is measured
 FAST = CostModel(hidden_permille=800)
 
 BACKEND = fake_pg.__name__ and "fake"  # importing the module registers the backend
@@ -105,8 +108,9 @@ class Watch:
         self.counts = torch.empty(0, dtype=torch.int64)
         self.began = self.known = 0
         self.clock = Clock()
+        weigh = "weigh" if hasattr(Balanced, "weigh") else "calibrate"  # the latter in old commits
         for owner, name, part in (
-            (Balanced, "calibrate", "calibrate"),
+            (Balanced, weigh, "calibrate"),
             (Balanced, "assign", "assign"),
             (LayerPlans, "book", "book"),
             (FSSDPExperts, "forward", "forward"),
@@ -190,7 +194,84 @@ class Watch:
         return Done(lambda: None) if async_op else None
 
 
-def measure(watch: Watch, devices: int, experts: int, passes: int) -> dict[str, float]:
+class Calls(TorchDispatchMode):
+    """Counts calls of this package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.namespace == "hecate"
+        return func(*args, **(kwargs or {}))
+
+
+class Nothing(torch.autograd.Function):
+    """A function that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def idle_op() -> Callable[..., Any]:
+    """An op without work, registered as this package registers its own."""
+    try:
+        from hecate.ops.registry import register
+    except ImportError:  # before there was a registry
+        return torch.library.custom_op("hecate::idle", lambda x: None, mutates_args=(), schema="(Tensor x) -> ()")
+    return register("idle(Tensor x) -> ()", lambda x: None, lambda x: None)
+
+
+class Overhead:
+    """What calls of ops and autograd functions cost by themselves, in nanoseconds: the least of some runs of many."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, x = clock, torch.ones(1, requires_grad=True)
+        op, last = idle_op(), x
+        self.op = self._each(lambda: op(x))
+        self.apply = self._each(lambda: Nothing.apply(x))
+        for _ in range(CALLS):
+            last = Nothing.apply(last)
+        self.backward = min(self._time(lambda: last.backward(retain_graph=True)) for _ in range(REPEATS)) / CALLS
+
+    def of(self, model: Model, index: Tensor) -> dict[str, int]:
+        """Of one layer, forward and backward."""
+        with Calls() as forward:
+            output = _one_pass(model, index)
+        functions = _functions(output)
+        with Calls() as backward:
+            output.backward()
+        return {
+            "op overhead, forward": round(forward.number * self.op + functions * self.apply),
+            "op overhead, backward": round(backward.number * self.op + functions * self.backward),
+        }
+
+    def _each(self, call: Callable[[], Any]) -> float:
+        return min(self._time(lambda: [call() for _ in range(CALLS)]) for _ in range(REPEATS)) / CALLS
+
+    def _time(self, call: Callable[[], Any]) -> int:
+        start = self._clock.now()
+        call()
+        return self._clock.now() - start
+
+
+def _functions(output: Tensor) -> int:
+    """How many autograd functions written in Python are in the graph of `output`."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return sum(isinstance(node, BackwardCFunction) for node in seen)
+
+
+def measure(watch: Watch, overhead: Overhead, devices: int, experts: int, passes: int) -> dict[str, float]:
     """Median nanoseconds of each part."""
     os.environ["LOCAL_WORLD_SIZE"] = str(PER_NODE)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the heartbeat writes to it
@@ -215,6 +296,8 @@ def measure(watch: Watch, devices: int, experts: int, passes: int) -> dict[str, 
                 watch.timed(_one_pass(model, index).backward, "backward")()
             for part, times in watch.times.items():
                 least[part].append(min(times))
+            for part, time in overhead.of(model, index).items():
+                least[part].append(time)
     engine.close()
     dist.destroy_process_group()
     return {part: float(median(times)) for part, times in least.items()}
@@ -229,10 +312,11 @@ def main() -> None:
     """Arguments: number of passes, then settings DEVICESxEXPERTS. Prints a JSON object: setting -> part -> ns."""
     torch.set_num_threads(1)
     watch = Watch()
+    overhead = Overhead(watch.clock)
     found = {}
     for setting in sys.argv[2:]:
         devices, experts = map(int, setting.split("x"))
-        found[setting] = measure(watch, devices, experts, int(sys.argv[1]))
+        found[setting] = measure(watch, overhead, devices, experts, int(sys.argv[1]))
     print(json.dumps(found))
 
 

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from hecate.collectives.route import Links, gather_route, reduce_route
-from hecate.cost import CostModel
+from hecate.cost import CostModel, LayerCost
 from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies, sparse_materialization
+from hecate.policies import get_policy
+from hecate.policies.base import LayerSetting
 
 NODE, SLOTS, FOREIGN = 8, 2, 16
 EXPERT_BYTES = 2 * 4 * 768**2
@@ -34,6 +36,10 @@ def measure(devices: int, experts: int, repeats: int) -> dict[str, float]:
     start, links = Placement.from_owners(owners, devices), Links.of(CostModel(), topology, "cuda")
     anywhere, near = CopyLimits.of(topology, SLOTS), CopyLimits.of(topology, SLOTS, FOREIGN)
 
+    # FOREIGN copies may enter a node while other work hides them.
+    cost = LayerCost(CostModel(), EXPERT_BYTES, EXPERT_BYTES, 6 * EXPERT_BYTES // 2, 8192, 2 * 10**7)
+    setting = LayerSetting(topology, cost, SLOTS, 1.02, FOREIGN // NODE, "pays", 1024)
+
     def layers() -> None:
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(lambda _: robust_copies(history, owners, topology, near), range(LAYERS)))
@@ -42,6 +48,7 @@ def measure(devices: int, experts: int, repeats: int) -> dict[str, float]:
     parts: dict[str, tuple[Callable[[], object], Callable[[], float]]] = {
         "plan ahead": (lambda: robust_copies(history, owners, topology, anywhere), time.thread_time),
         "plan ahead, node limits": (lambda: robust_copies(history, owners, topology, near), time.thread_time),
+        "plan ahead, policy": (lambda: get_policy("balanced").materialize(setting, history, owners), time.thread_time),
         "gather route": (lambda: gather(start, holders, topology, links, EXPERT_BYTES), time.thread_time),
         "reduce route": (
             lambda: reduce(holders, start, topology, links, EXPERT_BYTES, 2 * EXPERT_BYTES),

@@ -257,7 +257,7 @@ def test_exits_with_77() -> None:
     ("options", "message"),
     [
         (("--nodes", "0"), "--nodes 0: must be at least 1"),
-        (("--cpu", "0.1"), "--cpu 0.1: must be at least 0.2"),
+        (("--cpu", "0.001"), "--cpu 0.001: must be at least 0.01"),
     ],
 )
 def test_bad_options_are_named(options: tuple[str, ...], message: str) -> None:

@@ -1,0 +1,161 @@
+"""One rank of `benchmarks.validation`: trains the cases in turn and measures steps and memory; rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import hecate
+from hecate.cost import CostModel
+from hecate.models import GPTMoE, ModelConfig, Routing, TopKGate
+from hecate.ranks.join import join
+
+__all__ = ["CALIBRATION", "POLICIES", "SHAPES", "SKEWS", "WITH_COPIES", "config_of"]
+
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    "narrow": {"d_model": 96, "num_layers": 2, "num_heads": 4, "num_experts": 8, "batch": 4, "length": 128},
+    "wide": {"d_model": 192, "num_layers": 3, "num_heads": 4, "num_experts": 16, "batch": 3, "length": 128},
+}
+SKEWS = {"even": None, "zipf 0.6": 0.6, "zipf 1.2": 1.2}
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "ep": {"policy": "ep"},
+    "hecate": {"policy": "hecate", "memory_slots": 2, "overlap_degree": 2},
+    "balanced": {"policy": "balanced", "memory_slots": 2},
+    "balanced, ahead": {"policy": "balanced", "memory_slots": 2, "overlap_degree": 2, "calibrate": False},
+    "balanced, RM": {"policy": "balanced", "memory_slots": 2, "overlap_degree": 2, "rematerialize": True},
+    "fastermoe": {"policy": "fastermoe", "memory_slots": 2},
+    "exact": {"policy": "exact", "memory_slots": 2},
+}
+CALIBRATION = ("narrow", "even", "ep")
+"""The case from which the time of a layer that no single measurement shows is taken; all others use it unchanged."""
+WITH_COPIES = ("narrow", "even", "balanced, ahead")
+"""The case from which the host time of a layer's copies is taken; all others use it unchanged."""
+
+
+def config_of(shape: str) -> ModelConfig:
+    """The model of a shape."""
+    values = SHAPES[shape]
+    return ModelConfig(
+        vocab_size=256,
+        d_model=values["d_model"],
+        num_layers=values["num_layers"],
+        num_heads=values["num_heads"],
+        num_experts=values["num_experts"],
+        top_k=2,
+        max_length=values["length"],
+    )
+
+
+class _Case:
+    """One model under one policy, with a router that follows one law."""
+
+    def __init__(self, shape: str, skew: str, policy: str, cost: CostModel) -> None:
+        self.shape, self.skew, self.policy = shape, skew, policy
+        torch.manual_seed(0)
+        model = GPTMoE(config_of(shape))
+        changes: dict[str, Any] = {"reshard_interval": 0, "cost": cost, **POLICIES[policy]}
+        self.engine = hecate.fully_shard(model, config=hecate.FSSDPConfig(**changes))
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.seconds: list[float] = []
+        self.processor: list[float] = []  # seconds of all threads of this process
+        self.exposed: list[Mapping[str, float]] = []
+        self.counts: list[list[np.ndarray]] = []
+        self.draws = torch.Generator().manual_seed(dist.get_rank())
+        for layer, gate in enumerate(m for m in model.modules() if isinstance(m, TopKGate)):
+            gate.register_forward_hook(self._chooser(layer))
+
+    def _chooser(self, layer: int) -> Any:
+        exponent = SKEWS[self.skew]
+
+        def choose(gate: nn.Module, inputs: object, routing: Routing) -> Routing:
+            assert isinstance(gate, TopKGate)
+            tokens = routing.expert_index.shape[0]
+            return routing._replace(expert_index=self._index(gate, layer, tokens, exponent))
+
+        return choose
+
+    def _index(self, gate: TopKGate, layer: int, tokens: int, exponent: float | None) -> Tensor:
+        if exponent is None:
+            return torch.arange(tokens * gate.top_k).view(tokens, gate.top_k) % gate.num_experts
+        order = torch.randperm(gate.num_experts, generator=torch.Generator().manual_seed(layer)) + 1
+        noise = torch.empty(tokens, gate.num_experts).exponential_(generator=self.draws)
+        return (-exponent * order.log().expand(tokens, -1) - noise.log()).topk(gate.top_k, dim=1).indices
+
+    def step(self, keep: bool) -> None:
+        values = SHAPES[self.shape]
+        tokens = torch.randint(256, (values["batch"], values["length"] + 1))
+        dist.barrier()
+        begin, used = time.perf_counter(), time.process_time()
+        self.engine.model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+        self.engine.clip_grad_norm_(1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = torch.tensor([time.perf_counter() - begin])
+        used = time.process_time() - used
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        stats = self.engine.stats()
+        self.counts.append([layer["counts"] for layer in stats["layers"]])
+        if keep:
+            self.seconds.append(float(seconds))
+            self.processor.append(used)
+            self.exposed.append(stats["exposed"])
+
+    def result(self) -> dict[str, Any]:
+        memory = self.engine.stats()["memory_bytes"]
+        verbs = {verb: median(step.get(verb, 0.0) for step in self.exposed) for verb in ("gather", "reduce", "plan")}
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, (memory, verbs, median(self.processor)))
+        return {
+            "shape": self.shape,
+            "skew": self.skew,
+            "policy": self.policy,
+            "seconds": self.seconds,
+            "counts": [[layer.tolist() for layer in step] for step in self.counts],
+            "memory": {kind: max(rank[kind] for rank, _, _ in every) for kind in memory},
+            "exposed": {verb: mean(rank[verb] for _, rank, _ in every) for verb in verbs},
+            "processor": mean(used for _, _, used in every),
+        }
+
+
+def _cases(settings: Mapping[str, Any], shape: str) -> list[tuple[str, str, str]]:
+    """Skews and policies of a shape; calibrations come first."""
+    found = [(shape, skew, policy) for skew in settings["skews"] for policy in settings["policies"]]
+    first = [case for case in (CALIBRATION, WITH_COPIES) if case[0] == shape]
+    return [*first, *(case for case in found if case not in first)]
+
+
+def main() -> None:
+    """Train as the settings (a JSON argument) say.
+
+    The cases of a shape take steps in turn, so that whatever slows the machine down for a while slows them all down.
+    """
+    settings = json.loads(sys.argv[1])
+    join()
+    torch.set_num_threads(1)
+    cost = CostModel.load(settings["profile"])
+    results = []
+    for shape in dict.fromkeys((CALIBRATION[0], *settings["shapes"])):
+        cases = [_Case(*names, cost) for names in _cases(settings, shape)]
+        for i in range(settings["warm_up"] + settings["rounds"]):
+            for case in cases:
+                case.step(keep=i >= settings["warm_up"])
+        for case in cases:
+            results.append(case.result())
+            case.engine.close()
+        if dist.get_rank() == 0:
+            Path(settings["out"]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
