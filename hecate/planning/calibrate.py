@@ -52,6 +52,8 @@ def few_copies(
             so that few experts cross nodes; if the target cannot be reached that way, balance all devices at once.
             If crossings are limited, the nodes are always balanced first.
     """
+    if not limits.device_in.any():  # else the search would prove at length that no set of no copies is enough
+        return placement
     order = NODES_ONLY if limits.by_node else NODES_FIRST if prefer == "crossings" and topology.num_nodes > 1 else FLAT
     sides = (limits.device_in, limits.device_out, limits.node_in, limits.node_out)
     copies = native_few_copies(loads, placement.matrix, topology.devices_per_node, target, *sides, order)

@@ -10,6 +10,7 @@ import pytest
 
 from hecate.loads.synthetic import synthetic_loads
 from hecate.placement import Placement, Topology, initial_owners
+from hecate.planning import calibrate
 from hecate.planning.calibrate import few_copies, parts_per_million, target_load
 from hecate.planning.limits import CopyLimits
 from hecate.planning.materialize import robust_copies, sparse_materialization
@@ -154,6 +155,15 @@ def test_calibration_only_adds_and_reaches_the_dial(seed: int) -> None:
             assert more == placement
     none = few_copies(loads, placement, topology, CopyLimits.of(topology, 0), target=target)
     assert none == placement
+
+
+def test_no_set_of_copies_is_searched_for_where_no_slot_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way from the gate to the tokens, the search would prove at length that it can add nothing."""
+    counts, _, placement, topology = random_case(0)
+    monkeypatch.setattr(calibrate, "native_few_copies", None)
+    assert few_copies(counts.sum(axis=0), placement, topology, CopyLimits.of(topology, 0), target=1) is placement
+    with pytest.raises(TypeError):
+        few_copies(counts.sum(axis=0), placement, topology, CopyLimits.of(topology, 1), target=1)
 
 
 def small_case(rng: np.random.Generator) -> tuple[np.ndarray, Placement, int | np.ndarray, Topology]:
