@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-__all__ = ["MissingError", "Rank", "emulated", "loopback", "run", "tear_down_on_signals"]
+__all__ = ["MissingError", "Rank", "emulated", "loopback", "run", "take_share", "tear_down_on_signals"]
 
 SKIPPED = 77
 PERIOD_US = 5000  # short, so that a rank out of its share does not stall the others for long
@@ -35,6 +35,8 @@ LEAST_CPU = 0.01  # a period of 0.1 s
 PREFIX = "hecate-"
 SUBNET = "10.77.0"
 PORT = 29500
+SHARE = "HECATE_CLUSTER_SHARE"
+"""The variable that tells a rank which file puts it into its cgroup; see `take_share`."""
 MOUNTS = Path("/proc/mounts")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -57,12 +59,23 @@ class Rank:
     prefix: tuple[str, ...] = ()
     procs: Path | None = field(default=None)
 
-    def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Run `command`, in a session of its own."""
-        words = [*self.prefix, *command]
-        if self.procs is not None:
+    def start(self, command: Sequence[str], late: bool = False) -> subprocess.Popen[bytes]:
+        """Run `command`, in a session of its own. `late`: it calls `take_share` itself."""
+        words, env = [*self.prefix, *command], os.environ | self.env
+        if self.procs is not None and late:
+            env[SHARE] = str(self.procs)
+        elif self.procs is not None:
             words = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.procs), *words]
-        return subprocess.Popen(words, env=os.environ | self.env, start_new_session=True)
+        return subprocess.Popen(words, env=env, start_new_session=True)
+
+
+def take_share() -> None:
+    """In a command that was started `late`: confine this process to its rank's share of a core from now on.
+
+    Python's imports take seconds of a whole core; they need not take the time of a share.
+    """
+    if share := os.environ.get(SHARE):
+        Path(share).write_text(str(os.getpid()))
 
 
 def rank_env(rank: int, nodes: int, per_node: int, address: str, port: int, interface: str) -> dict[str, str]:
@@ -122,8 +135,8 @@ def emulated(nodes: int, per_node: int, inter_mbit: int, cpu: float | None) -> I
         ]
 
 
-def run(command: Sequence[str], ranks: Sequence[Rank], grace: float = 60.0) -> int:
-    """Run `command` on every rank and wait for all.
+def run(command: Sequence[str], ranks: Sequence[Rank], grace: float = 60.0, late: bool = False) -> int:
+    """Run `command` on every rank and wait for all. `late`: it calls `take_share` when its imports are done.
 
     Returns:
         0, or the exit code of the first rank that failed (128 + signal where one ended it). The others then have
@@ -131,7 +144,7 @@ def run(command: Sequence[str], ranks: Sequence[Rank], grace: float = 60.0) -> i
     """
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        processes.extend(rank.start(command) for rank in ranks)
+        processes.extend(rank.start(command, late) for rank in ranks)
         return _wait(processes, grace)
     finally:
         for process in processes:

@@ -3,9 +3,9 @@
     python -m benchmarks.validation --json benchmarks/results/validation.json       # all cases, some 20 minutes
     python -m benchmarks.validation --short                                         # 8 cases
 
-`hecate.sim.measure` writes a profile of the cluster first. Two cases (narrow model, even router, expert parallelism and
-copies planned ahead) give what single measurements do not show: the fixed time of a layer (hooks, autograd, waiting for
-a share of a core), and the host time of a layer's copies.
+The ranks measure a profile of the cluster first, as `hecate.sim.measure` does. Two cases (narrow model, even router,
+expert parallelism and copies planned ahead) give what single measurements do not show: the fixed time of a layer
+(hooks, autograd, waiting for a share of a core), and the host time of a layer's copies.
 All other cases use that profile unchanged. The simulator gets the loads that the routers really gave.
 If the machine cannot emulate a cluster, it prints one line and exits with code 77.
 """
@@ -107,32 +107,15 @@ def measure(ranks: Sequence[Rank], folder: Path, cases: Mapping[str, Sequence[st
         rounds: steps of each case that count.
     """
     profile, out = (str(folder / name) for name in (PROFILE, RESULTS))
-    _run(
-        [
-            sys.executable,
-            "-m",
-            "hecate.sim.measure",
-            f"out={profile}",
-            "width=192",
-            "tokens=512",
-            "megabytes=1",
-            "repeats=7",
-        ],
-        ranks,
-    )
     settings = {"profile": profile, "out": out, "rounds": rounds, "warm_up": 6, **cases}
-    _run([sys.executable, "-m", "benchmarks.validation_rank", json.dumps(settings)], ranks)
+    code = run([sys.executable, "-m", "benchmarks.validation_rank", json.dumps(settings)], ranks, late=True)
+    if code:
+        raise RuntimeError(f"benchmarks.validation_rank: exit code {code}")
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], Cluster]:
     """What `measure` has measured: the cases, and the profile."""
     return json.loads((folder / RESULTS).read_text()), cluster_named(str(folder / PROFILE))
-
-
-def _run(command: Sequence[str], ranks: Sequence[Rank]) -> None:
-    code = run(command, ranks)
-    if code:
-        raise RuntimeError(f"{' '.join(command[:4])}: exit code {code}")
 
 
 def shape_of(shape: str) -> ModelShape:

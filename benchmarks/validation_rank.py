@@ -1,4 +1,4 @@
-"""One rank of `benchmarks.validation`: trains the cases in turn and measures steps and memory; rank 0 writes."""
+"""One rank of `benchmarks.validation`: measures a profile, then steps and memory of all cases; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hecate
+from benchmarks.cluster import take_share
 from hecate.cost import CostModel
 from hecate.models import GPTMoE, ModelConfig, Routing, TopKGate
 from hecate.ranks.join import join
+from hecate.sim.measure import DEFAULTS, profile
 
 __all__ = ["CALIBRATION", "POLICIES", "SHAPES", "SKEWS", "WITH_COPIES", "config_of"]
 
@@ -26,6 +28,8 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     "narrow": {"d_model": 96, "num_layers": 2, "num_heads": 4, "num_experts": 8, "batch": 4, "length": 128},
     "wide": {"d_model": 192, "num_layers": 3, "num_heads": 4, "num_experts": 16, "batch": 3, "length": 128},
 }
+PROFILED = {**DEFAULTS, "width": 192, "tokens": 512, "megabytes": 1, "repeats": 7}
+"""How the profile is measured."""
 SKEWS = {"even": None, "zipf 0.6": 0.6, "zipf 1.2": 1.2}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "ep": {"policy": "ep"},
@@ -135,14 +139,18 @@ def _cases(settings: Mapping[str, Any], shape: str) -> list[tuple[str, str, str]
 
 
 def main() -> None:
-    """Train as the settings (a JSON argument) say.
+    """Measure and train as the settings (a JSON argument) say.
 
     The cases of a shape take steps in turn, so that whatever slows the machine down for a while slows them all down.
     """
     settings = json.loads(sys.argv[1])
-    join()
+    take_share()
+    device = join()
     torch.set_num_threads(1)
-    cost = CostModel.load(settings["profile"])
+    found = profile(device, PROFILED)
+    cost = CostModel(**found["cost"])
+    if dist.get_rank() == 0:
+        Path(settings["profile"]).write_text(json.dumps(found, indent=1))
     results = []
     for shape in dict.fromkeys((CALIBRATION[0], *settings["shapes"])):
         cases = [_Case(*names, cost) for names in _cases(settings, shape)]

@@ -32,7 +32,7 @@ from hecate.sim.cluster import Cluster
 from hecate.sim.files import check_writable
 from hecate.sim.links import measure_links
 
-__all__ = ["main", "profile"]
+__all__ = ["DEFAULTS", "main", "profile"]
 
 DEFAULTS: Mapping[str, Any] = {
     "out": None,
