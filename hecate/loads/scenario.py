@@ -19,6 +19,11 @@ Int64 = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Kind = Literal["even", "uniform", "zipf", "drift", "bursts"]
 
+NEWTON_STEPS = 100
+"""At most; some ten are taken."""
+LEAST_LOGIT = -600.0
+"""Below the largest one: what is rarer is never drawn, and a smaller rate would be rounded to 0."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -115,17 +120,17 @@ def inclusion(logits: Floats, top_k: int) -> Floats:
     exp(logit). By a common time t a clock has rung with probability 1 - exp(-rate t); t is chosen so that `top_k` have.
     """
     experts = logits.shape[-1]
-    rates = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    rates = np.exp(np.maximum(logits - logits.max(axis=-1, keepdims=True), LEAST_LOGIT))
     if top_k >= experts:
         return np.ones_like(rates)
-    low, high = np.zeros(rates.shape[:-1]), np.full(rates.shape[:-1], 1e-9)
-    while (short := (1 - np.exp(-rates * high[..., None])).sum(-1) < top_k).any():
-        high[short] *= 4
-    for _ in range(40):
-        middle = (low + high) / 2
-        enough = (1 - np.exp(-rates * middle[..., None])).sum(-1) >= top_k
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    found = 1 - np.exp(-rates * high[..., None])
+    time = np.zeros(rates.shape[:-1])
+    for _ in range(NEWTON_STEPS):  # from the left, where the number that have rung is a concave function of time
+        silent = np.exp(-rates * time[..., None])
+        missing = top_k - experts + silent.sum(-1)
+        time += missing / (rates * silent).sum(-1)
+        if (missing < 1e-9 * top_k).all():
+            break
+    found = 1 - np.exp(-rates * time[..., None])
     return found * (top_k / found.sum(-1, keepdims=True))
 
 

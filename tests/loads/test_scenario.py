@@ -46,3 +46,14 @@ def test_refuses_numbers_out_of_range() -> None:
         Scenario(drift_rate=2)
     with pytest.raises(ValueError, match="seed=-1: must be an integer >= 0"):
         Scenario(seed=-1)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 900.0])
+def test_inclusion_sums_to_top_k_for_any_skew(spread: float) -> None:
+    logits = np.random.default_rng(0).normal(0, spread, (5, 16))
+    for top_k in (1, 3, 15):
+        found = inclusion(logits, top_k)
+        assert ((found >= 0) & (found <= 1 + 1e-9)).all()
+        assert found.sum(-1) == pytest.approx(top_k)
+        in_order = np.take_along_axis(found, logits.argsort(axis=-1), axis=-1)
+        assert (np.diff(in_order, axis=-1) >= -1e-12).all()
