@@ -78,8 +78,8 @@ class Layers:
             they are used in turn, and a plan serves all layers that are equal.
 
     Attributes:
-        planning_ns: host time that planning and finding routes took in this process, so far. It is measured, so it
-            differs from run to run, and enters no simulated time.
+        planning_ns: host time that planning and finding routes took in this process, so far, skipped steps left out. It
+            is measured, so it differs from run to run, and enters no simulated time.
     """
 
     def __init__(
@@ -105,17 +105,29 @@ class Layers:
     def step(self) -> tuple[list[PlannedLayer], Traffic | None]:
         """The layers of the next step, and the traffic of re-sharding before it, if owners change."""
         begin = time.perf_counter_ns()
-        counts = [next(load) for load in self._loads]
-        moved = self._reshard()
+        counts, moved = self._begin()
         planned = [self._layer(i, c) for i, c in enumerate(counts)]
+        self._end(counts)
+        self.planning_ns += time.perf_counter_ns() - begin
+        return [planned[i % len(planned)] for i in range(self._model.num_layers)], moved
+
+    def skip(self) -> None:
+        """A step whose plans nobody asks for: owners and histories follow its loads, and later plans follow these."""
+        counts, _ = self._begin()
+        self._end(counts)
+
+    def _begin(self) -> tuple[list[Int64], Traffic | None]:
+        """The counts of the next step, and the traffic of re-sharding before it."""
+        return [next(load) for load in self._loads], self._reshard()
+
+    def _end(self, counts: Sequence[Int64]) -> None:
+        """Add the step to the histories."""
         for i, count in enumerate(counts):
             self._history[i].add(count)
             self._history[i].close_step()
             self._since[i] += count.sum(axis=0)
         self._tokens = int(counts[0].sum()) // (self._topology.num_devices * self._model.top_k)
         self._step += 1
-        self.planning_ns += time.perf_counter_ns() - begin
-        return [planned[i % len(planned)] for i in range(self._model.num_layers)], moved
 
     def _setting(self, tokens: int) -> LayerSetting:
         settings = self._settings

@@ -96,11 +96,12 @@ def simulate(
     policy = get_policy("ep" if settings.policy == FSDP else settings.policy)
     layers = Layers(model, cluster, settings, policy, _loads(model, cluster, settings, loads, patterns))
     timings, planned = [], []
-    for step in range(before + steps):
+    for _ in range(before):
+        layers.skip()
+    for _ in range(steps):
         found, moved = layers.step()
-        if step >= before:
-            timings.append(time_step(model, cluster, settings, found, moved))
-            planned += found[: len(set(map(id, found)))]
+        timings.append(time_step(model, cluster, settings, found, moved))
+        planned += found[: len(set(map(id, found)))]
     return _result(model, cluster, settings, timings, planned, layers.planning_ns)
 
 
