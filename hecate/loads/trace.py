@@ -90,9 +90,10 @@ class TraceWriter:
         members: dict[str, NDArray[Any]] = {f"steps.{self._chunks:06d}": np.array(self._steps, dtype=np.int64)}
         for index, layer in enumerate(self._counts):
             members[f"layer{index}.{self._chunks:06d}"] = _narrow(np.stack(layer))
-            layer.clear()
         self._write(members)
         self._steps.clear()
+        for layer in self._counts:
+            layer.clear()
         self._chunks += 1
 
     def __enter__(self) -> TraceWriter:
@@ -113,11 +114,30 @@ class TraceWriter:
         }
 
     def _write(self, members: Mapping[str, NDArray[Any]]) -> None:
-        with zipfile.ZipFile(self._path, "a", zipfile.ZIP_DEFLATED) as archive:
-            for name, array in members.items():
-                data = io.BytesIO()
-                np.save(data, array, allow_pickle=False)
-                archive.writestr(f"{name}.npy", data.getvalue())
+        """Append to the file; if that fails, as on a full disk, the file is what it was."""
+        start, directory = self._directory()
+        try:
+            with zipfile.ZipFile(self._path, "a", zipfile.ZIP_DEFLATED) as archive:
+                for name, array in members.items():
+                    data = io.BytesIO()
+                    np.save(data, array, allow_pickle=False)
+                    archive.writestr(f"{name}.npy", data.getvalue())
+        except BaseException:
+            with self._path.open("r+b") as file:
+                file.seek(start)
+                file.write(directory)
+                file.truncate()
+            raise
+
+    def _directory(self) -> tuple[int, bytes]:
+        """Where the archive's directory begins, which new members overwrite, and the file from there on."""
+        if not self._path.exists():
+            return 0, b""
+        with zipfile.ZipFile(self._path) as archive:
+            start = archive.start_dir
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return start, file.read()
 
 
 def read_trace(path: str | Path) -> Trace:

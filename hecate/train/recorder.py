@@ -1,15 +1,23 @@
-"""Records the layers of every step for `hecate.report`; a disk that is full ends the record, not the run."""
+"""Records the layers of every step for `hecate.report` and loads for `hecate.sim`.
+
+A disk that is full ends the record, not the run.
+"""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hecate.loads.trace import TraceWriter
 from hecate.placement import Topology
 from hecate.report.record import LayersWriter, RecordedStep
 
-__all__ = ["Recorder"]
+__all__ = ["LoadsRecorder", "Recorder"]
 
 
 class Recorder:
@@ -57,3 +65,49 @@ class Recorder:
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.__exit__(*error)
+
+
+class LoadsRecorder:
+    """Writes `trace.npz`; used by rank 0, as a context manager.
+
+    A file to which a process wrote when it was killed is put aside as `trace.damaged.npz`.
+
+    Args:
+        path: the file.
+        topology: of the devices.
+        experts: number of experts of each MoE layer.
+        say: prints a line.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it holds the loads of another model or of other devices.
+    """
+
+    def __init__(self, path: Path, topology: Topology, experts: Sequence[int], say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        if path.exists() and not zipfile.is_zipfile(path):
+            path.rename(path.with_suffix(".damaged.npz"))
+        self._writer: TraceWriter | None = TraceWriter(path, topology, experts)
+
+    def append(self, step: int, counts: Sequence[NDArray[np.int64]]) -> None:
+        """Record a step: int64 `[num_devices, num_experts]` per layer. Some steps are written together."""
+        self._try(lambda writer: writer.append(step, counts))
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        self._try(TraceWriter.flush)
+
+    def __enter__(self) -> LoadsRecorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+
+    def _try(self, action: Callable[[TraceWriter], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._say(f"{self._path}: cannot be written ({error.strerror}); no further loads are recorded")

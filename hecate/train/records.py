@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hecate.loads.trace import TraceWriter
 from hecate.placement import Topology
 from hecate.ranks.agree import agree
 from hecate.train.distributed import World
 from hecate.train.profiling import Profiler
-from hecate.train.recorder import Recorder
+from hecate.train.recorder import LoadsRecorder, Recorder
 from hecate.train.settings import Settings
 
 __all__ = ["Records", "records"]
@@ -25,7 +22,7 @@ class Records:
     """Layers and loads are written by rank 0, profiles by the ranks that the settings name."""
 
     layers: Recorder | None
-    trace: TraceWriter | None
+    trace: LoadsRecorder | None
     profiler: Profiler
 
     def profiled(self, step: int) -> AbstractContextManager[None]:
@@ -64,16 +61,11 @@ def records(
         def opened() -> Records:
             enter = stack.enter_context
             layers = enter(Recorder(folder / "layers.bin", done + 1, topology, say)) if first else None
-            trace = enter(_trace(folder / "trace.npz", topology, experts)) if first and settings.trace else None
+            wanted = first and settings.trace
+            trace = enter(LoadsRecorder(folder / "trace.npz", topology, experts, say)) if wanted else None
             return Records(layers, trace, enter(_profiler(settings, world, done, say)))
 
         yield agree(opened)
-
-
-def _trace(path: Path, topology: Topology, experts: Sequence[int]) -> TraceWriter:
-    if path.exists() and not zipfile.is_zipfile(path):  # a process was killed while it wrote to it
-        path.rename(path.with_suffix(".damaged.npz"))
-    return TraceWriter(path, topology, experts)
 
 
 def _profiler(settings: Settings, world: World, done: int, say: Callable[[str], None]) -> Profiler:

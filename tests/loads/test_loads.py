@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +105,31 @@ def test_bad_traces_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", steps=np.arange(3))
     with pytest.raises(ValueError, match="must be 'hecate-trace' version 1"):
         read_trace(tmp_path / "other.npz")
+
+
+def test_an_error_while_writing_loses_neither_old_nor_new_steps(tmp_path: Path) -> None:
+    path, rng = tmp_path / "t.npz", np.random.default_rng(0)
+    steps = [rng.integers(0, 2**30, (4, 64)) for _ in range(6)]
+    with TraceWriter(path, Topology(4, 2), [64], chunk=2) as writer:
+        for step in range(3):
+            writer.append(step, [steps[step]])
+        before = path.read_bytes()
+        with at_most(len(before) + 100), pytest.raises(OSError, match="File too large"):
+            writer.append(3, [steps[3]])
+        assert path.read_bytes() == before
+        for step in (4, 5):
+            writer.append(step, [steps[step]])
+    trace = read_trace(path)
+    assert trace.steps.tolist() == list(range(6))
+    assert np.array_equal(trace.layers[0], np.stack(steps))
+
+
+@contextmanager
+def at_most(num_bytes: int) -> Iterator[None]:
+    """A context in which no file may become larger, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
