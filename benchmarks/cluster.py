@@ -36,7 +36,7 @@ PREFIX = "hecate-"
 SUBNET = "10.77.0"
 PORT = 29500
 SHARE = "HECATE_CLUSTER_SHARE"
-"""The variable that tells a rank which file puts it into its cgroup; see `take_share`."""
+"""The variable that tells a rank the number of the open file that puts it into its cgroup; see `take_share`."""
 MOUNTS = Path("/proc/mounts")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -62,10 +62,13 @@ class Rank:
     def start(self, command: Sequence[str], late: bool = False) -> subprocess.Popen[bytes]:
         """Run `command`, in a session of its own. `late`: it calls `take_share` itself."""
         words, env = [*self.prefix, *command], os.environ | self.env
-        if self.procs is not None and late:
-            env[SHARE] = str(self.procs)
-        elif self.procs is not None:
-            words = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.procs), *words]
+        if self.procs is None:
+            return subprocess.Popen(words, env=env, start_new_session=True)
+        if late:  # open already: a network namespace has another /sys
+            with self.procs.open("w") as file:
+                share = file.fileno()
+                return subprocess.Popen(words, env=env | {SHARE: str(share)}, start_new_session=True, pass_fds=[share])
+        words = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.procs), *words]
         return subprocess.Popen(words, env=env, start_new_session=True)
 
 
@@ -75,7 +78,8 @@ def take_share() -> None:
     Python's imports take seconds of a whole core; they need not take the time of a share.
     """
     if share := os.environ.get(SHARE):
-        Path(share).write_text(str(os.getpid()))
+        with open(int(share), "w") as file:
+            file.write(str(os.getpid()))
 
 
 def rank_env(rank: int, nodes: int, per_node: int, address: str, port: int, interface: str) -> dict[str, str]:

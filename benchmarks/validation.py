@@ -1,6 +1,6 @@
 """Simulated against measured step times, on the emulated cluster.
 
-    python -m benchmarks.validation --json benchmarks/results/validation.json       # all cases, some 20 minutes
+    python -m benchmarks.validation --json benchmarks/results/validation.json       # all cases, some 12 minutes
     python -m benchmarks.validation --short                                         # 8 cases
 
 The ranks measure a profile of the cluster first, as `hecate.sim.measure` does. Two cases (narrow model, even router,
@@ -42,6 +42,8 @@ NODES, PER_NODE = 2, 2
 PROFILE, RESULTS = "profile.json", "results.json"
 APART = 1.05
 """Pairs of cases whose measured times differ by more than this must be ranked right."""
+WARM_UP = 3
+"""Steps of each case before those that count: then copies are planned from a history."""
 SHORT = {"shapes": ["narrow", "wide"], "skews": ["even", "zipf 1.2"], "policies": ["ep", "balanced, ahead"]}
 
 
@@ -49,22 +51,21 @@ def main() -> int:
     """Parse, measure, simulate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--short", action="store_true", help="8 cases of 6 steps")
-    parser.add_argument("--rounds", type=int, help="steps of each case that count (default 40; 6 with --short)")
+    parser.add_argument("--short", action="store_true", help="8 cases of 5 steps, and a rougher profile")
+    parser.add_argument("--rounds", type=int, help="steps of each case that count (default 8; 5 with --short)")
     parser.add_argument("--inter-mbit", type=int, default=200)
     parser.add_argument(
         "--cpu",
         type=float,
-        default=0.2,
-        help="CPU share of each rank, in cores: so little that there is "
-        "enough of it beside what else runs on the machine",
+        default=0.4,
+        help="CPU share of each rank, in cores (default: %(default)s)",
     )
     parser.add_argument("--keep", type=Path, help="folder for the profile and what was measured")
     parser.add_argument("--kept", type=Path, help="simulate what --keep has kept, and measure nothing")
     parser.add_argument("--loopback", action="store_true", help="without emulation: no limits, as a try")
     arguments = parser.parse_args()
     tear_down_on_signals()
-    rounds = arguments.rounds or (6 if arguments.short else 40)
+    rounds = arguments.rounds or (5 if arguments.short else 8)
     cases = SHORT if arguments.short else {"shapes": [*SHAPES], "skews": [*SKEWS], "policies": _policies()}
     try:
         with ExitStack() as stack:
@@ -73,7 +74,7 @@ def main() -> int:
                 folder.mkdir(parents=True, exist_ok=True)
                 place = emulated(NODES, PER_NODE, arguments.inter_mbit, arguments.cpu)
                 ranks = loopback(NODES, PER_NODE) if arguments.loopback else stack.enter_context(place)
-                measure(ranks, folder, cases, rounds)
+                measure(ranks, folder, cases, rounds, repeats=4 if arguments.short else 7)
             report = compared(*read(folder))
     except MissingError as missing:
         print(f"benchmarks.validation: this machine lacks {missing}", file=sys.stderr)
@@ -97,7 +98,7 @@ def _policies() -> list[str]:
     return found
 
 
-def measure(ranks: Sequence[Rank], folder: Path, cases: Mapping[str, Sequence[str]], rounds: int) -> None:
+def measure(ranks: Sequence[Rank], folder: Path, cases: Mapping[str, Sequence[str]], rounds: int, repeats: int) -> None:
     """Measure a profile, then train all cases; RuntimeError if a rank fails.
 
     Args:
@@ -105,9 +106,10 @@ def measure(ranks: Sequence[Rank], folder: Path, cases: Mapping[str, Sequence[st
         folder: for the files that `read` reads.
         cases: shapes, skews and policies.
         rounds: steps of each case that count.
+        repeats: of each measurement of the profile.
     """
     profile, out = (str(folder / name) for name in (PROFILE, RESULTS))
-    settings = {"profile": profile, "out": out, "rounds": rounds, "warm_up": 6, **cases}
+    settings = {"profile": profile, "out": out, "repeats": repeats, "rounds": rounds, "warm_up": WARM_UP, **cases}
     code = run([sys.executable, "-m", "benchmarks.validation_rank", json.dumps(settings)], ranks, late=True)
     if code:
         raise RuntimeError(f"benchmarks.validation_rank: exit code {code}")

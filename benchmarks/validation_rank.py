@@ -28,7 +28,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     "narrow": {"d_model": 96, "num_layers": 2, "num_heads": 4, "num_experts": 8, "batch": 4, "length": 128},
     "wide": {"d_model": 192, "num_layers": 3, "num_heads": 4, "num_experts": 16, "batch": 3, "length": 128},
 }
-PROFILED = {**DEFAULTS, "width": 192, "tokens": 512, "megabytes": 1, "repeats": 7}
+PROFILED = {**DEFAULTS, "width": 192, "tokens": 512, "megabytes": 1}
 """How the profile is measured."""
 SKEWS = {"even": None, "zipf 0.6": 0.6, "zipf 1.2": 1.2}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
@@ -147,7 +147,7 @@ def main() -> None:
     take_share()
     device = join()
     torch.set_num_threads(1)
-    found = profile(device, PROFILED)
+    found = profile(device, {**PROFILED, "repeats": settings["repeats"]})
     cost = CostModel(**found["cost"])
     if dist.get_rank() == 0:
         Path(settings["profile"]).write_text(json.dumps(found, indent=1))
