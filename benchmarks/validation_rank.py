@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -131,17 +132,21 @@ class _Case:
         }
 
 
-def _cases(settings: Mapping[str, Any], shape: str) -> list[tuple[str, str, str]]:
-    """Skews and policies of a shape; calibrations come first."""
-    found = [(shape, skew, policy) for skew in settings["skews"] for policy in settings["policies"]]
-    first = [case for case in (CALIBRATION, WITH_COPIES) if case[0] == shape]
-    return [*first, *(case for case in found if case not in first)]
+def _groups(settings: Mapping[str, Any]) -> list[list[tuple[str, str, str]]]:
+    """Shape, skew and policy of all cases, those of one shape and skew together; the calibrations come first."""
+    wanted = product(settings["shapes"], settings["skews"], settings["policies"])
+    groups: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for names in dict.fromkeys((CALIBRATION, WITH_COPIES, *wanted)):
+        groups.setdefault(names[:2], []).append(names)
+    return list(groups.values())
 
 
 def main() -> None:
     """Measure and train as the settings (a JSON argument) say.
 
-    The cases of a shape take steps in turn, so that whatever slows the machine down for a while slows them all down.
+    The cases of a shape and skew take steps in turn, so that whatever slows the machine down for a while slows them all
+    down; another one begins each round. No further ones are there meanwhile: the heartbeats of twenty engines take
+    a tenth of a core.
     """
     settings = json.loads(sys.argv[1])
     take_share()
@@ -152,11 +157,11 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(settings["profile"]).write_text(json.dumps(found, indent=1))
     results = []
-    for shape in dict.fromkeys((CALIBRATION[0], *settings["shapes"])):
-        cases = [_Case(*names, cost) for names in _cases(settings, shape)]
+    for group in _groups(settings):
+        cases = [_Case(*names, cost) for names in group]
         for i in range(settings["warm_up"] + settings["rounds"]):
-            for case in cases:
-                case.step(keep=i >= settings["warm_up"])
+            for turn in range(len(cases)):
+                cases[(i + turn) % len(cases)].step(keep=i >= settings["warm_up"])
         for case in cases:
             results.append(case.result())
             case.engine.close()
