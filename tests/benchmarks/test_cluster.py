@@ -125,6 +125,27 @@ def test_a_killed_rank_under_a_quota() -> None:
     assert left_behind(launcher) == []
 
 
+GROUPS = """
+from pathlib import Path
+from benchmarks.cluster import take_share
+before = Path("/proc/self/cgroup").read_text()
+take_share()
+inside = ["hecate-" in text for text in (before, Path("/proc/self/cgroup").read_text())]
+print("inside", *inside, flush=True)
+"""
+
+
+def test_a_rank_that_is_late_takes_its_share_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        with cluster.emulated(2, 1, 400, 0.5) as ranks:
+            assert cluster.run([sys.executable, "-c", GROUPS], ranks, late=True) == 0
+    except cluster.MissingError as missing:
+        pytest.skip(str(missing))
+    assert capfd.readouterr().out.split("\n")[:2] == ["inside False True"] * 2
+    assert cluster.run([sys.executable, "-c", GROUPS], cluster.loopback(1, 1), late=True) == 0  # there is no share
+    assert "inside False False" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(number: signal.Signals) -> None:
     launcher = start(*FOREVER, options=("--cpu", "0.5"))
