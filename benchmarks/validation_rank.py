@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 import hecate
 from benchmarks.cluster import take_share
+from benchmarks.skews import Router, parse_skew
 from hecate.cost import CostModel
-from hecate.models import GPTMoE, ModelConfig, Routing, TopKGate
+from hecate.models import GPTMoE, ModelConfig, TopKGate
 from hecate.ranks.join import join
 from hecate.sim.measure import DEFAULTS, profile
 
@@ -31,7 +31,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 }
 PROFILED = {**DEFAULTS, "width": 192, "tokens": 512, "megabytes": 1}
 """How the profile is measured."""
-SKEWS = {"even": None, "zipf 0.6": 0.6, "zipf 1.2": 1.2}
+SKEWS = {"even": "none", "zipf 0.6": "zipf:0.6", "zipf 1.2": "zipf:1.2"}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "ep": {"policy": "ep"},
     "hecate": {"policy": "hecate", "memory_slots": 2, "overlap_degree": 2},
@@ -75,30 +75,13 @@ class _Case:
         self.processor: list[float] = []  # seconds of all threads of this process
         self.exposed: list[Mapping[str, float]] = []
         self.counts: list[list[np.ndarray]] = []
-        self.draws = torch.Generator().manual_seed(dist.get_rank())
-        for layer, gate in enumerate(m for m in model.modules() if isinstance(m, TopKGate)):
-            gate.register_forward_hook(self._chooser(layer))
-
-    def _chooser(self, layer: int) -> Any:
-        exponent = SKEWS[self.skew]
-
-        def choose(gate: nn.Module, inputs: object, routing: Routing) -> Routing:
-            assert isinstance(gate, TopKGate)
-            tokens = routing.expert_index.shape[0]
-            return routing._replace(expert_index=self._index(gate, layer, tokens, exponent))
-
-        return choose
-
-    def _index(self, gate: TopKGate, layer: int, tokens: int, exponent: float | None) -> Tensor:
-        if exponent is None:
-            return torch.arange(tokens * gate.top_k).view(tokens, gate.top_k) % gate.num_experts
-        order = torch.randperm(gate.num_experts, generator=torch.Generator().manual_seed(layer)) + 1
-        noise = torch.empty(tokens, gate.num_experts).exponential_(generator=self.draws)
-        return (-exponent * order.log().expand(tokens, -1) - noise.log()).topk(gate.top_k, dim=1).indices
+        self.router = Router((m for m in model.modules() if isinstance(m, TopKGate)), dist.get_rank())
+        self.router.skew = parse_skew(SKEWS[skew])
 
     def step(self, keep: bool) -> None:
         values = SHAPES[self.shape]
         tokens = torch.randint(256, (values["batch"], values["length"] + 1))
+        self.router.step = len(self.counts)
         dist.barrier()
         begin, used = time.perf_counter(), time.process_time()
         self.engine.model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
