@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,34 @@ from hecate.report.record import LayersWriter, RecordedStep
 
 __all__ = ["LoadsRecorder", "Recorder"]
 
+NO_MORE = "no further loads are recorded"
+Writer = TypeVar("Writer")
 
-class Recorder:
+
+class _UntilFull(Generic[Writer]):
+    """A file that is written until that fails, which is said once.
+
+    Args:
+        path: the file.
+        say: prints a line.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._writer: Writer | None = None
+
+    def _try(self, action: Callable[[Writer], None], lost: str) -> None:
+        """Call `action` with the writer; if the file cannot be written, say so and what is lost by it."""
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._say(f"{self._path}: cannot be written ({error.strerror}); {lost}")
+
+
+class Recorder(_UntilFull[LayersWriter]):
     """Writes `layers.bin`; used by rank 0, as a context manager.
 
     A damaged file of an earlier process is put aside as `layers.damaged.bin`, and said.
@@ -33,8 +59,8 @@ class Recorder:
     """
 
     def __init__(self, path: Path, first_step: int, topology: Topology, say: Callable[[str], None]) -> None:
-        self._path, self._topology, self._say = path, topology, say
-        self._writer: LayersWriter | None = None
+        super().__init__(path, say)
+        self._topology = topology
         try:
             self._writer = self._opened(first_step)
         except OSError as error:
@@ -51,13 +77,9 @@ class Recorder:
 
     def append(self, step: int, layers: Sequence[Mapping[str, Any]]) -> None:
         """Record the `layers` of `FSSDP.stats()` after a step."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.append(RecordedStep.of(step, self._topology, layers))
-        except OSError as error:
-            self._writer = None
-            self._say(f"{self._path}: cannot be written ({error.strerror}); it ends before step {step}")
+        self._try(
+            lambda writer: writer.append(RecordedStep.of(step, self._topology, layers)), f"it ends before step {step}"
+        )
 
     def __enter__(self) -> Recorder:
         return self
@@ -67,7 +89,7 @@ class Recorder:
             self._writer.__exit__(*error)
 
 
-class LoadsRecorder:
+class LoadsRecorder(_UntilFull[TraceWriter]):
     """Writes `trace.npz`; used by rank 0, as a context manager.
 
     A file to which a process wrote when it was killed is put aside as `trace.damaged.npz`.
@@ -84,30 +106,21 @@ class LoadsRecorder:
     """
 
     def __init__(self, path: Path, topology: Topology, experts: Sequence[int], say: Callable[[str], None]) -> None:
-        self._path, self._say = path, say
+        super().__init__(path, say)
         if path.exists() and not zipfile.is_zipfile(path):
             path.rename(path.with_suffix(".damaged.npz"))
-        self._writer: TraceWriter | None = TraceWriter(path, topology, experts)
+        self._writer = TraceWriter(path, topology, experts)
 
     def append(self, step: int, counts: Sequence[NDArray[np.int64]]) -> None:
         """Record a step: int64 `[num_devices, num_experts]` per layer. Some steps are written together."""
-        self._try(lambda writer: writer.append(step, counts))
+        self._try(lambda writer: writer.append(step, counts), NO_MORE)
 
     def flush(self) -> None:
         """Write what is not written yet."""
-        self._try(TraceWriter.flush)
+        self._try(TraceWriter.flush, NO_MORE)
 
     def __enter__(self) -> LoadsRecorder:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.flush()
-
-    def _try(self, action: Callable[[TraceWriter], None]) -> None:
-        if self._writer is None:
-            return
-        try:
-            action(self._writer)
-        except OSError as error:
-            self._writer = None
-            self._say(f"{self._path}: cannot be written ({error.strerror}); no further loads are recorded")
