@@ -86,6 +86,12 @@ struct Hop {
   bool alone = false;     // reduce: it is the owner's result, to which nothing is added
   int after = -1;         // hop that must arrive before this one can be sent, with those that it is behind
   int behind = -1;        // reduce: hop that the receiver adds before this one
+
+  friend bool operator==(const Hop& a, const Hop& b) {
+    return a.expert == b.expert && a.piece == b.piece && a.pieces == b.pieces && a.src == b.src && a.dst == b.dst &&
+           a.first == b.first && a.partial == b.partial && a.final == b.final && a.alone == b.alone &&
+           a.after == b.after && a.behind == b.behind;
+  }
 };
 
 // Replaces `hops` by those of a shape; `after` and `behind` are lower than a hop's own number. `groups` are without

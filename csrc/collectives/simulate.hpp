@@ -40,9 +40,8 @@ class Simulator {
   struct Event {
     std::int64_t time;
     std::uint64_t rank;
-    bool operator>(const Event& other) const {
-      return time != other.time ? time > other.time : rank > other.rank;
-    }
+    bool operator>(const Event& other) const { return key() > other.key(); }
+    unsigned __int128 key() const { return static_cast<unsigned __int128>(time) << 64 | rank; }
   };
   static constexpr std::uint64_t kHop = std::uint64_t{1} << 63;
 
