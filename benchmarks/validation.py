@@ -42,6 +42,7 @@ NODES, PER_NODE = 2, 2
 PROFILE, RESULTS = "profile.json", "results.json"
 APART = 1.05
 """Pairs of cases whose measured times differ by more than this must be ranked right."""
+MILLISECOND = 1_000_000
 WARM_UP = 3
 """Steps of each case before those that count: then copies are planned from a history."""
 SHORT = {"shapes": ["narrow", "wide"], "skews": ["even", "zipf 1.2"], "policies": ["ep", "balanced, ahead"]}
@@ -152,16 +153,25 @@ def simulated(case: Mapping[str, Any], cluster: Cluster) -> Result:
     return simulate(model, cluster, settings, trace, len(case["seconds"]), warm_up)
 
 
+def seconds(case: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> float:
+    """A case's step on the machine as it was when the first case, the yardstick, was measured.
+
+    The machine's speed changes within minutes, so the yardstick takes steps in turn with all cases.
+    """
+    yardstick = next(other for other in results if _names(other) == CALIBRATION)
+    return median(case["seconds"]) * median(yardstick["seconds"]) / median(case["yardstick"])
+
+
 def calibrated(results: Sequence[Mapping[str, Any]], cluster: Cluster) -> Cluster:
     """The cluster with the `layer_ns` and the `copies_ns` by which the two calibrations take as long as measured."""
-    layers = shape_of(CALIBRATION[0]).num_layers
-    for names, field, times in ((CALIBRATION, "layer_ns", 3 * layers), (WITH_COPIES, "copies_ns", layers)):
+    for names, field in ((CALIBRATION, "layer_ns"), (WITH_COPIES, "copies_ns")):
         case = next((case for case in results if _names(case) == names), None)
-        if case is None:
-            continue
-        for _ in range(4):
-            missing = int(median(case["seconds"]) * 1e9) - simulated(case, cluster).step_ns
-            cluster = replace(cluster, **{field: max(0, getattr(cluster, field) + missing // times)})
+        for _ in range(4 if case is not None else 0):
+            assert case is not None
+            value, now = getattr(cluster, field), simulated(case, cluster).step_ns
+            more = simulated(case, replace(cluster, **{field: value + MILLISECOND})).step_ns - now
+            missing = int(seconds(case, results) * 1e9) - now
+            cluster = replace(cluster, **{field: max(0, value + missing * MILLISECOND // max(1, more))})
     return cluster
 
 
@@ -177,7 +187,7 @@ def compared(results: Sequence[Mapping[str, Any]], cluster: Cluster) -> Report:
     for case in results:
         found = simulated(case, cluster)
         setting = f"{case['shape']}, {case['skew']}, {case['policy']}"
-        own, theirs = found.step_ns / 1e6, median(case["seconds"]) * 1e3
+        own, theirs = found.step_ns / 1e6, seconds(case, results) * 1e3
         report.add(setting, "measured", "milliseconds", theirs, "ms")
         report.add(setting, "simulated", "milliseconds", own, "ms")
         if _names(case) not in (CALIBRATION, WITH_COPIES):

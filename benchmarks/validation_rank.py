@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -72,6 +72,7 @@ class _Case:
         self.engine = hecate.fully_shard(model, config=hecate.FSSDPConfig(**changes))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         self.seconds: list[float] = []
+        self.yardstick: list[float] = []  # of the same rounds
         self.processor: list[float] = []  # seconds of all threads of this process
         self.exposed: list[Mapping[str, float]] = []
         self.counts: list[list[np.ndarray]] = []
@@ -107,7 +108,8 @@ class _Case:
             "shape": self.shape,
             "skew": self.skew,
             "policy": self.policy,
-            "seconds": self.seconds,
+            "seconds": list(self.seconds),
+            "yardstick": list(self.yardstick),
             "counts": [[layer.tolist() for layer in step] for step in self.counts],
             "memory": {kind: max(rank[kind] for rank, _, _ in every) for kind in memory},
             "exposed": {verb: mean(rank[verb] for _, rank, _ in every) for verb in verbs},
@@ -129,7 +131,8 @@ def main() -> None:
 
     The cases of a shape and skew take steps in turn, so that whatever slows the machine down for a while slows them all
     down; another one begins each round. No further ones are there meanwhile: the heartbeats of twenty engines take
-    a tenth of a core.
+    a tenth of a core. Over the minutes that all groups take, the machine's speed changes too. So the first case, the
+    yardstick, takes steps in all groups.
     """
     settings = json.loads(sys.argv[1])
     take_share()
@@ -139,18 +142,26 @@ def main() -> None:
     cost = CostModel(**found["cost"])
     if dist.get_rank() == 0:
         Path(settings["profile"]).write_text(json.dumps(found, indent=1))
-    results = []
+    yardstick, results = _Case(*CALIBRATION, cost), []
     for group in _groups(settings):
-        cases = [_Case(*names, cost) for names in group]
-        for i in range(settings["warm_up"] + settings["rounds"]):
-            for turn in range(len(cases)):
-                cases[(i + turn) % len(cases)].step(keep=i >= settings["warm_up"])
+        cases = [yardstick if names == CALIBRATION else _Case(*names, cost) for names in group]
+        taking_turns(list(dict.fromkeys([yardstick, *cases])), settings["warm_up"], settings["rounds"], yardstick)
         for case in cases:
             results.append(case.result())
-            case.engine.close()
+            if case is not yardstick:
+                case.engine.close()
         if dist.get_rank() == 0:
             Path(settings["out"]).write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def taking_turns(cases: Sequence[_Case], warm_up: int, rounds: int, yardstick: _Case) -> None:
+    """Steps of all cases in turn; each case keeps the times of `rounds` steps, and the yardstick's beside them."""
+    for i in range(warm_up + rounds):
+        for turn in range(len(cases)):
+            cases[(i + turn) % len(cases)].step(keep=i >= warm_up)
+    for case in cases:
+        case.yardstick = yardstick.seconds[-rounds:]
 
 
 if __name__ == "__main__":

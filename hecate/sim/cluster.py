@@ -42,8 +42,8 @@ class Cluster:
         plan_ns: host time between counts and exchange, per layer.
         memory_bandwidth: bytes per second, read or written, of permutations and optimizers.
         slowdown_permille: share of the time of traffic that runs beside compute by which it delays compute.
-        copies_ns: host time of copies that nothing hides, per layer that has any: planning them, calls to pack rows and
-            sum gradients. 0 where the host runs ahead of the device.
+        copies_ns: time per layer that nothing hides, of each expert with copies that a device owns or holds a copy of:
+            calls to pack rows and sum gradients. 0 where the host runs ahead of the device.
         message_work_ns: compute that a device loses to each message beside it, sent or received, whatever hides it.
         inside_work_ps: compute that it loses per byte beside it that stays in the node, in picoseconds; of what it
             sends and what it receives the larger counts. 0 where engines beside the cores move bytes.

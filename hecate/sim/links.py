@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,11 @@ from hecate.ranks.agree import gather
 from hecate.ranks.messages import all_gather_into, all_to_all
 from hecate.sim.clock import SECOND, Clock, fit
 
-__all__ = ["Measured", "measure_links"]
+__all__ = ["Measured", "bucket", "measure_links"]
+
+
+PARTS = (32, 16, 8, 4)
+"""Messages between all are so many times smaller than those of pairs."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Measured:
 def measure_links(clock: Clock, topology: Topology, size: int) -> Measured:
     """Messages of `size` bytes and of twice as many, between pairs inside a node and across nodes; collective.
 
-    A line through these and an empty message gives the rate, so that fixed time does not count.
+    A line through these and an empty message gives the rate, so that fixed time does not count. What a node's border
+    carries when all devices send to all is more than one of its ports does, and than its pairs do: several connections
+    share it. So that is measured with smaller messages between all.
     """
     pairs = _Pairs(clock, topology)
     per_node, several = topology.devices_per_node, topology.num_nodes > 1
     message = pairs.exchange(pairs.beside if per_node > 1 else pairs.across, 8)
-    times = {"message": message, "everybody": pairs.everybody(), "counts": pairs.counts()}
+    times = {"message": message, "everybody": pairs.everybody(8), "counts": pairs.counts()}
     for name, peer in pairs.kinds.items():
         times[name], times[f"{name} twice"] = pairs.exchange(peer, size), pairs.exchange(peer, 2 * size)
 
@@ -46,23 +53,45 @@ def measure_links(clock: Clock, topology: Topology, size: int) -> Measured:
         return max(1, int(SECOND / per_byte))
 
     inside = max(1, per_node // 2 * 2)
-    alone, together = ("alone", "together") if per_node > 1 else ("border", "border")
-    port, border = ("port", "border") if several else (alone, together)
-    node_bandwidth = speed(border, size * per_node)
-    late = (times[border] - message) * node_bandwidth // SECOND if several else size * per_node
+    alone, together = ("alone", "together") if per_node > 1 else ("port", "port")
+    port = speed("port" if several else alone, size)
+    node_bandwidth, burst = port * per_node, 0
+    if several:
+        for part in PARTS:
+            times[f"all, {size // part} each"] = pairs.everybody(size // part)
+        out = per_node * (topology.num_devices - per_node)  # pairs across a border
+        volumes = [out * (size // part) for part in PARTS]
+        node_bandwidth, burst = bucket(volumes, [times[f"all, {size // part} each"] - message for part in PARTS])
     return Measured(
         {
             "device_bandwidth": speed(alone, size),
             "fabric_bandwidth": speed(together, size * inside),
-            "port_bandwidth": speed(port, size),
+            "port_bandwidth": port,
             "node_bandwidth": node_bandwidth,
-            "burst_bytes": max(0, size * per_node - late),
+            "burst_bytes": burst,
             "message_ns": message,
             "peer_ns": max(0, times["everybody"] - message) // max(1, topology.num_devices - 1),
             "barrier_ns": times["counts"] // max(1, (topology.num_devices - 1).bit_length()),
         },
         times,
     )
+
+
+def bucket(volumes: Sequence[int], times: Sequence[int]) -> tuple[int, int]:
+    """Bytes per second, and bytes that pass before that rate holds, of a link that carries `volumes` bytes in `times`.
+
+    Args:
+        volumes: ascending.
+        times: nanoseconds.
+    """
+    best = (float("inf"), 1, 0)
+    for step in range(64):
+        burst = volumes[0] * step // 64
+        late = [volume - burst for volume in volumes]
+        per_byte, *_ = fit([[v] for v in late], times)
+        error = sum((per_byte * v / t - 1) ** 2 for v, t in zip(late, times, strict=True))
+        best = min(best, (error, max(1, int(SECOND / per_byte)), burst))
+    return best[1], best[2]
 
 
 class _Pairs:
@@ -83,7 +112,7 @@ class _Pairs:
         if self._topology.devices_per_node > 1:
             kinds = {"alone": self.beside if self._rank < 2 else self._rank, "together": self.beside}
         if self._topology.num_nodes > 1:
-            kinds |= {"port": self.across if self._local == 0 else self._rank, "border": self.across}
+            kinds["port"] = self.across if self._local == 0 else self._rank
         return kinds
 
     def exchange(self, peer: int, num_bytes: int) -> int:
@@ -96,10 +125,10 @@ class _Pairs:
         out = torch.zeros(sum(received), 1, dtype=torch.uint8, device=self._clock.device)
         return self._clock(lambda: all_to_all(out, rows, received, sent, dist.group.WORLD))
 
-    def everybody(self) -> int:
-        """A message of 8 bytes from everybody to everybody."""
+    def everybody(self, num_bytes: int) -> int:
+        """A message from everybody to everybody."""
         devices = self._topology.num_devices
-        rows = torch.zeros(devices, 8, dtype=torch.uint8, device=self._clock.device)
+        rows = torch.zeros(devices, num_bytes, dtype=torch.uint8, device=self._clock.device)
         out = torch.empty_like(rows)
         return self._clock(lambda: all_to_all(out, rows, [1] * devices, [1] * devices, dist.group.WORLD))
 

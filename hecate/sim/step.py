@@ -206,8 +206,7 @@ class _Step:
         """Pack the gradients of experts that have copies, at their owners too, and send them."""
         size = self.model.expert_weights * self.settings.precision.reduce_bytes
         self._touch("exposed_gradients_ns", 2 * layer.shared * size)
-        if layer.copies.any():
-            self._compute("exposed_gradients_ns", self.cluster.copies_ns)
+        self._compute("exposed_gradients_ns", layer.shared * self.cluster.copies_ns)
         return self._beside("exposed_gradients_ns", GRADIENTS, layer.gradients)
 
     def _copies(self, traffic: Traffic) -> Pending:
