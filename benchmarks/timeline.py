@@ -39,6 +39,7 @@ COLORS = {
     "dispatch": "tab:blue",
     "combine": "tab:cyan",
     "experts": "tab:green",
+    "shared": "tab:olive",
     "gather": "tab:purple",
     "reduce": "tab:brown",
     "average": "tab:pink",
@@ -82,6 +83,8 @@ def profiled(system: System, world: World, number: int) -> Timeline:
         kind = KINDS.get(f"{span.verb} wait" if span.of == "wait" else span.verb)
         if kind is not None:
             own[kind] += span.end - span.begin
+        elif span.verb == "shared":  # computes inside "dispatch", while the tokens travel
+            own["all_to_all"] -= span.end - span.begin
     everyone = world.gather([float(bool(spans)), *own.values()]).mean(dim=0).tolist()
     seconds = dict(zip(kinds, everyone[1:], strict=True)) if everyone[0] else {}
     return Timeline(seconds, tuple(spans), trace)

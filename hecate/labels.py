@@ -8,7 +8,7 @@ from torch.profiler import record_function
 
 __all__ = ["Verb", "label"]
 
-Verb = Literal["gather", "plan", "count", "dispatch", "experts", "combine", "reduce", "average", "reshard"]
+Verb = Literal["gather", "plan", "count", "dispatch", "experts", "shared", "combine", "reduce", "average", "reshard"]
 """The same few verbs as in code and docs/stats.md."""
 
 

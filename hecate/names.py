@@ -10,7 +10,7 @@ from itertools import chain
 
 from torch import nn
 
-__all__ = ["first_names", "original_modules", "original_name"]
+__all__ = ["WRAPPED", "first_names", "original_modules", "original_name"]
 
 WRAPPED = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})
 """What wrappers call the module that they wrap: activation checkpointing's, torch.compile's, FSDP1's."""

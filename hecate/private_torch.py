@@ -21,6 +21,8 @@ __all__ = [
     "accumulates",
     "allow_data_parallel",
     "at_end_of_backward",
+    "base_of",
+    "called_alone",
     "default_store",
     "forget_step",
     "graph_task",
@@ -28,6 +30,7 @@ __all__ = [
     "in_backward",
     "map_symmetric",
     "nccl_options",
+    "pass_modes",
     "post_accumulate_hooks",
     "reduce_root_last",
     "refuse_data_parallel",
@@ -123,6 +126,33 @@ def accumulates(node: Node, name: str) -> bool:
             f"{name}: torch.autograd.grad cannot return the gradients of experts, which their owners get; call "
             "backward(), with inputs=... if need be, and read .grad of the parameters"
         ) from error
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor object that `tensor` was made a view of; None if it is no view.
+
+    Only `Tensor._base` leads from a view to the object that it is a view of.
+    """
+    return tensor._base
+
+
+def called_alone(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's `forward` and nothing else: no hooks, no `forward` of its own.
+
+    Modules keep their hooks in attributes without public names.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(getattr(module, kind) for kind in kinds)
+
+
+def pass_modes() -> tuple[object, ...]:
+    """What a forward pass does with given arguments depends on these: gradients, autocast, hooks of saved tensors.
+
+    The hooks show whether code runs inside an activation checkpoint, and in which; nothing public does.
+    """
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+    return torch.is_grad_enabled(), casts, torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def post_accumulate_hooks(parameter: Tensor) -> list[Callable[[Tensor], None]]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_in_halves"]
 
 Map = Callable[[Tensor], Tensor]
+HalvedMap = Callable[[Tensor], Callable[[], Tensor]]
+"""Starts to compute a linear map, and returns what waits for its result."""
 
 
 def linear(x: Tensor, there: Map, back: Map) -> Tensor:
@@ -34,3 +36,69 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return linear(grad, ctx.back, ctx.there), None, None
+
+
+def linear_in_halves(x: Tensor, there: HalvedMap, back: HalvedMap, between: Callable[[], None] | None = None) -> Tensor:
+    """`linear` for maps that take a while, with other work in the middle, in both directions.
+
+    With such work each direction is two nodes of the graph, its start and its end. Autograd runs nodes in the reverse
+    order of their making, so the backward of what `between` computes runs while the gradient is on its way back.
+
+    Args:
+        x: the argument.
+        there: a linear map; neither it nor `back` may return its argument itself.
+        back: its transpose.
+        between: what to compute between the start and the end of `there`, with autograd. If it raises, the end is
+            awaited first.
+    """
+    if between is None:
+        return linear(x, lambda x: there(x)(), lambda grad: back(grad)())
+    forth, home = _Way(there), _Way(back)
+    ticket = _Start.apply(x, forth, home)
+    try:
+        between()
+    except BaseException:
+        forth.end()
+        raise
+    return _End.apply(ticket, forth, home)
+
+
+class _Way:
+    """A map that has been started or not."""
+
+    def __init__(self, start: HalvedMap) -> None:
+        self._start = start
+        self._end: Callable[[], Tensor] | None = None
+
+    def start(self, x: Tensor) -> None:
+        self._end = self._start(x)
+
+    def end(self) -> Tensor:
+        end, self._end = self._end, None
+        assert end is not None
+        return end()
+
+
+class _Start(torch.autograd.Function):
+    """Starts a map. Its output has no elements: it only tells autograd that the end depends on the start."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, way: _Way, back: _Way) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way, ctx.back = way, back
+        way.start(x)
+        return torch.empty(0, device=x.device)
+
+    @staticmethod
+    def backward(ctx, ticket: Tensor):  # type: ignore[no-untyped-def]
+        return _End.apply(ticket, ctx.back, ctx.way), None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ticket: Tensor, way: _Way, back: _Way) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.way, ctx.back = way, back
+        return way.end()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _Start.apply(grad, ctx.back, ctx.way), None, None

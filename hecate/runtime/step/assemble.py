@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.adapters.shared import shared_experts_of
 from hecate.private_torch import default_store
 from hecate.ranks.heartbeat import Heartbeat
 from hecate.runtime.arena import Arena
@@ -30,6 +31,7 @@ from hecate.runtime.setup import Setup
 from hecate.runtime.step.engine import Engine
 from hecate.runtime.step.layer import FSSDPExperts
 from hecate.runtime.step.passes import Passes
+from hecate.runtime.step.shared_experts import SharedExperts
 from hecate.runtime.step.unchanged import Unchanged
 from hecate.values.initialize import Stack
 
@@ -96,7 +98,8 @@ def assemble(setup: Setup, model: nn.Module) -> Parts:
     threads = PlanningThreads(number_of_threads(setup.config.planning_threads, comms.topology.devices_per_node))
     ahead = PlanAhead(layers, threads)
     gemm = setup.config.expert_gemm
-    passes = Passes(layers, comms, dense, ahead, rematerialize=rematerialize, gemm=gemm)
+    shared_experts = SharedExperts(_shared_experts(setup, model))
+    passes = Passes(layers, comms, dense, ahead, rematerialize, gemm, shared_experts)
     unchanged = Unchanged(model, pools)
     engine = Engine(layers, passes, comms, dense, ahead, resharder, watch, slots, shared, setup.device, unchanged, kept)
     for module in experts:
@@ -111,6 +114,14 @@ def _connect(setup: Setup) -> Comms:
     heart = None if setup.mesh is None else Heartbeat(default_store(), dist.get_rank(), dist.get_world_size())
     wires = [layer.dtypes.reduce for layer in setup.layers]
     return make_comms(setup.mesh, setup.device, setup.cost, heart, setup.config.transport, wires)
+
+
+def _shared_experts(setup: Setup, model: nn.Module) -> dict[int, nn.Module]:
+    """Layer index -> shared experts of the layer; none on one device, where no tokens travel."""
+    if setup.num_devices == 1:
+        return {}
+    found = {layer.index: shared_experts_of(layer.spec.name, model) for layer in setup.layers}
+    return {index: module for index, module in found.items() if module is not None}
 
 
 def _keep_copies(

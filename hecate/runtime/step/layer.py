@@ -115,7 +115,8 @@ def _run(
     passes, dtype = engine.passes, engine.layers[index].experts.dtypes.param
     record = passes.record(index, top_k_index, top_k_weights)
     with label("dispatch", spec.name):
-        rows = record.dispatch.dispatch(hidden_states, dtype, record.copies.add_own_gradients)
+        beside = passes.beside_tokens(index, hidden_states)
+        rows = record.dispatch.dispatch(hidden_states, dtype, record.copies.add_own_gradients, beside)
     record.copies.ensure_held()
     with label("experts", spec.name):
         rows = _run_parts(spec, rows, record, _ExpertWeights.of(passes, record.copies), passes)

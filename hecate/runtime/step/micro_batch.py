@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from hecate.placement import Placement
@@ -12,6 +12,7 @@ from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.experts.layer import LayerExperts
 from hecate.runtime.plans.layer import LayerPlans
 from hecate.runtime.step.record import LayerRecord
+from hecate.runtime.step.shared_experts import Early
 
 __all__ = ["GraphToken", "MicroBatch", "PassState"]
 
@@ -53,6 +54,8 @@ class MicroBatch:
         number: number of the forward pass, ascending.
         with_grad: whether a backward pass may follow.
         state: see `PassState`.
+        early: layer index -> how its shared experts run while tokens travel, of the layers where they do; a
+            recomputation does as the forward pass did.
         graph_task: `private_torch.graph_task()` of its forward pass; in any other, layers are called to recompute.
         calls: layer index -> calls of the layer in the forward pass; several if the model loops over it.
         graphed: indices of layers of which some call built a graph; others are called without gradients, or under
@@ -62,9 +65,12 @@ class MicroBatch:
         booked: whether the loads of this micro-batch were counted.
     """
 
-    def __init__(self, number: int, with_grad: bool, graph_task: int = -1) -> None:
+    def __init__(
+        self, number: int, with_grad: bool, graph_task: int = -1, early: Mapping[int, Early] | None = None
+    ) -> None:
         self.number = number
         self.with_grad = with_grad
+        self.early = dict(early or {})
         self.graph_task = graph_task
         self.state = PassState.FORWARD
         self.calls: Counter[int] = Counter()

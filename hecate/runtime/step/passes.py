@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from hecate.runtime.step.gradients import ExpertGradients
 from hecate.runtime.step.micro_batch import GraphToken, MicroBatch, PassState
 from hecate.runtime.step.record import LayerRecord, Planned
 from hecate.runtime.step.recorder import Recorder, Where
+from hecate.runtime.step.shared_experts import SharedExperts
 from hecate.runtime.tokens.counts import RECOMPUTED
 
 __all__ = ["Passes"]
@@ -43,6 +44,7 @@ class Passes:
         ahead: plans the next step while a backward pass runs.
         rematerialize: whether copies are released after forward and gathered again for backward.
         gemm: what multiplies rows with experts' weights; see `FSSDPConfig.expert_gemm`.
+        shared_experts: of the layers that have any.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Passes:
         ahead: PlanAhead,
         rematerialize: bool,
         gemm: str,
+        shared_experts: SharedExperts,
     ) -> None:
         self.gemm = gemm
+        self._shared_experts = shared_experts
         self._layers = tuple(layers)
         self._recorder = Recorder(layers, comms)
         self._comms = comms
@@ -110,7 +114,9 @@ class Passes:
         self._step, self._placements = step, placements
         self._number += 1
         self._runs = True
-        self._current = MicroBatch(self._number, with_grad, graph_task())
+        self._shared_experts.forget()
+        early = self._shared_experts.early() if with_grad else None
+        self._current = MicroBatch(self._number, with_grad, graph_task(), early)
         if with_grad:
             self._kept[self._number] = self._current
             self._token = self._current.new_token()
@@ -238,6 +244,28 @@ class Passes:
         micro_batch = self._running()
         return None if micro_batch is None else micro_batch.token
 
+    def beside_tokens(self, layer: int, hidden: Tensor) -> Callable[[], None] | None:
+        """What to compute while the layer's tokens travel: its shared experts, if the model calls them afterwards.
+
+        Args:
+            layer: index of the layer.
+            hidden: the experts' input.
+        """
+        micro_batch = self._running()
+        if micro_batch is None:
+            return None
+        again = graph_task() != micro_batch.graph_task
+        if (early := micro_batch.early.get(layer)) is None:
+            if not again:  # in recomputations FSDP2 gives blocks other tensors than in the forward pass
+                self._shared_experts.expect(layer, hidden)
+            return None
+
+        def run() -> None:
+            if not self._shared_experts.run(layer, early, hidden, again):
+                micro_batch.early.pop(layer, None)
+
+        return run
+
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""
         current = self._current
@@ -329,6 +357,7 @@ class Passes:
         self._dense.reduce()
 
     def _end_backward(self) -> None:
+        self._shared_experts.forget()
         for number, micro_batch in self._in_backward.items():
             self._kept.pop(number, None)
             micro_batch.end()

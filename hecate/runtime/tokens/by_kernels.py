@@ -19,7 +19,7 @@ from hecate._native import sort_tables
 from hecate.ops.kernels.registered import combine_rows, gather_rows, scatter_rows, sort_copies
 from hecate.ops.kernels.rows import OwnRows
 from hecate.ops.kernels.tokens import ExpertCounts
-from hecate.ops.linear import linear
+from hecate.ops.linear import linear_in_halves
 from hecate.ops.permute import combine
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
@@ -50,43 +50,49 @@ class KernelDispatch(Straight):
         return self.wire != self.dtype
 
     def dispatch(
-        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        hidden: Tensor,
+        dtype: torch.dtype | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+        beside: Callable[[], None] | None = None,
     ) -> Tensor:
         home = hidden.dtype
-        return linear(hidden, self._send_tokens, lambda rows: self._sum_home(rows, home, meanwhile))
+        return linear_in_halves(hidden, self._send_tokens, lambda rows: self._sum_home(rows, home, meanwhile), beside)
 
     def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear(rows, self._come_home, self._leave)
+            rows = linear_in_halves(rows, self._come_home, self._leave)
         return combine(rows, weights, self.inverse, by_kernels=True).to(dtype or rows.dtype)
 
-    # Without autograd: tokens to their experts, and the sum of their rows' gradients.
+    # Without autograd. All launch an exchange and return what waits for its rows.
+    # Tokens to their experts, and the sum of their rows' gradients.
 
-    def _send_tokens(self, hidden: Tensor) -> Tensor:
+    def _send_tokens(self, hidden: Tensor) -> Callable[[], Tensor]:
         own, skip = None, (0, 0)
         if self.rounds:
             hidden, skip = hidden.to(self.dtype), self._here(self.sent)
             own = OwnRows(hidden, self.order[slice(*skip)], *self._here(self.received), self.top_k)
         packed = scatter_rows(hidden, self.inverse, self.top_k, self.order.numel(), self.wire, skip)
-        return self._in_order(self._exchanged(packed, self.sent, self.received), self.local_order, own)
+        arrive = self._launched(packed, self.sent, self.received)
+        return lambda: self._in_order(arrive(), self.local_order, own)
 
-    def _sum_home(self, rows: Tensor, home: torch.dtype, meanwhile: Callable[[], None]) -> Tensor:
-        arrived = self._exchanged(self._packed(rows), self.received, self.sent, meanwhile)
+    def _sum_home(self, rows: Tensor, home: torch.dtype, meanwhile: Callable[[], None]) -> Callable[[], Tensor]:
+        arrive = self._launched(self._packed(rows), self.received, self.sent, meanwhile)
         own = self._own(rows, self.local_inverse, self.received, self.sent)
         dtype = self.dtype if self.rounds else home
-        return combine_rows(arrived, self.inverse, None, self.top_k, dtype, own).to(home)
+        return lambda: combine_rows(arrive(), self.inverse, None, self.top_k, dtype, own).to(home)
 
-    # Without autograd: rows in the order that they are sent in to rows by expert on the experts' devices, and back.
+    # Rows in the order that they are sent in to rows by expert on the experts' devices, and back.
 
-    def _leave(self, rows: Tensor) -> Tensor:
-        arrived = self._exchanged(rows.to(self.wire), self.sent, self.received)
+    def _leave(self, rows: Tensor) -> Callable[[], Tensor]:
+        arrive = self._launched(rows.to(self.wire), self.sent, self.received)
         own = self._own(rows, None, self.sent, self.received)
-        return self._in_order(arrived, self.local_order, own)
+        return lambda: self._in_order(arrive(), self.local_order, own)
 
-    def _come_home(self, rows: Tensor) -> Tensor:
-        arrived = self._exchanged(self._packed(rows), self.received, self.sent)
+    def _come_home(self, rows: Tensor) -> Callable[[], Tensor]:
+        arrive = self._launched(self._packed(rows), self.received, self.sent)
         own = self._own(rows, self.local_inverse, self.received, self.sent)
-        return self._in_order(arrived, None, own)
+        return lambda: self._in_order(arrive(), None, own)
 
     # Parts of these.
 
@@ -95,19 +101,24 @@ class KernelDispatch(Straight):
         inverse = self.local_inverse
         return rows.to(self.wire) if inverse is None else gather_rows(rows, inverse, self.wire)
 
-    def _exchanged(
+    def _launched(
         self,
         packed: Tensor,
         sent: tuple[int, ...],
         received: tuple[int, ...],
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """The rows that other devices sent here. Collective."""
+    ) -> Callable[[], Tensor]:
+        """Launch an exchange; what is returned waits for the rows that other devices sent here. Collective."""
         with self.comms.guard():
             sending = Sending(packed.contiguous(), sent, received, self.comms, None)
             meanwhile()
             _ = self.local_order  # while the rows are on their way
-            return sending.wait()
+
+        def arrive() -> Tensor:
+            with self.comms.guard():
+                return sending.wait()
+
+        return arrive
 
     def _in_order(self, arrived: Tensor, order: Tensor | None, own: OwnRows | None) -> Tensor:
         """`arrived` in `order` and in the dtype of compute, own rows from where they are."""

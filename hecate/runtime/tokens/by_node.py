@@ -74,8 +74,14 @@ class NodeDispatch(Dispatch):
     comms: Comms
 
     def dispatch(
-        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        hidden: Tensor,
+        dtype: torch.dtype | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+        beside: Callable[[], None] | None = None,
     ) -> Tensor:
+        if beside is not None:
+            beside()
         rows = _Take.apply(hidden.to(dtype or hidden.dtype), self.across.index, self.across.slots)
         rows = self._across(rows, back=False)
         rows = _Take.apply(rows, self.inside.index, self.inside.slots)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate._native import direct_tables
-from hecate.ops.linear import linear
+from hecate.ops.linear import linear_in_halves
 from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum_copies, take_copies
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
@@ -45,37 +45,55 @@ class DirectDispatch(Straight):
         return invert(self.order, self.copies)
 
     def dispatch(
-        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        hidden: Tensor,
+        dtype: torch.dtype | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+        beside: Callable[[], None] | None = None,
     ) -> Tensor:
-        return linear(
-            hidden.to(dtype or hidden.dtype),
-            lambda tokens: self.leave(take_copies(tokens, self.order, self.top_k)),
-            lambda rows: sum_copies(self.come_home(rows, meanwhile), self.inverse, self.top_k),
-        )
+        def there(tokens: Tensor) -> Callable[[], Tensor]:
+            return self.leave(take_copies(tokens, self.order, self.top_k))
+
+        def back(rows: Tensor) -> Callable[[], Tensor]:
+            arrive = self.come_home(rows, meanwhile)
+            return lambda: sum_copies(arrive(), self.inverse, self.top_k)
+
+        tokens = hidden.to(dtype or hidden.dtype)
+        return linear_in_halves(tokens, there, back, beside)
 
     def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear(rows, self.come_home, self.leave)
+            rows = linear_in_halves(rows, self.come_home, self.leave)
         return combine(rows, weights, self.inverse).to(dtype or rows.dtype)
 
-    # Without autograd.
+    # Without autograd. Both launch an exchange and return what waits for its rows.
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def leave(self, rows: Tensor) -> Callable[[], Tensor]:
         """From rows in `order` here to rows by expert on the experts' devices. Collective."""
         with self.comms.guard():
             sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
             order, _ = self.local_order, self.inverse  # while the rows are on their way
-            rows = sending.wait()
-        return rows if order is None else rows.index_select(0, order)
 
-    def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+        def arrive() -> Tensor:
+            with self.comms.guard():
+                arrived = sending.wait()
+            return arrived if order is None else arrived.index_select(0, order)
+
+        return arrive
+
+    def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
         """The reverse of `leave`. Collective."""
         if self.local_inverse is not None:
             rows = rows.index_select(0, self.local_inverse)
         with self.comms.guard():
             sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
             meanwhile()
-            return sending.wait()
+
+        def arrive() -> Tensor:
+            with self.comms.guard():
+                return sending.wait()
+
+        return arrive
 
 
 def direct_dispatch(

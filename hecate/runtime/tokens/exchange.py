@@ -30,7 +30,11 @@ class Dispatch(ABC):
 
     @abstractmethod
     def dispatch(
-        self, hidden: Tensor, dtype: torch.dtype | None = None, meanwhile: Callable[[], None] = lambda: None
+        self,
+        hidden: Tensor,
+        dtype: torch.dtype | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+        beside: Callable[[], None] | None = None,
     ) -> Tensor:
         """Send tokens `[T, d]`; returns the rows `[M, d]` that this device computes, grouped by expert. Collective.
 
@@ -39,6 +43,8 @@ class Dispatch(ABC):
             dtype: dtype of the rows, in which the experts compute; None: that of the tokens. A dispatch by kernels was
                 made for one dtype and takes no other.
             meanwhile: called in backward while the rows' gradients are on their way back.
+            beside: called while the rows are on their way, with autograd; its backward runs while the rows' gradients
+                are. A dispatch in several exchanges calls it before the first.
         """
 
     @abstractmethod
