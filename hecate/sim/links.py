@@ -15,7 +15,6 @@ from hecate.sim.clock import SECOND, Clock, fit
 
 __all__ = ["Measured", "bucket", "measure_links"]
 
-
 PARTS = (32, 16, 8, 4)
 """Messages between all are so many times smaller than those of pairs."""
 
@@ -55,13 +54,13 @@ def measure_links(clock: Clock, topology: Topology, size: int) -> Measured:
     inside = max(1, per_node // 2 * 2)
     alone, together = ("alone", "together") if per_node > 1 else ("port", "port")
     port = speed("port" if several else alone, size)
-    node_bandwidth, burst = port * per_node, 0
+    node_bandwidth, burst = speed(together, size * per_node), 0
     if several:
-        for part in PARTS:
-            times[f"all, {size // part} each"] = pairs.everybody(size // part)
-        out = per_node * (topology.num_devices - per_node)  # pairs across a border
-        volumes = [out * (size // part) for part in PARTS]
-        node_bandwidth, burst = bucket(volumes, [times[f"all, {size // part} each"] - message for part in PARTS])
+        sizes = [size // part for part in PARTS]
+        crossing = per_node * (topology.num_devices - per_node)  # messages from one node to others
+        everybody = [pairs.everybody(each) for each in sizes]
+        times |= {f"everybody, {each} bytes": ns for each, ns in zip(sizes, everybody, strict=True)}
+        node_bandwidth, burst = bucket(message, [crossing * each for each in sizes], everybody)
     return Measured(
         {
             "device_bandwidth": speed(alone, size),
@@ -77,19 +76,21 @@ def measure_links(clock: Clock, topology: Topology, size: int) -> Measured:
     )
 
 
-def bucket(volumes: Sequence[int], times: Sequence[int]) -> tuple[int, int]:
+def bucket(message: int, volumes: Sequence[int], times: Sequence[int]) -> tuple[int, int]:
     """Bytes per second, and bytes that pass before that rate holds, of a link that carries `volumes` bytes in `times`.
 
     Args:
+        message: nanoseconds without bytes.
         volumes: ascending.
         times: nanoseconds.
     """
     best = (float("inf"), 1, 0)
     for step in range(64):
         burst = volumes[0] * step // 64
-        late = [volume - burst for volume in volumes]
-        per_byte, *_ = fit([[v] for v in late], times)
-        error = sum((per_byte * v / t - 1) ** 2 for v, t in zip(late, times, strict=True))
+        late = [0, *(volume - burst for volume in volumes)]
+        per_byte, fixed = fit([[volume, 1] for volume in late], [message, *times])
+        found = [per_byte * volume + fixed for volume in late]
+        error = sum((own / ns - 1) ** 2 for own, ns in zip(found, [message, *times], strict=True))
         best = min(best, (error, max(1, int(SECOND / per_byte)), burst))
     return best[1], best[2]
 
