@@ -145,17 +145,18 @@ def main() -> None:
     yardstick, results = _Case(*CALIBRATION, cost), []
     for group in _groups(settings):
         cases = [yardstick if names == CALIBRATION else _Case(*names, cost) for names in group]
-        taking_turns(list(dict.fromkeys([yardstick, *cases])), settings["warm_up"], settings["rounds"], yardstick)
+        _take_turns(list(dict.fromkeys([yardstick, *cases])), settings["warm_up"], settings["rounds"], yardstick)
         for case in cases:
             results.append(case.result())
             if case is not yardstick:
                 case.engine.close()
         if dist.get_rank() == 0:
             Path(settings["out"]).write_text(json.dumps(results))
+    yardstick.engine.close()
     dist.destroy_process_group()
 
 
-def taking_turns(cases: Sequence[_Case], warm_up: int, rounds: int, yardstick: _Case) -> None:
+def _take_turns(cases: Sequence[_Case], warm_up: int, rounds: int, yardstick: _Case) -> None:
     """Steps of all cases in turn; each case keeps the times of `rounds` steps, and the yardstick's beside them."""
     for i in range(warm_up + rounds):
         for turn in range(len(cases)):
