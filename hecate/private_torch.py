@@ -22,7 +22,6 @@ __all__ = [
     "allow_data_parallel",
     "at_end_of_backward",
     "base_of",
-    "called_alone",
     "default_store",
     "forget_step",
     "graph_task",
@@ -134,15 +133,6 @@ def base_of(tensor: Tensor) -> Tensor | None:
     Only `Tensor._base` leads from a view to the object that it is a view of.
     """
     return tensor._base
-
-
-def called_alone(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's `forward` and nothing else: no hooks, no `forward` of its own.
-
-    Modules keep their hooks in attributes without public names.
-    """
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in vars(module) and not any(getattr(module, kind) for kind in kinds)
 
 
 def pass_modes() -> tuple[object, ...]:

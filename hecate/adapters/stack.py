@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hecate.adapters.hooks import called_alone
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
 from hecate.ops.plain import run_experts
 
@@ -177,8 +178,7 @@ def _check_linear(key: str, mlp: nn.Module) -> None:
 def _check_hooks(mlps: nn.Module) -> None:
     """ValueError if something was attached to an MLP or one of its layers: the stacked ones would run without it."""
     for name, module in mlps.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if name and (any(hooks) or "forward" in vars(module)):
+        if name and not called_alone(module):
             kind = type(module).__name__
             raise ValueError(
                 f"stack_experts: {name} ({kind}) has hooks or a replaced forward, which would be lost; attach them to "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hecate.adapters.hooks import called_alone
 from hecate.experts import ExpertMLP
 from hecate.ops.activation import activation
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
@@ -256,7 +257,7 @@ def fused_activation(module: Any) -> Activation | None:
         return None
     act, kind = module.act_fn, type(module.act_fn)
     known = kind.__module__ == "transformers.activations" or kind.__module__.startswith("torch.nn.")
-    if not known or "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks:
+    if not known or not called_alone(act):
         return None
     if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hecate.adapters.hooks import called_alone
 from hecate.labels import label
-from hecate.private_torch import base_of, called_alone, pass_modes
+from hecate.private_torch import base_of, pass_modes
 
 __all__ = ["Early", "SharedExperts"]
 
