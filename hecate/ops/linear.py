@@ -7,52 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "linear_in_halves"]
+__all__ = ["linear"]
 
-Map = Callable[[Tensor], Tensor]
-HalvedMap = Callable[[Tensor], Callable[[], Tensor]]
-"""Starts to compute a linear map, and returns what waits for its result."""
+Map = Callable[[Tensor], Callable[[], Tensor]]
+"""Starts to compute a linear map, and returns what waits for its result, which must not be the argument itself."""
 
 
-def linear(x: Tensor, there: Map, back: Map) -> Tensor:
-    """`there(x)`, differentiable any number of times.
+def linear(x: Tensor, there: Map, back: Map, between: Callable[[], None] | None = None) -> Tensor:
+    """The linear map `there` of `x`, differentiable any number of times.
 
     No tensor is saved, so that activation checkpointing repeats the same maps on all ranks, whatever rows each has.
 
-    Args:
-        x: the argument.
-        there: a linear map; neither it nor `back` may return its argument itself.
-        back: its transpose.
-    """
-    return _Linear.apply(x, there, back)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, there: Map, back: Map) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.there, ctx.back = there, back
-        return there(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return linear(grad, ctx.back, ctx.there), None, None
-
-
-def linear_in_halves(x: Tensor, there: HalvedMap, back: HalvedMap, between: Callable[[], None] | None = None) -> Tensor:
-    """`linear` for maps that take a while, with other work in the middle, in both directions.
-
-    With such work each direction is two nodes of the graph, its start and its end. Autograd runs nodes in the reverse
-    order of their making, so the backward of what `between` computes runs while the gradient is on its way back.
+    With work in between, each direction is two nodes of the graph, its start and its end. Autograd runs nodes in the
+    reverse order of their making, so the backward of that work runs while the gradient is on its way back.
 
     Args:
         x: the argument.
-        there: a linear map; neither it nor `back` may return its argument itself.
+        there: the map.
         back: its transpose.
         between: what to compute between the start and the end of `there`, with autograd. If it raises, the end is
             awaited first.
     """
     if between is None:
-        return linear(x, lambda x: there(x)(), lambda grad: back(grad)())
+        return _Whole.apply(x, there, back)
     forth, home = _Way(there), _Way(back)
     ticket = _Start.apply(x, forth, home)
     try:
@@ -63,10 +40,21 @@ def linear_in_halves(x: Tensor, there: HalvedMap, back: HalvedMap, between: Call
     return _End.apply(ticket, forth, home)
 
 
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Map, back: Map) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.there, ctx.back = there, back
+        return there(x)()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return _Whole.apply(grad, ctx.back, ctx.there), None, None
+
+
 class _Way:
     """A map that has been started or not."""
 
-    def __init__(self, start: HalvedMap) -> None:
+    def __init__(self, start: Map) -> None:
         self._start = start
         self._end: Callable[[], Tensor] | None = None
 

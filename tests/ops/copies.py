@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from hecate.ops.linear import linear
@@ -12,4 +14,4 @@ __all__ = ["permute"]
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """Copies of the tokens `x [T, d]` in the given order: `out[p] = x[order[p] // top_k]`, `[N, d]`."""
-    return linear(x, lambda x: take_copies(x, order, top_k), lambda rows: sum_copies(rows, inverse, top_k))
+    return linear(x, lambda x: partial(take_copies, x, order, top_k), lambda x: partial(sum_copies, x, inverse, top_k))

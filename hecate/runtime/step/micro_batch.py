@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 
 from hecate.placement import Placement
 from hecate.runtime.experts.copies import LayerCopies
@@ -66,11 +67,11 @@ class MicroBatch:
     """
 
     def __init__(
-        self, number: int, with_grad: bool, graph_task: int = -1, early: Mapping[int, Early] | None = None
+        self, number: int, with_grad: bool, graph_task: int = -1, early: Mapping[int, Early] = MappingProxyType({})
     ) -> None:
         self.number = number
         self.with_grad = with_grad
-        self.early = dict(early or {})
+        self.early = dict(early)
         self.graph_task = graph_task
         self.state = PassState.FORWARD
         self.calls: Counter[int] = Counter()

@@ -115,7 +115,7 @@ class Passes:
         self._number += 1
         self._runs = True
         self._shared_experts.forget()
-        early = self._shared_experts.early() if with_grad else None
+        early = self._shared_experts.early() if with_grad else {}
         self._current = MicroBatch(self._number, with_grad, graph_task(), early)
         if with_grad:
             self._kept[self._number] = self._current
@@ -245,26 +245,12 @@ class Passes:
         return None if micro_batch is None else micro_batch.token
 
     def beside_tokens(self, layer: int, hidden: Tensor) -> Callable[[], None] | None:
-        """What to compute while the layer's tokens travel: its shared experts, if the model calls them afterwards.
-
-        Args:
-            layer: index of the layer.
-            hidden: the experts' input.
-        """
+        """What to compute while the tokens of `layer` travel, whose experts get `hidden`; None: nothing."""
         micro_batch = self._running()
         if micro_batch is None:
             return None
         again = graph_task() != micro_batch.graph_task
-        if (early := micro_batch.early.get(layer)) is None:
-            if not again:  # in recomputations FSDP2 gives blocks other tensors than in the forward pass
-                self._shared_experts.expect(layer, hidden)
-            return None
-
-        def run() -> None:
-            if not self._shared_experts.run(layer, early, hidden, again):
-                micro_batch.early.pop(layer, None)
-
-        return run
+        return self._shared_experts.beside_tokens(layer, micro_batch.early, hidden, again)
 
     def after_layer(self, layer: int, record: LayerRecord) -> None:
         """Called when `layer` has run forward: prefetch the next layer's copies; without gradients, release its own."""

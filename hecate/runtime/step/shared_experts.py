@@ -12,7 +12,7 @@ or others'), which would run at another time, and models that call them before t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ class SharedExperts:
     """
 
     def __init__(self, modules: Mapping[int, nn.Module]) -> None:
-        self._modules = {layer: _take(module) for layer, module in modules.items() if not _taken(module)}
+        self._modules = {i: _take(m) for i, m in modules.items() if not isinstance(m, _SharedModule)}
         for layer, module in self._modules.items():
             module._hecate_shared = (self, layer)
         self._bases: dict[int, bool] = {}  # per layer that can run early: see `Early.base`
@@ -99,31 +99,22 @@ class SharedExperts:
         """For a pass that begins now: the layers whose shared experts can run while tokens travel."""
         return {layer: Early(base) for layer, base in self._bases.items() if called_alone(self._modules[layer])}
 
-    def expect(self, layer: int, hidden: Tensor) -> None:
-        """The experts of `layer` run on `hidden`; see what the model gives the shared experts after them."""
-        self._expected = []
-        if layer in self._modules and layer not in self._given_up:
-            inputs = {False: hidden, True: base_of(hidden)}
-            self._expected = [_Expected(layer, base, weakref.ref(x)) for base, x in inputs.items() if x is not None]
-
-    def run(self, layer: int, early: Early, hidden: Tensor, again: bool) -> bool:
-        """Compute the output that the model will ask for; False if that cannot be done for this input.
+    def beside_tokens(
+        self, layer: int, early: dict[int, Early], hidden: Tensor, again: bool
+    ) -> Callable[[], None] | None:
+        """What to compute while the tokens of `layer` travel; None: nothing.
 
         Args:
             layer: the layer.
-            early: of this layer, from when the pass began.
+            early: what `early()` said when the pass began. A layer that cannot run early with this input leaves it.
             hidden: the experts' input.
             again: whether this is a recomputation.
         """
-        self.forget()
-        source = base_of(hidden) if early.base else hidden
-        if source is None:
-            self._give_up(layer)
-            return False
-        with label("shared"):
-            value = self._modules[layer].own_forward(source)
-        self._output = _Output(layer, early, source, source._version, pass_modes(), value, again)
-        return True
+        if layer in early:
+            return lambda: self._run(layer, early, hidden, again)
+        if not again:  # in recomputations FSDP2 gives blocks other tensors than in the forward pass
+            self._expect(layer, hidden)
+        return None
 
     def answer(self, layer: int, x: object) -> tuple[bool, Any]:
         """Whether the output for `x` is there already, and that output."""
@@ -144,6 +135,25 @@ class SharedExperts:
         if self._output is not None and not self._output.again:
             self._give_up(self._output.layer)
         self._output = None
+
+    def _run(self, layer: int, early: dict[int, Early], hidden: Tensor, again: bool) -> None:
+        """Compute the output that the model will ask for."""
+        self.forget()
+        source = base_of(hidden) if early[layer].base else hidden
+        if source is None:
+            del early[layer]
+            self._give_up(layer)
+            return
+        with label("shared"):
+            value = self._modules[layer].own_forward(source)
+        self._output = _Output(layer, early[layer], source, source._version, pass_modes(), value, again)
+
+    def _expect(self, layer: int, hidden: Tensor) -> None:
+        """See what the model gives the shared experts after the experts."""
+        self._expected = []
+        if layer in self._modules and layer not in self._given_up:
+            inputs = {False: hidden, True: base_of(hidden)}
+            self._expected = [_Expected(layer, base, weakref.ref(x)) for base, x in inputs.items() if x is not None]
 
     def _learn(self, layer: int, x: object) -> None:
         expected, self._expected = self._expected, []
@@ -174,10 +184,6 @@ class _SharedModule(nn.Module):
     def own_forward(self, x: Tensor) -> Any:
         """The forward pass of the module's own class."""
         return super().forward(x)
-
-
-def _taken(module: nn.Module) -> bool:
-    return isinstance(module, _SharedModule)
 
 
 def _take(module: nn.Module) -> _SharedModule:

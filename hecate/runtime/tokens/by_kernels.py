@@ -19,7 +19,7 @@ from hecate._native import sort_tables
 from hecate.ops.kernels.registered import combine_rows, gather_rows, scatter_rows, sort_copies
 from hecate.ops.kernels.rows import OwnRows
 from hecate.ops.kernels.tokens import ExpertCounts
-from hecate.ops.linear import linear_in_halves
+from hecate.ops.linear import linear
 from hecate.ops.permute import combine
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
@@ -57,11 +57,11 @@ class KernelDispatch(Straight):
         beside: Callable[[], None] | None = None,
     ) -> Tensor:
         home = hidden.dtype
-        return linear_in_halves(hidden, self._send_tokens, lambda rows: self._sum_home(rows, home, meanwhile), beside)
+        return linear(hidden, self._send_tokens, lambda rows: self._sum_home(rows, home, meanwhile), beside)
 
     def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear_in_halves(rows, self._come_home, self._leave)
+            rows = linear(rows, self._come_home, self._leave)
         return combine(rows, weights, self.inverse, by_kernels=True).to(dtype or rows.dtype)
 
     # Without autograd. All launch an exchange and return what waits for its rows.
@@ -113,12 +113,7 @@ class KernelDispatch(Straight):
             sending = Sending(packed.contiguous(), sent, received, self.comms, None)
             meanwhile()
             _ = self.local_order  # while the rows are on their way
-
-        def arrive() -> Tensor:
-            with self.comms.guard():
-                return sending.wait()
-
-        return arrive
+        return sending.wait
 
     def _in_order(self, arrived: Tensor, order: Tensor | None, own: OwnRows | None) -> Tensor:
         """`arrived` in `order` and in the dtype of compute, own rows from where they are."""

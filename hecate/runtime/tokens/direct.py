@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate._native import direct_tables
-from hecate.ops.linear import linear_in_halves
+from hecate.ops.linear import linear
 from hecate.ops.permute import block_order, combine, invert, sort_by_expert, sum_copies, take_copies
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
@@ -59,11 +59,11 @@ class DirectDispatch(Straight):
             return lambda: sum_copies(arrive(), self.inverse, self.top_k)
 
         tokens = hidden.to(dtype or hidden.dtype)
-        return linear_in_halves(tokens, there, back, beside)
+        return linear(tokens, there, back, beside)
 
     def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear_in_halves(rows, self.come_home, self.leave)
+            rows = linear(rows, self.come_home, self.leave)
         return combine(rows, weights, self.inverse).to(dtype or rows.dtype)
 
     # Without autograd. Both launch an exchange and return what waits for its rows.
@@ -73,13 +73,7 @@ class DirectDispatch(Straight):
         with self.comms.guard():
             sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
             order, _ = self.local_order, self.inverse  # while the rows are on their way
-
-        def arrive() -> Tensor:
-            with self.comms.guard():
-                arrived = sending.wait()
-            return arrived if order is None else arrived.index_select(0, order)
-
-        return arrive
+        return sending.wait if order is None else lambda: sending.wait().index_select(0, order)
 
     def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
         """The reverse of `leave`. Collective."""
@@ -88,12 +82,7 @@ class DirectDispatch(Straight):
         with self.comms.guard():
             sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
             meanwhile()
-
-        def arrive() -> Tensor:
-            with self.comms.guard():
-                return sending.wait()
-
-        return arrive
+        return sending.wait
 
 
 def direct_dispatch(

@@ -74,7 +74,7 @@ class Sending:
     def __init__(
         self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], comms: Comms, wire: torch.dtype | None
     ) -> None:
-        self._rows, self._sent, self._received, self._rank = rows, sent, received, comms.rank
+        self._rows, self._sent, self._received, self._comms = rows, sent, received, comms
         self._packed = self._arrived = rows
         self._wait: Callable[[], object] | None = None
         if comms.tokens is not None:
@@ -86,10 +86,11 @@ class Sending:
         """The rows that arrived, sorted by the device they come from. On CUDA the host does not wait."""
         if self._wait is None:
             return self._arrived
-        self._wait()
+        with self._comms.guard():
+            self._wait()
         out = self._arrived.to(self._rows.dtype)
         if self._packed.dtype != self._rows.dtype:
-            rank, sent, received = self._rank, self._sent, self._received
+            rank, sent, received = self._comms.rank, self._sent, self._received
             own = self._rows.narrow(0, sum(sent[:rank]), sent[rank])
             out.narrow(0, sum(received[:rank]), received[rank]).copy_(own)
         return out
