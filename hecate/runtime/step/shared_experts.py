@@ -68,12 +68,13 @@ class _Output:
 
 
 class _Expected(NamedTuple):
-    """A tensor that shared experts may get in the first pass: of which layer, and see `Early.base`.
+    """A tensor that shared experts may get in the first pass: of which layer, under which `pass_modes`, as which base.
 
     Only the model keeps it: of a view, which it may drop, or of the tensor behind that.
     """
 
     layer: int
+    modes: tuple[object, ...]
     base: bool
     x: weakref.ref[Tensor]
 
@@ -116,8 +117,10 @@ class SharedExperts:
             self._expect(layer, hidden)
         return None
 
-    def answer(self, layer: int, x: object) -> tuple[bool, Any]:
-        """Whether the output for `x` is there already, and that output."""
+    def answer(self, module: nn.Module, layer: int, x: object) -> tuple[bool, Any]:
+        """Whether the output of `module` for `x` is there already, and that output; not for copies of the module."""
+        if module is not self._modules.get(layer):
+            return False, None
         found, self._output = self._output, None
         if found is None:
             self._learn(layer, x)
@@ -153,12 +156,13 @@ class SharedExperts:
         self._expected = []
         if layer in self._modules and layer not in self._given_up:
             inputs = {False: hidden, True: base_of(hidden)}
-            self._expected = [_Expected(layer, base, weakref.ref(x)) for base, x in inputs.items() if x is not None]
+            given = ((base, weakref.ref(x)) for base, x in inputs.items() if x is not None)
+            self._expected = [_Expected(layer, pass_modes(), *each) for each in given]
 
     def _learn(self, layer: int, x: object) -> None:
         expected, self._expected = self._expected, []
         for each in expected:
-            if each.layer == layer and each.x() is x:
+            if (each.layer, each.modes) == (layer, pass_modes()) and each.x() is x:
                 self._bases[layer] = each.base
 
     def _give_up(self, layer: int) -> None:
@@ -176,7 +180,7 @@ class _SharedModule(nn.Module):
         """As the module's own class."""
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
             owner, layer = self._hecate_shared
-            found, output = owner.answer(layer, args[0])
+            found, output = owner.answer(self, layer, args[0])
             if found:
                 return output
         return super().forward(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,8 @@ class Block(nn.Module):
         routed = self.experts(flat, routing.expert_index, routing.weights).view_as(x)
         if self.order == "before":
             return routed + first
+        if self.order == "in a checkpoint":
+            return routed + checkpoint(self.shared_experts, x, use_reentrant=False)
         if self.order == "other input":
             return routed + self.shared_experts(x * 1)
         if self.order == "written between":
@@ -98,7 +101,7 @@ WAYS: dict[str, Run | None] = {
     "checkpoint, reentrant": partial(checkpoint, use_reentrant=True),
 }
 EARLY = ("view", "same input")
-LATE = ("before", "other input", "written between")
+LATE = ("before", "other input", "written between", "in a checkpoint")
 NOT_UNDER_FSDP = "input of the block"  # FSDP2 makes it a view of what the block was called with
 
 
@@ -265,3 +268,29 @@ def _raises() -> list[str]:
 
 def test_an_error_leaves_no_exchange_behind(groups: Groups) -> None:
     assert groups(2).run(_raises) == [["launch", "shared", "wait"]] * 2
+
+
+def _copied() -> None:
+    """A copy of the shared experts with other weights, called on the same tensor, computes its own output."""
+    pair = Pair(_branched("same input"), dense="replicate")
+    for each in pair.both:
+        for block in each.blocks:  # type: ignore[union-attr]
+            own = block.shared_experts
+            other = copy.copy(own)
+            other._modules = dict(own._modules)
+            other.down = nn.Linear(12, WIDTH).double().requires_grad_(False)
+            nn.init.constant_(other.down.weight, 0.1)
+            nn.init.zeros_(other.down.bias)
+            block.experts.register_forward_hook(_adding(other))
+    for seed in range(3):
+        pair.backward(_loss(seed))
+    pair.check_gradients()
+
+
+def _adding(other: nn.Module) -> Callable[..., Tensor]:
+    """A hook of an experts module that adds what `other` makes of its input, before the shared experts are called."""
+    return lambda module, args, output: output + other(args[0])
+
+
+def test_a_copy_computes_its_own_output(groups: Groups) -> None:
+    groups(2).run(_copied)
