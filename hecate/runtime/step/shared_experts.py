@@ -48,7 +48,7 @@ class _Output:
         early: how it was computed.
         source: the tensor that it was computed from.
         version: of `source` at that time, which PyTorch counts up with every write to it.
-        modes: see `pass_modes`.
+        state: see `_state`.
         value: the output.
         again: whether a recomputation made it, which may end before it asks for the output.
     """
@@ -57,24 +57,24 @@ class _Output:
     early: Early
     source: Tensor
     version: int
-    modes: tuple[object, ...]
+    state: tuple[object, ...]
     value: Any
     again: bool
 
-    def fits(self, layer: int, x: object) -> bool:
-        """Whether the model's call for `x` computes the same."""
-        same = layer == self.layer and self.modes == pass_modes() and x is self.source
-        return same and self.source._version == self.version
+    def fits(self, module: nn.Module, layer: int, x: object) -> bool:
+        """Whether the model's call of `module` for `x` computes the same."""
+        same = layer == self.layer and x is self.source and self.source._version == self.version
+        return same and self.state == _state(module)
 
 
 class _Expected(NamedTuple):
-    """A tensor that shared experts may get in the first pass: of which layer, under which `pass_modes`, as which base.
+    """A tensor that shared experts may get in the first pass: of which layer, in which `_state`, as which base.
 
     Only the model keeps it: of a view, which it may drop, or of the tensor behind that.
     """
 
     layer: int
-    modes: tuple[object, ...]
+    state: tuple[object, ...]
     base: bool
     x: weakref.ref[Tensor]
 
@@ -126,8 +126,8 @@ class SharedExperts:
             self._learn(layer, x)
             return False, None
         if found.again:  # what the forward pass computed twice must be computed twice, for activation checkpointing
-            return found.early.asked and found.fits(layer, x), found.value
-        if found.fits(layer, x):
+            return found.early.asked and found.fits(module, layer, x), found.value
+        if found.fits(module, layer, x):
             found.early.asked = True
             return True, found.value
         self._give_up(found.layer)
@@ -147,9 +147,10 @@ class SharedExperts:
             del early[layer]
             self._give_up(layer)
             return
+        module = self._modules[layer]
         with label("shared"):
-            value = self._modules[layer].own_forward(source)
-        self._output = _Output(layer, early[layer], source, source._version, pass_modes(), value, again)
+            value = module.own_forward(source)
+        self._output = _Output(layer, early[layer], source, source._version, _state(module), value, again)
 
     def _expect(self, layer: int, hidden: Tensor) -> None:
         """See what the model gives the shared experts after the experts."""
@@ -157,12 +158,12 @@ class SharedExperts:
         if layer in self._modules and layer not in self._given_up:
             inputs = {False: hidden, True: base_of(hidden)}
             given = ((base, weakref.ref(x)) for base, x in inputs.items() if x is not None)
-            self._expected = [_Expected(layer, pass_modes(), *each) for each in given]
+            self._expected = [_Expected(layer, _state(self._modules[layer]), *each) for each in given]
 
     def _learn(self, layer: int, x: object) -> None:
         expected, self._expected = self._expected, []
         for each in expected:
-            if (each.layer, each.modes) == (layer, pass_modes()) and each.x() is x:
+            if each.layer == layer and each.x() is x and each.state == _state(self._modules[layer]):
                 self._bases[layer] = each.base
 
     def _give_up(self, layer: int) -> None:
@@ -188,6 +189,11 @@ class _SharedModule(nn.Module):
     def own_forward(self, x: Tensor) -> Any:
         """The forward pass of the module's own class."""
         return super().forward(x)
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
+    """What the output depends on besides the input: how the pass runs, and weights, which may be swapped or written."""
+    return *pass_modes(), *((id(p), p._version) for p in module.parameters())
 
 
 def _take(module: nn.Module) -> _SharedModule:

@@ -270,6 +270,25 @@ def test_an_error_leaves_no_exchange_behind(groups: Groups) -> None:
     assert groups(2).run(_raises) == [["launch", "shared", "wait"]] * 2
 
 
+def _swapped() -> None:
+    """The shared experts, called on the same tensor with other weights, compute with those."""
+    pair = Pair(_branched("same input"), dense="replicate")
+    pair.backward(_loss(0))
+    others = {name: torch.full_like(p, 0.1) for name, p in Branch().double().named_parameters()}
+    for each in pair.both:
+        for block in each.blocks:  # type: ignore[union-attr]
+            block.experts.register_forward_hook(
+                _adding(partial(torch.func.functional_call, block.shared_experts, others))
+            )
+    for seed in (1, 2):
+        pair.backward(_loss(seed))
+    pair.check_gradients()
+
+
+def test_other_weights_are_noticed(groups: Groups) -> None:
+    groups(2).run(_swapped)
+
+
 def _copied() -> None:
     """A copy of the shared experts with other weights, called on the same tensor, computes its own output."""
     pair = Pair(_branched("same input"), dense="replicate")
@@ -287,7 +306,7 @@ def _copied() -> None:
     pair.check_gradients()
 
 
-def _adding(other: nn.Module) -> Callable[..., Tensor]:
+def _adding(other: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """A hook of an experts module that adds what `other` makes of its input, before the shared experts are called."""
     return lambda module, args, output: output + other(args[0])
 
