@@ -10,7 +10,7 @@ import torch
 
 from hecate.cost import CostModel
 
-__all__ = ["ExpertGemm", "FSSDPConfig", "KernelChoice", "PolicyName", "Splits", "TransportChoice"]
+__all__ = ["ExpertGemm", "FSSDPConfig", "KernelChoice", "PolicyName", "Splits", "TokenHalves", "TransportChoice"]
 
 PolicyName = Literal["balanced", "hecate", "ep", "fastermoe", "smartmoe", "flexmoe", "exact"]
 Dense = Literal["fsdp", "replicate", "deepspeed", "none"]
@@ -20,6 +20,7 @@ KernelChoice = Literal["auto", "hecate", "torch"]
 ExpertGemm = Literal["torch", "sonicmoe"]
 TransportChoice = Literal["auto", "symmetric", "messages"]
 Splits = Literal["host", "device"]
+TokenHalves = Literal["auto", True, False]
 
 LARGEST = 2**31 - 1
 """Largest value of settings that are counts: plans, arrays and queues cannot handle larger ones."""
@@ -94,6 +95,9 @@ class FSSDPConfig:
         rows_per_pair: with splits="device" on several devices: rows that each device sends to each in one layer, used
             or not. A layer that needs more is an error when the backward pass begins; tokens of a device times experts
             per token are always enough.
+        token_halves: whether a layer exchanges its tokens in two halves, each while experts compute the other: "auto"
+            (if the cost model predicts that it saves time), True, or False. Outputs are the same; experts' gradients
+            are sums over two products. The node-aware exchange and splits="device" have no halves.
         dense: how to train the rest of the model: "fsdp" (FSDP2), "replicate", "deepspeed" (ZeRO-1 or 2, by
             `hecate.integrations.deepspeed`), or "none" (left to the caller).
         seed: seed of initial values if no other is given.
@@ -120,6 +124,7 @@ class FSSDPConfig:
     transport: TransportChoice = "messages"
     splits: Splits = "host"
     rows_per_pair: int | None = None
+    token_halves: TokenHalves = "auto"
     dense: Dense = "fsdp"
     seed: int = 0
 
@@ -130,6 +135,7 @@ class FSSDPConfig:
         _one_of("expert_gemm", self.expert_gemm, get_args(ExpertGemm))
         _one_of("transport", self.transport, get_args(TransportChoice))
         _one_of("splits", self.splits, get_args(Splits))
+        _one_of("token_halves", self.token_halves, get_args(TokenHalves))
         _one_of("dense", self.dense, get_args(Dense))
         _one_of("calibrate", self.calibrate, get_args(Calibrate))
         _one_of("rematerialize", self.rematerialize, (True, False))
@@ -189,6 +195,11 @@ class FSSDPConfig:
                     f"FSSDPConfig.splits='device' with {name}={value!r}: the host would need the counts; must be "
                     f"{' or '.join(map(repr, needed))}, or set splits='host'"
                 )
+        if self.token_halves is True:
+            raise ValueError(
+                "FSSDPConfig.splits='device' with token_halves=True: the host would need the counts to divide the "
+                "rows; must be 'auto' or False, or set splits='host'"
+            )
         if self.kernels == "torch":
             raise ValueError(
                 "FSSDPConfig.splits='device' with kernels='torch': Hecate's kernels sort and move the tokens; must be "

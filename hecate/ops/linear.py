@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["linear"]
+__all__ = ["Begun", "linear"]
 
 Map = Callable[[Tensor], Callable[[], Tensor]]
 """Starts to compute a linear map, and returns what waits for its result, which must not be the argument itself."""
@@ -18,8 +18,7 @@ def linear(x: Tensor, there: Map, back: Map, between: Callable[[], None] | None 
 
     No tensor is saved, so that activation checkpointing repeats the same maps on all ranks, whatever rows each has.
 
-    With work in between, each direction is two nodes of the graph, its start and its end. Autograd runs nodes in the
-    reverse order of their making, so the backward of that work runs while the gradient is on its way back.
+    With work in between, each direction is two nodes of the graph; see `Begun`.
 
     Args:
         x: the argument.
@@ -30,14 +29,39 @@ def linear(x: Tensor, there: Map, back: Map, between: Callable[[], None] | None 
     """
     if between is None:
         return _Whole.apply(x, there, back)
-    forth, home = _Way(there), _Way(back)
-    ticket = _Start.apply(x, forth, home)
+    begun = Begun(x, there, back)
     try:
         between()
     except BaseException:
-        forth.end()
+        begun.abandon()
         raise
-    return _End.apply(ticket, forth, home)
+    return begun.end()
+
+
+class Begun:
+    """A linear map as `linear`'s that has been started. Its start and its end are nodes of the graph of their own.
+
+    Autograd runs nodes in the reverse order of their making, so the backward of what is computed in between runs while
+    the gradient is on its way back.
+
+    Args:
+        x: the argument.
+        there: the map.
+        back: its transpose.
+    """
+
+    def __init__(self, x: Tensor, there: Map, back: Map) -> None:
+        self._there, self._back = _Way(there), _Way(back)
+        self._ticket = _Start.apply(x, self._there, self._back)
+
+    def end(self) -> Tensor:
+        """Wait for the result. Called once."""
+        return _End.apply(self._ticket, self._there, self._back)
+
+    def abandon(self) -> None:
+        """Wait for the result and drop it, unless it has ended."""
+        if self._there.underway:
+            self._there.end()
 
 
 class _Whole(torch.autograd.Function):
@@ -57,6 +81,10 @@ class _Way:
     def __init__(self, start: Map) -> None:
         self._start = start
         self._end: Callable[[], Tensor] | None = None
+
+    @property
+    def underway(self) -> bool:
+        return self._end is not None
 
     def start(self, x: Tensor) -> None:
         self._end = self._start(x)

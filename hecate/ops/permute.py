@@ -33,10 +33,14 @@ def sort_by_expert(index: Tensor, num_experts: int) -> Tensor:
     return torch.sort(keys, stable=True).indices
 
 
-def invert(order: Tensor, copies: int | None = None) -> Tensor:
-    """The inverse of int64 `order [N]`: the position in it of each of `copies` (default N); N if it is not there."""
-    inverse = order.new_full((order.numel() if copies is None else copies,), order.numel())
-    return inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
+def invert(order: Tensor, copies: int | None = None, absent: int | None = None) -> Tensor:
+    """The inverse of int64 `order [N]`: the position in it of each of `copies` (default N).
+
+    `absent` (default N) stands for copies that are not in it.
+    """
+    present = order.numel()
+    inverse = order.new_full((present if copies is None else copies,), present if absent is None else absent)
+    return inverse.scatter_(0, order, torch.arange(present, device=order.device))
 
 
 def block_order(blocks: Tensor, rows: int) -> Tensor:

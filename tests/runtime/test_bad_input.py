@@ -62,6 +62,8 @@ def _batch() -> Tensor:
         ("memory_share", "0.2", r"must be a number in \(0, 1\]"),
         ("seed", None, "must be an integer"),
         ("seed", "a", "must be an integer"),
+        ("token_halves", "always", r"must be one of 'auto', True, False"),
+        ("token_halves", 1, r"must be one of 'auto', True, False"),
         ("cost", 3, "must be a CostModel, the path of a profile, or None"),
         ("param_dtype", torch.float16, "must be torch.float64"),
     ],

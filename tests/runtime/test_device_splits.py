@@ -153,6 +153,10 @@ def test_too_few_rows_per_pair_are_an_error_on_all_ranks(groups: Groups) -> None
         ({"calibrate": "pays"}, r"splits='device' with calibrate='pays'.*must be False, or set splits='host'"),
         ({"policy": "hecate", "calibrate": False}, r"with policy='hecate'.*must be 'balanced' or 'ep'"),
         ({"calibrate": False, "kernels": "torch"}, r"splits='device' with kernels='torch'"),
+        (
+            {"calibrate": False, "token_halves": True},
+            r"splits='device' with token_halves=True: the host would need the counts",
+        ),
         ({"calibrate": False, "expert_gemm": "sonicmoe"}, r"splits='device' with expert_gemm='sonicmoe'"),
         ({"calibrate": False, "rows_per_pair": 0}, r"rows_per_pair=0: must be an integer >= 1"),
         ({"splits": "host", "rows_per_pair": 8}, r"rows_per_pair=8 is for splits='device', not for 'host'"),

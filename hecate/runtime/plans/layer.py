@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hecate.config import FSSDPConfig
+from hecate.config import FSSDPConfig, TokenHalves
 from hecate.cost import CostModel, LayerCost
 from hecate.experts import POOL_PREFIX, ExpertsSpec
 from hecate.loads.history import LoadHistory
@@ -125,6 +125,11 @@ class LayerPlans:
     def rows_per_pair(self) -> int | None:
         """See `FSSDPConfig`."""
         return self._config.rows_per_pair
+
+    @property
+    def token_halves(self) -> TokenHalves:
+        """See `FSSDPConfig`."""
+        return self._config.token_halves
 
     @property
     def cost(self) -> LayerCost:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hecate.planning.plan import Plan
 from hecate.runtime.experts.copies import LayerCopies
 from hecate.runtime.tokens.exchange import Dispatch
+from hecate.runtime.tokens.halves import HalvedDispatch
 
 __all__ = ["LayerRecord", "Planned"]
 
@@ -47,7 +48,7 @@ class LayerRecord:
 
     top_k: int
     planned: Planned
-    dispatch: Dispatch
+    dispatch: Dispatch | HalvedDispatch
     copies: LayerCopies
     absent: Tensor | None = None
 

@@ -81,7 +81,16 @@ class Recorder:
         dtypes, counted = plans.experts.dtypes, counting.counted
         ways = None if counted is None else ByKernels(counted, dtypes.param)
         dispatch = dispatch_of(
-            plan, index, comms, copies.experts, plans.cost, dtypes.wire, by_expert, tokens, by_kernels=ways
+            plan,
+            index,
+            comms,
+            copies.experts,
+            plans.cost,
+            dtypes.wire,
+            by_expert,
+            tokens,
+            ways,
+            plans.token_halves,
         )
         absent = index == ABSENT if counts[comms.rank].sum() < index.numel() else None
         return LayerRecord(max(1, index.shape[1]), Planned(lambda: (counts, plan)), dispatch, copies, absent)

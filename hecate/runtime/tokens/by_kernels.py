@@ -10,7 +10,8 @@ Shapes: T tokens of this device, k experts per token, N rows sent, M rows receiv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from hecate.ops.kernels.registered import combine_rows, gather_rows, scatter_row
 from hecate.ops.kernels.rows import OwnRows
 from hecate.ops.kernels.tokens import ExpertCounts
 from hecate.ops.linear import linear
-from hecate.ops.permute import combine
+from hecate.ops.permute import combine, invert
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import Sending
 from hecate.runtime.tokens.straight import Straight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["KernelDispatch", "kernel_dispatch"]
 
@@ -59,10 +63,34 @@ class KernelDispatch(Straight):
         home = hidden.dtype
         return linear(hidden, self._send_tokens, lambda rows: self._sum_home(rows, home, meanwhile), beside)
 
-    def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear(rows, self._come_home, self._leave)
+    def pack(self, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
+        home = hidden.dtype
+
+        def there(tokens: Tensor) -> Callable[[], Tensor]:
+            return lambda: scatter_rows(tokens, self.inverse, self.top_k, self.order.numel(), self.dtype)
+
+        def back(rows: Tensor) -> Callable[[], Tensor]:
+            return lambda: combine_rows(rows, self.inverse, None, self.top_k, home)
+
+        return linear(hidden, there, back)
+
+    def add_up(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
         return combine(rows, weights, self.inverse, by_kernels=True).to(dtype or rows.dtype)
+
+    def with_order(self, order: Tensor) -> Self:
+        return replace(self, order=order, inverse=invert(order, self.inverse.numel(), absent=-1))
+
+    def of_packed(
+        self,
+        rows: Tensor,
+        sent: tuple[int, ...],
+        received: tuple[int, ...],
+        blocks: Tensor | None,
+        sizes: tuple[int, ...],
+    ) -> Self:
+        return replace(
+            self, order=rows, inverse=rows, sent=sent, received=received, blocks=blocks, sizes=sizes, top_k=1
+        )
 
     # Without autograd. All launch an exchange and return what waits for its rows.
     # Tokens to their experts, and the sum of their rows' gradients.
@@ -84,13 +112,13 @@ class KernelDispatch(Straight):
 
     # Rows in the order that they are sent in to rows by expert on the experts' devices, and back.
 
-    def _leave(self, rows: Tensor) -> Callable[[], Tensor]:
+    def leave(self, rows: Tensor) -> Callable[[], Tensor]:
         arrive = self._launched(rows.to(self.wire), self.sent, self.received)
         own = self._own(rows, None, self.sent, self.received)
         return lambda: self._in_order(arrive(), self.local_order, own)
 
-    def _come_home(self, rows: Tensor) -> Callable[[], Tensor]:
-        arrive = self._launched(self._packed(rows), self.received, self.sent)
+    def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
+        arrive = self._launched(self._packed(rows), self.received, self.sent, meanwhile)
         own = self._own(rows, self.local_inverse, self.received, self.sent)
         return lambda: self._in_order(arrive(), None, own)
 

@@ -9,8 +9,9 @@ without an expert (-1) are not sent: then N < T * k.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import Sending
 from hecate.runtime.tokens.straight import Straight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["DirectDispatch", "direct_dispatch"]
 
@@ -61,28 +65,46 @@ class DirectDispatch(Straight):
         tokens = hidden.to(dtype or hidden.dtype)
         return linear(tokens, there, back, beside)
 
-    def combine(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        if self.comms.tokens is not None or self.blocks is not None:
-            rows = linear(rows, self.come_home, self.leave)
+    def pack(self, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
+        def there(tokens: Tensor) -> Callable[[], Tensor]:
+            return lambda: take_copies(tokens, self.order, self.top_k)
+
+        def back(rows: Tensor) -> Callable[[], Tensor]:
+            return lambda: sum_copies(rows, self.inverse, self.top_k)
+
+        return linear(hidden.to(dtype or hidden.dtype), there, back)
+
+    def add_up(self, rows: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor:
         return combine(rows, weights, self.inverse).to(dtype or rows.dtype)
 
-    # Without autograd. Both launch an exchange and return what waits for its rows.
-
     def leave(self, rows: Tensor) -> Callable[[], Tensor]:
-        """From rows in `order` here to rows by expert on the experts' devices. Collective."""
         with self.comms.guard():
             sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
             order, _ = self.local_order, self.inverse  # while the rows are on their way
         return sending.wait if order is None else lambda: sending.wait().index_select(0, order)
 
     def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
-        """The reverse of `leave`. Collective."""
         if self.local_inverse is not None:
             rows = rows.index_select(0, self.local_inverse)
         with self.comms.guard():
             sending = Sending(rows, self.received, self.sent, self.comms, self.wire)
             meanwhile()
         return sending.wait
+
+    def with_order(self, order: Tensor) -> Self:
+        return replace(self, order=order)
+
+    def of_packed(
+        self,
+        rows: Tensor,
+        sent: tuple[int, ...],
+        received: tuple[int, ...],
+        blocks: Tensor | None,
+        sizes: tuple[int, ...],
+    ) -> Self:
+        return replace(
+            self, order=rows, sent=sent, received=received, blocks=blocks, sizes=sizes, top_k=1, copies=len(rows)
+        )
 
 
 def direct_dispatch(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hecate.runtime.tokens.by_node import NodeDispatch, _SumOf, _Take, _WeightedSum
 from hecate.runtime.tokens.direct import DirectDispatch
+from hecate.runtime.tokens.halves import HalvedDispatch
 from tests.runtime.helpers import (
     Net,
     Pair,
@@ -157,29 +158,30 @@ def _with_loss(model: nn.Module, of: int) -> Tensor:
     return _penalty(model, of) + square_loss(1)(model, of)
 
 
-def _double(checkpointed: bool, by_node: bool) -> None:
+def _double(checkpointed: bool, way: type) -> None:
     torch.manual_seed(0)
     with devices_per_node(1):
-        pair = Pair((_Checkpointed if checkpointed else Net)((4, 4, 3)).double(), dense="replicate")
+        model = (_Checkpointed if checkpointed else Net)((4, 4, 3)).double()
+        pair = Pair(model, dense="replicate", token_halves=way is HalvedDispatch)
     passes, ways = pair.engine._engine.passes, set()
     pair.model.register_forward_hook(
         lambda *_: ways.update(type(record.dispatch) for record in passes._current.records.values())
     )
-    with patch("hecate.runtime.tokens.dispatch.node_exchange_pays", lambda *_: by_node):
+    with patch("hecate.runtime.tokens.dispatch.node_exchange_pays", lambda *_: way is NodeDispatch):
         pair.warm_up(square_loss(9))
         for loss in (_penalty, _with_loss):
             pair.backward(loss)
             pair.check_gradients()
-    assert ways == {NodeDispatch if by_node else DirectDispatch}
+    assert ways == {way}
     assert all(p.grad.any() for pool in pair.engine.pools for p in pool.parameters.values())
     assert sum(layer["copies"] for layer in pair.engine.stats()["layers"]) > 0
 
 
 def _penalties() -> None:
     for checkpointed in (False, True):
-        for by_node in (False, True):
-            with case(f"{checkpointed=}, {by_node=}"):
-                _double(checkpointed, by_node)
+        for way in (DirectDispatch, HalvedDispatch, NodeDispatch):
+            with case(f"{checkpointed=}, {way=}"):
+                _double(checkpointed, way)
 
 
 @pytest.mark.parametrize("devices", [2, 3])
