@@ -3,6 +3,7 @@
     python -m benchmarks.end_to_end --json FILE [key=value ...]     # keys of conf/config.yaml, e.g. devices=4
     python -m benchmarks.end_to_end --quick                         # ep, balanced, fsdp2 and the ceiling
     python -m benchmarks.end_to_end --cluster --json FILE           # on 2 emulated nodes of 4 devices
+    python -m benchmarks.end_to_end --cluster --nodes 4 --inter-mbit 100 --cpu 0.1
 
 The ceiling is plain expert parallelism with a router that loads all devices alike. All systems train the same model on
 the same batches in the same processes, and take steps in turn; each skew gives all of them the same choices. Figures
@@ -58,7 +59,6 @@ ON_CLUSTER = (
     "model.num_layers=2",
     "model.num_experts=32",
     "batch_size=2",
-    "devices=8",
     "timeout_seconds=600",
 )
 """512 tokens per device, experts of width 512: the exchange of tokens dominates."""
@@ -79,7 +79,13 @@ def main() -> int:
     )
     parser.add_argument("--skew", action="append", help=f"{', '.join(KINDS)}; may be repeated (default: {SKEWS})")
     parser.add_argument("--quick", action="store_true", help="three systems, one skew, under 4 minutes")
-    parser.add_argument("--cluster", action="store_true", help=f"on {NODES} emulated nodes of {PER_NODE} devices")
+    parser.add_argument("--cluster", action="store_true", help="on emulated nodes; their shape are the next options")
+    parser.add_argument("--nodes", type=int, default=NODES, help="(default: %(default)s)")
+    parser.add_argument("--devices-per-node", type=int, default=PER_NODE, help="(default: %(default)s)")
+    parser.add_argument(
+        "--inter-mbit", type=int, default=INTER_MBIT, help="Mbit/s between nodes (default: %(default)s)"
+    )
+    parser.add_argument("--cpu", type=float, default=CPU, help="cores per device (default: %(default)s)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write bars, timelines and Chrome traces")
     given = parser.parse_intermixed_args()
     systems, skews = QUICK if given.quick else (SYSTEMS, SKEWS)
@@ -88,7 +94,8 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     if given.cluster:
-        return on_cluster("benchmarks.end_to_end", (NODES, PER_NODE, INTER_MBIT, CPU), ON_CLUSTER)
+        shape = (given.nodes, given.devices_per_node, given.inter_mbit, given.cpu)
+        return on_cluster("benchmarks.end_to_end", shape, ON_CLUSTER)
     config = resolved([*(ON_TWO if given.where is None else ()), *given.overrides])
     launch(config, partial(run, options=options, file=given.json, plots=given.plots))
     return 0
@@ -107,6 +114,7 @@ def on_cluster(program: str, shape: tuple[int, int, int, float], overrides: Sequ
     nodes, per_node, mbit, cpu = shape
     where = f"emulated {nodes} x {per_node}, {mbit} Mbit/s, {cpu} core each"
     own = [word for word in sys.argv[1:] if word != "--cluster"]
+    overrides = [*overrides, f"devices={nodes * per_node}"]
     cluster.tear_down_on_signals()
     try:
         with TemporaryDirectory() as folder, cluster.emulated(nodes, per_node, mbit, cpu) as ranks:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate._native import holders as native_holders
-from hecate._native import plan_fault, plan_sums
+from hecate._native import plan_fault, plan_sums, rows_within_nodes
 from hecate.placement import Placement, Topology
 
 __all__ = ["Calibration", "Plan", "added", "copies_on", "with_copies"]
@@ -125,6 +125,11 @@ class Plan:
     @cached_property
     def _sums(self) -> tuple[Int64, int]:
         return plan_sums(self.placement.matrix, self.owners, self.holders, self.quota, self.topology.devices_per_node)
+
+    @cached_property
+    def rows(self) -> tuple[int, int]:
+        """Rows that all devices send, those to themselves included, and how many of them stay in their node."""
+        return rows_within_nodes(self.holders, self.quota, self.topology.devices_per_node)
 
     @property
     def imbalance(self) -> float:

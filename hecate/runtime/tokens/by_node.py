@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecate._native import arrival_table, rows_within_nodes
+from hecate._native import arrival_table
 from hecate.cost import LayerCost
 from hecate.ops.permute import block_order, invert, sort_by_expert
 from hecate.ops.upload import upload
@@ -115,7 +115,7 @@ def node_exchange_pays(plan: Plan, cost: LayerCost, top_k: int) -> bool:
     devices, others = topology.num_devices, topology.num_nodes - 1
     if not others:
         return False
-    rows, inside = rows_within_nodes(plan.holders, plan.quota, topology.devices_per_node)
+    rows, inside = plan.rows
     foreign = (rows - inside) // devices
     together = min(rows // top_k // devices * others, foreign)
     messages = devices * model.message_ns

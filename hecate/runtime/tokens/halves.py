@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hecate._native import direct_tables, rows_within_nodes
+from hecate._native import direct_tables
 from hecate.cost import LayerCost
 from hecate.ops.linear import Begun
 from hecate.ops.permute import block_order
@@ -74,7 +74,7 @@ def halves_pay(plan: Plan, cost: LayerCost) -> bool:
     """
     topology, model = plan.topology, cost.model
     devices = topology.num_devices
-    rows, inside = rows_within_nodes(plan.holders, plan.quota, topology.devices_per_node)
+    rows, inside = plan.rows
     far = (rows - inside) // devices * cost.token_bytes * 1_000_000_000 // model.inter_node_bandwidth
     near = (inside - rows // devices) // devices * cost.token_bytes * 1_000_000_000 // model.intra_node_bandwidth
     way, messages, compute = max(far, near), devices * model.message_ns, cost.token_ns(rows // devices)
