@@ -23,6 +23,9 @@ EIGHT = [
     Case("qwen3_moe", "balanced", False, 8, 8),
     Case("qwen3_moe", "ep", True, 8, 4),
     Case("qwen3_moe", "balanced", True, 8, 4, kernels="torch"),
+    Case("gpt", "hecate", False, 8, 8, halves=True),
+    Case("gpt recomputed", "balanced", True, 8, 4, halves=True),
+    Case("qwen3_moe", "balanced", False, 8, 4, kernels="torch", halves=True),
     Case("gpt", "balanced", False, 8, 8, splits="device"),
     Case("qwen3_moe", "ep", True, 8, 4, splits="device"),
 ]
@@ -32,6 +35,7 @@ MANY = [
     Case("gpt with 6 experts per token", "balanced", True, 64, 32, by_node=True),
     Case("qwen3_moe", "balanced", True, 64, 8),
     Case("qwen3_moe", "hecate", False, 64, 8),
+    Case("qwen3_moe", "balanced", True, 64, 8, halves=True),
 ]
 CASES = [*ONE, *EIGHT, *MANY]
 

@@ -12,6 +12,7 @@ class Case:
     """A model and settings.
 
     `replicas` > 1: a (replicate, shard) mesh. `by_node`: the node-aware dispatch must pay, so that it is looked at.
+    `halves`: tokens travel in two halves.
     """
 
     model: str
@@ -24,6 +25,7 @@ class Case:
     by_node: bool = False
     kernels: str = "hecate"
     splits: str = "host"
+    halves: bool = False
 
     def __str__(self) -> str:
         """One line for people."""
@@ -32,6 +34,7 @@ class Case:
         parts += [f"{self.replicas} replicas"] if self.replicas > 1 else []
         parts += ["by node"] if self.by_node else []
         parts += [f"{self.kernels}'s operations"] if self.kernels == "torch" else []
+        parts += ["in halves"] if self.halves else []
         parts += ["splits on the device"] if self.splits == "device" else []
         return ", ".join(parts)
 

@@ -49,7 +49,7 @@ def run_rank(case: Case, rank: int) -> Outcome:
     shard = case.world // case.replicas
     routing = Routing(shard, lambda r, number: BATCH * _length(rank - rank % shard + r, number))
     device.answer = routing.answer
-    with _ranks(case, rank), device.running(), _seams(device), routing.answering(), _counted() as by_node:
+    with _ranks(case, rank), device.running(), _seams(device), routing.answering(), _counted() as made:
         torch.cuda.init()
         torch.cuda.set_device(rank % case.per_node)
         model = MODELS[case.model](case.world)
@@ -68,7 +68,8 @@ def run_rank(case: Case, rank: int) -> Outcome:
         device.strict = False
         copies = sum(layer["copies"] for layer in engine._engine.report()["layers"])
         engine.close()
-    assert bool(by_node) == case.by_node, f"{len(by_node)} node-aware dispatches were made"
+    for name, expected in (("node_dispatch", case.by_node), ("halved", case.halves)):
+        assert (name in made) == expected, f"{name} was called {made.count(name)} times"
     return Outcome(tuple(device.log), tuple(device.faults), copies)
 
 
@@ -92,6 +93,7 @@ def _config(case: Case) -> hecate.FSSDPConfig:
         memory_slots=2,
         calibrate="always" if case.splits == "host" else False,
         splits=case.splits,  # type: ignore[arg-type]
+        token_halves=case.halves,
         rows_per_pair=None if case.splits == "host" else 4096,
         cost=COST,
         reshard_interval=1,
@@ -156,16 +158,20 @@ def _seams(device: FakeDevice) -> Iterator[None]:
 
 
 @contextmanager
-def _counted() -> Iterator[list[None]]:
-    """Gives a list with one entry per node-aware dispatch. A Mock would keep the tensors alive."""
-    made: list[None] = []
-    node_dispatch = dispatch.node_dispatch
+def _counted() -> Iterator[list[str]]:
+    """Gives a list of the calls that made a dispatch of a kind. A Mock would keep the tensors alive."""
+    made: list[str] = []
 
-    def counted(*args: Any) -> Any:
-        made.append(None)
-        return node_dispatch(*args)
+    def counting(name: str) -> Any:
+        make = getattr(dispatch, name)
 
-    with mock.patch.object(dispatch, "node_dispatch", counted):
+        def counted(*args: Any) -> Any:
+            made.append(name)
+            return make(*args)
+
+        return mock.patch.object(dispatch, name, counted)
+
+    with counting("node_dispatch"), counting("halved"):
         yield made
 
 

@@ -105,6 +105,7 @@ class LayerPlans:
         self.history = LoadHistory(experts.comms.topology.num_devices, spec.num_experts, config.load_window)
         self.since_reshard = np.zeros(spec.num_experts, dtype=np.int64)
         self._policy = policy
+        self._weighing = policy if isinstance(policy, Weighing) else None  # once: the check takes microseconds
         self._config = config
         self._cost = cost
         self._tokens_per_device = 0
@@ -193,8 +194,8 @@ class LayerPlans:
     def _calibration(
         self, setting: LayerSetting, counts: NDArray[np.int64], owners: NDArray[np.int64], held: Placement
     ) -> Calibration:
-        if isinstance(self._policy, Weighing):
-            return self._policy.weigh(setting, counts, owners, held)
+        if self._weighing is not None:
+            return self._weighing.weigh(setting, counts, owners, held)
         return Calibration(held, self._policy.calibrate(setting, counts, owners, held))
 
     def check(self, plan: Plan) -> None:
