@@ -26,7 +26,7 @@ from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import Sending
-from hecate.runtime.tokens.straight import Straight
+from hecate.runtime.tokens.straight import Part, Straight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,17 +80,8 @@ class KernelDispatch(Straight):
     def with_order(self, order: Tensor) -> Self:
         return replace(self, order=order, inverse=invert(order, self.inverse.numel(), absent=-1))
 
-    def of_packed(
-        self,
-        rows: Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
-        blocks: Tensor | None,
-        sizes: tuple[int, ...],
-    ) -> Self:
-        return replace(
-            self, order=rows, inverse=rows, sent=sent, received=received, blocks=blocks, sizes=sizes, top_k=1
-        )
+    def of_packed(self, part: Part) -> Self:
+        return replace(self, **part._asdict(), inverse=part.order, top_k=1)
 
     # Without autograd. All launch an exchange and return what waits for its rows.
     # Tokens to their experts, and the sum of their rows' gradients.

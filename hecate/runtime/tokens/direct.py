@@ -23,7 +23,7 @@ from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
 from hecate.runtime.comms import Comms
 from hecate.runtime.tokens.exchange import Sending
-from hecate.runtime.tokens.straight import Straight
+from hecate.runtime.tokens.straight import Part, Straight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,17 +94,8 @@ class DirectDispatch(Straight):
     def with_order(self, order: Tensor) -> Self:
         return replace(self, order=order)
 
-    def of_packed(
-        self,
-        rows: Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
-        blocks: Tensor | None,
-        sizes: tuple[int, ...],
-    ) -> Self:
-        return replace(
-            self, order=rows, sent=sent, received=received, blocks=blocks, sizes=sizes, top_k=1, copies=len(rows)
-        )
+    def of_packed(self, part: Part) -> Self:
+        return replace(self, **part._asdict(), top_k=1, copies=len(part.order))
 
 
 def direct_dispatch(

@@ -25,7 +25,7 @@ from hecate.ops.linear import Begun
 from hecate.ops.permute import block_order
 from hecate.ops.upload import upload
 from hecate.planning.plan import Plan
-from hecate.runtime.tokens.straight import Straight
+from hecate.runtime.tokens.straight import Part, Straight
 
 __all__ = ["HalvedDispatch", "halved", "halves_pay"]
 
@@ -101,8 +101,9 @@ def halved(whole: Straight, plan: Plan, local_rows: Sequence[int]) -> HalvedDisp
     tokens = whole.with_order(whole.order.index_select(0, block_order(by_half_there.view(2, -1), len(whole.order))))
     halves = []
     for (_, _, sent, received, sizes), block in zip(found, blocks, strict=True):
-        rows = torch.arange(sum(sent), device=device)
-        halves.append(whole.of_packed(rows, sent, received, block.view(2, -1) if len(block) else None, sizes))
+        order = torch.arange(sum(sent), device=device)
+        part = Part(order, sent, received, block.view(2, -1) if len(block) else None, sizes)
+        halves.append(whole.of_packed(part))
     return HalvedDispatch(tokens, (halves[0], halves[1]))
 
 

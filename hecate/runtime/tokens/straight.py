@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,17 @@ from hecate.runtime.tokens.exchange import Dispatch
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Straight"]
+__all__ = ["Part", "Straight"]
+
+
+class Part(NamedTuple):
+    """A part of the rows that a dispatch packs; see the attributes of `Straight`, of which `order` is 0, 1, 2, ..."""
+
+    order: Tensor
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    blocks: Tensor | None
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,20 +98,5 @@ class Straight(Dispatch):
         """The same with the copies in another order."""
 
     @abstractmethod
-    def of_packed(
-        self,
-        rows: Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
-        blocks: Tensor | None,
-        sizes: tuple[int, ...],
-    ) -> Self:
-        """The dispatch of a part of the rows, which are packed already: as tokens with one expert each.
-
-        Args:
-            rows: int64 `[n]`, 0 to n - 1.
-            sent: number of rows to each device.
-            received: number of rows from each device.
-            blocks: how received rows are sorted by expert; see the attribute.
-            sizes: received rows per expert held here.
-        """
+    def of_packed(self, part: Part) -> Self:
+        """The dispatch of a part of the rows, which are packed already: as tokens with one expert each."""

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.runtime.step import run
-from hecate.runtime.tokens import by_kernels, direct
 from hecate.runtime.tokens.by_node import NodeDispatch
 from hecate.runtime.tokens.dispatch import dispatch_of
-from hecate.runtime.tokens.exchange import Sending
 from hecate.runtime.tokens.halves import HalvedDispatch
 from tests.runtime.helpers import Net, Pair, case, devices_per_node, floats, rank
+from tests.runtime.tokens.exchanges import noted
 from tests.workers import Groups
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -80,14 +79,14 @@ def test_trains_as_in_one_process(groups: Groups, changes: dict[str, Any]) -> No
 def _over_nodes(by_node: bool) -> None:
     made = []
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def keep(*args: Any, **kwargs: Any) -> Any:
         made.append(dispatch_of(*args, **kwargs))
         return made[-1]
 
     with (
         devices_per_node(2),
         patch("hecate.runtime.tokens.dispatch.node_exchange_pays", lambda *_: by_node),
-        patch("hecate.runtime.step.recorder.dispatch_of", noted),
+        patch("hecate.runtime.step.recorder.dispatch_of", keep),
     ):
         _train(Net())
     assert {type(each) for each in made} == {NodeDispatch if by_node else HalvedDispatch}
@@ -98,23 +97,10 @@ def test_node_aware_exchange_is_not_halved(groups: Groups) -> None:
         groups(4).run(_over_nodes, by_node)
 
 
-class _Noted(Sending):
-    events: list[str]
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.events.append("launch")
-
-    def wait(self) -> Tensor:
-        self.events.append("wait")
-        return super().wait()
-
-
 @contextmanager
 def _noted() -> Iterator[list[str]]:
     """Launches of exchanges, waits for them, experts forward and backward, and own gradients, in order."""
     events: list[str] = []
-    _Noted.events = events
     experts = run._experts
 
     def noted_experts(*args: Any) -> Tensor:
@@ -124,11 +110,7 @@ def _noted() -> Iterator[list[str]]:
             out.register_hook(lambda grad: events.append("experts backward"))
         return out
 
-    with (
-        patch.object(direct, "Sending", _Noted),
-        patch.object(by_kernels, "Sending", _Noted),
-        patch.object(run, "_experts", noted_experts),
-    ):
+    with noted(events), patch.object(run, "_experts", noted_experts):
         yield events
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.models.moe import Experts, TopKGate
-from hecate.runtime.tokens import by_kernels, direct
-from hecate.runtime.tokens.exchange import Sending
 from tests.runtime.helpers import SLOW_NODES, WIDTH, Pair, case, devices_per_node, floats, rank
+from tests.runtime.tokens.exchanges import noted
 from tests.workers import Groups
 
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -154,24 +153,12 @@ def test_trains_with_the_node_aware_exchange(groups: Groups) -> None:
     groups(4).run(_over_nodes)
 
 
-class _Noted(Sending):
-    events: list[str]
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.events.append("launch")
-
-    def wait(self) -> Tensor:
-        self.events.append("wait")
-        return super().wait()
-
-
 @contextmanager
 def _noted(model: nn.Module) -> Iterator[list[str]]:
     """What the first block does, in order: launches of exchanges, waits for them, and its shared experts."""
     events: list[str] = []
-    _Noted.events = model.blocks[0].shared_experts.events = events  # type: ignore[union-attr, index]
-    with patch.object(direct, "Sending", _Noted), patch.object(by_kernels, "Sending", _Noted):
+    model.blocks[0].shared_experts.events = events  # type: ignore[union-attr, index]
+    with noted(events):
         yield events
 
 

@@ -1,6 +1,10 @@
-"""Random plans, and one exchange of tokens by them: what the tests of both dispatches have in common."""
+"""Random plans, one exchange of tokens by them, and what exchanges do when: what tests of dispatches have in common."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -10,7 +14,8 @@ from hecate.cost import CostModel, LayerCost
 from hecate.placement import Placement, Topology
 from hecate.planning.plan import Plan
 from hecate.planning.quota import exact_quota
-from hecate.runtime.tokens.exchange import Dispatch
+from hecate.runtime.tokens import by_kernels, direct
+from hecate.runtime.tokens.exchange import Dispatch, Sending
 
 EXPERTS, TOP_K, WIDTH = 12, 4, 8
 
@@ -49,3 +54,20 @@ def run(record: Dispatch, hidden: Tensor, weights: Tensor, scale: Tensor) -> lis
 def cost(inter: int) -> LayerCost:
     model = CostModel(intra_node_bandwidth=10**9, inter_node_bandwidth=inter, message_ns=10_000)
     return LayerCost(model, 1, 1, 1, token_bytes=4096, dense_token_flops=1)
+
+
+@contextmanager
+def noted(events: list[str]) -> Iterator[None]:
+    """Add "launch" and "wait" to `events` for each exchange of the direct dispatches."""
+
+    class Noted(Sending):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            events.append("launch")
+
+        def wait(self) -> Tensor:
+            events.append("wait")
+            return super().wait()
+
+    with patch.object(direct, "Sending", Noted), patch.object(by_kernels, "Sending", Noted):
+        yield
