@@ -64,6 +64,7 @@ ON_CLUSTER = (
 """512 tokens per device, experts of width 512: the exchange of tokens dominates."""
 
 NODES, PER_NODE, INTER_MBIT, CPU = 2, 4, 400, 0.22
+SHAPE = ("nodes", "devices_per_node", "inter_mbit", "cpu")
 TABLES = ("tokens_per_second", "percent_of_ceiling", "percent_of_ceiling_spread", "over_ep", "imbalance_after")
 
 
@@ -79,7 +80,7 @@ def main() -> int:
     )
     parser.add_argument("--skew", action="append", help=f"{', '.join(KINDS)}; may be repeated (default: {SKEWS})")
     parser.add_argument("--quick", action="store_true", help="three systems, one skew, under 4 minutes")
-    parser.add_argument("--cluster", action="store_true", help="on emulated nodes; their shape are the next options")
+    parser.add_argument("--cluster", action="store_true", help="on emulated nodes, of the shape in the next options")
     parser.add_argument("--nodes", type=int, default=NODES, help="(default: %(default)s)")
     parser.add_argument("--devices-per-node", type=int, default=PER_NODE, help="(default: %(default)s)")
     parser.add_argument(
@@ -94,8 +95,11 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     if given.cluster:
-        shape = (given.nodes, given.devices_per_node, given.inter_mbit, given.cpu)
-        return on_cluster("benchmarks.end_to_end", shape, ON_CLUSTER)
+        nodes, per_node, inter_mbit, cpu = (getattr(given, name) for name in SHAPE)
+        return on_cluster("benchmarks.end_to_end", (nodes, per_node, inter_mbit, cpu), ON_CLUSTER)
+    for name in SHAPE if given.where is None else ():
+        if (value := getattr(given, name)) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} {value}: is of an emulated cluster; needs --cluster")
     config = resolved([*(ON_TWO if given.where is None else ()), *given.overrides])
     launch(config, partial(run, options=options, file=given.json, plots=given.plots))
     return 0
@@ -109,7 +113,7 @@ def on_cluster(program: str, shape: tuple[int, int, int, float], overrides: Sequ
     Args:
         program: module to run.
         shape: nodes, devices per node, Mbit/s between nodes, cores per device.
-        overrides: defaults of the configuration; those of the command line come later.
+        overrides: defaults of the configuration, without `devices`; those of the command line come later.
     """
     nodes, per_node, mbit, cpu = shape
     where = f"emulated {nodes} x {per_node}, {mbit} Mbit/s, {cpu} core each"

@@ -74,6 +74,7 @@ def test_systems_side_by_side(tmp_path: Path) -> None:
     [
         (("--skew", "best"), "error: skew 'best': must be one of own, none, zipf:EXPONENT"),
         (("--rounds", "0"), "error: --rounds 0 --warm-up 8: must be at least 1 and 0"),
+        (("--nodes", "3"), "error: --nodes 3: is of an emulated cluster; needs --cluster"),
     ],
 )
 def test_bad_options(words: tuple[str, ...], text: str) -> None:
