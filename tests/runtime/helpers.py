@@ -99,6 +99,22 @@ class Pair:
         torch.optim.SGD(self.model.parameters(), lr=0.0).step()
         self.model.zero_grad()
 
+    def train(self, loss_of: Callable[[int], Callable[[nn.Module, int], Tensor]]) -> None:
+        """Three steps of two micro-batches; gradients and state must equal those of the plain model.
+
+        Args:
+            loss_of: by number, the loss of a micro-batch as `backward` takes it.
+        """
+        optimizers = self.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
+        for seed in range(3):
+            for micro_batch in (0, 10):
+                self.backward(loss_of(seed + micro_batch))
+            self.check_gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        self.check_state(rtol=1e-8)
+
     def check_gradients(self, rtol: float = 1e-9) -> None:
         gradients = full_gradients(self.engine)
         for name, p in self.plain.named_parameters():

@@ -42,7 +42,7 @@ def run(
         top_k_weights: `[T, k]`, contiguous.
     """
     record = passes.record(index, top_k_index, top_k_weights)
-    layer = _Layer(passes, spec, record, hidden_states, record.weights(top_k_weights))
+    layer = _Layer(passes, spec, record, hidden_states, top_k_weights)
     beside = passes.beside_tokens(index, hidden_states)
     if isinstance(record.dispatch, HalvedDispatch):
         output = _halves(layer, record.dispatch, beside)
@@ -61,7 +61,7 @@ class _Layer:
         spec: what an adapter found in the layer.
         record: the plan.
         hidden: `[T, d]`.
-        weights: `[T, k]` router weights, zero where there is no expert.
+        weights: `[T, k]` router weights.
     """
 
     passes: Passes
@@ -91,7 +91,7 @@ def _whole(layer: _Layer, dispatch: Dispatch, beside: Callable[[], None] | None)
     copies.ensure_held()
     rows = layer.compute(dispatch, rows, _ExpertWeights.of(layer.passes, copies))
     with label("combine", name):
-        return dispatch.combine(rows, layer.weights, layer.hidden.dtype)
+        return dispatch.combine(rows, layer.record.weights(layer.weights), layer.hidden.dtype)
 
 
 def _halves(layer: _Layer, dispatch: HalvedDispatch, beside: Callable[[], None] | None) -> Tensor:
@@ -120,7 +120,8 @@ def _halves(layer: _Layer, dispatch: HalvedDispatch, beside: Callable[[], None] 
             begun.abandon()
         raise
     with label("combine", name):
-        return dispatch.add_up([begun.end() for begun in back], layer.weights, layer.hidden.dtype)
+        home = [begun.end() for begun in back]
+        return dispatch.add_up(home, layer.record.weights(layer.weights), layer.hidden.dtype)
 
 
 class _GatherForBackward:

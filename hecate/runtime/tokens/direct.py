@@ -56,7 +56,9 @@ class DirectDispatch(Straight):
         beside: Callable[[], None] | None = None,
     ) -> Tensor:
         def there(tokens: Tensor) -> Callable[[], Tensor]:
-            return self.leave(take_copies(tokens, self.order, self.top_k))
+            arrive = self.leave(take_copies(tokens, self.order, self.top_k))
+            _ = self.inverse  # while the rows are on their way
+            return arrive
 
         def back(rows: Tensor) -> Callable[[], Tensor]:
             arrive = self.come_home(rows, meanwhile)
@@ -80,7 +82,7 @@ class DirectDispatch(Straight):
     def leave(self, rows: Tensor) -> Callable[[], Tensor]:
         with self.comms.guard():
             sending = Sending(rows, self.sent, self.received, self.comms, self.wire)
-            order, _ = self.local_order, self.inverse  # while the rows are on their way
+            order = self.local_order  # while the rows are on their way
         return sending.wait if order is None else lambda: sending.wait().index_select(0, order)
 
     def come_home(self, rows: Tensor, meanwhile: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:

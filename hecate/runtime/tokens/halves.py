@@ -1,9 +1,10 @@
 """The dispatch in two halves: the exchange of one half of the rows runs while experts compute the other.
 
 Every device sends each holder of an expert the first half of the rows that the plan gives it, then the rest. So the
-halves follow from the plan alone, are balanced as the whole is, and each row is computed as in one exchange: the
-results are the same, and so are the gradients of tokens and of the router's weights. Gradients of experts are sums over
-two products. Only the direct dispatch is halved; the node-aware one is several exchanges already.
+halves follow from the plan alone, are balanced as the whole is (up to one row per source and holder), and each row is
+computed as in one exchange: the results are the same, and so are the gradients of tokens and of the router's weights.
+Gradients of experts are sums over two products. Only the direct dispatch is halved; the node-aware one is several
+exchanges already.
 
 Shapes: T tokens of this device, k experts per token, N rows sent, M rows received, d model width, P (expert, device)
 pairs.
@@ -52,10 +53,12 @@ class HalvedDispatch:
         """
         rows = self.tokens.pack(hidden, dtype).split([half.order.numel() for half in self.halves])
         first, second = self.halves
-        return [
-            Begun(rows[0], first.leave, lambda grad: first.come_home(grad, meanwhile)),
-            Begun(rows[1], second.leave, second.come_home),
-        ]
+        begun = Begun(rows[0], first.leave, lambda grad: first.come_home(grad, meanwhile))
+        try:
+            return [begun, Begun(rows[1], second.leave, second.come_home)]
+        except BaseException:
+            begun.abandon()
+            raise
 
     def begin_return(self, half: Straight, rows: Tensor) -> Begun:
         """Send the results of a half, `[M, d]`, home. Collective."""

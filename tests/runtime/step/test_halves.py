@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hecate.runtime.step import run
+from hecate.runtime.tokens import direct
 from hecate.runtime.tokens.by_node import NodeDispatch
 from hecate.runtime.tokens.dispatch import dispatch_of
 from hecate.runtime.tokens.halves import HalvedDispatch
@@ -51,15 +52,7 @@ def _loss(seed: int) -> Callable[[nn.Module, int], Tensor]:
 def _train(model: nn.Module, **changes: Any) -> None:
     torch.manual_seed(0)
     pair = Pair(model.double(), **({"token_halves": True} | changes))
-    optimizers = pair.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
-    for seed in range(3):
-        for micro_batch in (0, 10):
-            pair.backward(_loss(seed + micro_batch))
-        pair.check_gradients()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    pair.check_state(rtol=1e-8)
+    pair.train(_loss)
 
 
 def _trains(changes: dict[str, Any]) -> None:
@@ -165,3 +158,23 @@ def _raises(fails_at: int) -> list[str]:
 def test_an_error_leaves_no_exchange_behind(groups: Groups, fails_at: int) -> None:
     for events in groups(2).run(_raises, fails_at):
         assert events.count("launch") == events.count("wait") == fails_at + 1
+
+
+def _cannot_launch() -> list[str]:
+    """The first half is awaited if the second one's launch raises."""
+    pair = Pair(Net((4,)).double(), token_halves=True)
+    with _noted() as events:
+        launch = direct.Sending
+
+        def failing(*args: Any) -> Any:
+            if events:
+                raise ZeroDivisionError
+            return launch(*args)
+
+        with patch.object(direct, "Sending", failing), pytest.raises(ZeroDivisionError):
+            _loss(0)(pair.model, rank())
+    return events
+
+
+def test_a_failed_launch_leaves_no_exchange_behind(groups: Groups) -> None:
+    assert groups(2).run(_cannot_launch) == [["launch", "wait"]] * 2

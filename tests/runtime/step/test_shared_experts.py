@@ -113,25 +113,13 @@ def _loss(seed: int) -> Callable[[nn.Module, int], Tensor]:
     return lambda model, of: model(floats(seed, of)).square().mean()
 
 
-def _train(pair: Pair, steps: int = 3) -> None:
-    optimizers = pair.optimizers(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0))
-    for seed in range(steps):
-        for micro_batch in (0, 10):
-            pair.backward(_loss(seed + micro_batch))
-        pair.check_gradients()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    pair.check_state(rtol=1e-8)
-
-
 def _trains(orders: tuple[str, ...], ways: tuple[str, ...], changes: dict[str, Any]) -> None:
     for order in orders:
         for way in ways:
             if "reentrant" in way and "dense" not in changes:
                 continue
             with case(f"{order}, {way}, {changes}"):
-                _train(Pair(_branched(order, way), **changes))
+                Pair(_branched(order, way), **changes).train(_loss)
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
@@ -146,7 +134,7 @@ def test_other_orders_train_as_in_one_process(groups: Groups) -> None:
 
 def _over_nodes() -> None:
     with devices_per_node(2):
-        _train(Pair(_branched("view"), cost=SLOW_NODES))
+        Pair(_branched("view"), cost=SLOW_NODES).train(_loss)
 
 
 def test_trains_with_the_node_aware_exchange(groups: Groups) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -18,6 +19,24 @@ from hecate.runtime.tokens import by_kernels, direct
 from hecate.runtime.tokens.exchange import Dispatch, Sending
 
 EXPERTS, TOP_K, WIDTH = 12, 4, 8
+BF16, F32 = torch.bfloat16, torch.float32
+WAYS = [(F32, F32, None), (F32, F32, BF16), (BF16, BF16, None), (F32, BF16, None), (BF16, F32, BF16)]
+"""Dtypes of hidden states, of compute and of the wire."""
+
+
+class AsModel(Dispatch):
+    """A dispatch between hidden states of one dtype and experts of another."""
+
+    def __init__(self, inner: Dispatch, home: torch.dtype, dtype: torch.dtype) -> None:
+        self.sizes, self._inner, self._home, self._dtype = inner.sizes, inner, home, dtype
+
+    def dispatch(self, hidden: Tensor, *_: Any) -> Tensor:
+        rows = self._inner.dispatch(hidden, self._dtype)
+        assert rows.dtype == self._dtype
+        return rows
+
+    def combine(self, rows: Tensor, weights: Tensor, dtype: Any = None) -> Tensor:
+        return self._inner.combine(rows, weights, self._home)
 
 
 def setting(devices: int, per_node: int, seed: int, dropped: float = 0.0) -> tuple[Plan, list[Tensor], Topology]:

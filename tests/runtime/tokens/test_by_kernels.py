@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,35 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hecate.ops.kernels.registered import count_experts
 from hecate.placement import Topology
 from hecate.runtime.tokens.by_kernels import kernel_dispatch
 from hecate.runtime.tokens.counts import Counting, Position
 from hecate.runtime.tokens.direct import direct_dispatch
-from hecate.runtime.tokens.exchange import Dispatch
-from tests.runtime.tokens.exchanges import EXPERTS, WIDTH, run, setting
+from tests.runtime.tokens.exchanges import BF16, EXPERTS, F32, WAYS, WIDTH, AsModel, run, setting
 from tests.workers import Groups
-
-BF16, F32 = torch.bfloat16, torch.float32
-WAYS = [(F32, F32, None), (F32, F32, BF16), (BF16, BF16, None), (F32, BF16, None), (BF16, F32, BF16)]
-"""Dtypes of hidden states, of compute and of the wire."""
-
-
-class AsModel(Dispatch):
-    """A dispatch between hidden states of one dtype and experts of another."""
-
-    def __init__(self, inner: Dispatch, home: torch.dtype, dtype: torch.dtype) -> None:
-        self.sizes, self._inner, self._home, self._dtype = inner.sizes, inner, home, dtype
-
-    def dispatch(self, hidden: Tensor, dtype: Any = None, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
-        rows = self._inner.dispatch(hidden, self._dtype, meanwhile)
-        assert rows.dtype == self._dtype
-        return rows
-
-    def combine(self, rows: Tensor, weights: Tensor, dtype: Any = None) -> Tensor:
-        return self._inner.combine(rows, weights, self._home)
 
 
 def compare(devices: int, dropped: float) -> None:

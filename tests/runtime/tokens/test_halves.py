@@ -20,12 +20,8 @@ from hecate.planning.quota import exact_quota
 from hecate.runtime.tokens.by_kernels import kernel_dispatch
 from hecate.runtime.tokens.direct import direct_dispatch
 from hecate.runtime.tokens.halves import HalvedDispatch, halved, halves_pay
-from tests.runtime.tokens.exchanges import EXPERTS, WIDTH, run, setting
+from tests.runtime.tokens.exchanges import EXPERTS, WAYS, WIDTH, AsModel, run, setting
 from tests.workers import Groups
-
-BF16, F32 = torch.bfloat16, torch.float32
-DTYPES = [(F32, F32, None), (F32, F32, BF16), (BF16, BF16, None), (F32, BF16, None), (BF16, F32, BF16)]
-"""Of hidden states, of compute and of the wire."""
 
 
 class InTurn:
@@ -45,26 +41,13 @@ class InTurn:
         return self._halves.add_up([each.end() for each in begun], weights, self._home)
 
 
-class AtOnce:
-    """A dispatch between hidden states of one dtype and experts of another."""
-
-    def __init__(self, whole: object, home: torch.dtype, dtype: torch.dtype) -> None:
-        self._whole, self._home, self._dtype, self.sizes = whole, home, dtype, whole.sizes
-
-    def dispatch(self, hidden: Tensor) -> Tensor:
-        return self._whole.dispatch(hidden, self._dtype)
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        return self._whole.combine(rows, weights, self._home)
-
-
 def compare(dropped: float) -> None:
     rank, devices = dist.get_rank(), dist.get_world_size()
     for seed in range(3):
         plan, picks, topology = setting(devices, 1, seed, dropped)
         comms = SimpleNamespace(rank=rank, topology=topology, tokens=dist.group.WORLD, guard=nullcontext)
         held, index = plan.placement.held_by(rank).tolist(), picks[rank]
-        for home, dtype, wire in DTYPES:
+        for home, dtype, wire in WAYS:
             by_kernels = kernel_dispatch(plan, index, comms, held, dtype, wire, count_experts(index, EXPERTS))
             for whole in (by_kernels, direct_dispatch(plan, index, comms, held, wire)):
                 halves = halved(whole, plan, held)
@@ -75,7 +58,7 @@ def compare(dropped: float) -> None:
                 weights = torch.rand(index.shape, generator=generator).masked_fill(index < 0, 0)
                 scale = torch.linspace(0.5, 2, EXPERTS, dtype=dtype)[held].unsqueeze(1)
                 got = run(InTurn(halves, home, dtype), hidden, weights, scale.repeat(2, 1))
-                expected = run(AtOnce(whole, home, dtype), hidden, weights, scale)
+                expected = run(AsModel(whole, home, dtype), hidden, weights, scale)
                 for name, a, b in zip(("output", "tokens", "weights"), got, expected, strict=True):
                     assert torch.equal(a, b), f"{name}, seed {seed}, {home}, {dtype}, {wire}, {type(whole).__name__}"
 
