@@ -26,8 +26,21 @@ PLAIN: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+
+BACKWARD_INTO: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "silu": lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
+    "gelu": lambda grad, x, out: _gelu_backward(grad, x, approximate="none", grad_input=out),
+    "gelu_tanh": lambda grad, x, out: _gelu_backward(grad, x, approximate="tanh", grad_input=out),
+    "relu": lambda grad, x, out: torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
+}
+"""PyTorch's own derivatives of `PLAIN`, written into `out`, which may be `grad` itself."""
+
+
 def activation(x: Tensor, kind: Activation, gated: bool, by_kernels: bool) -> Tensor:
     """`act(x)`, or gated `act(x[:, :f]) * x[:, f:]`; `[N, f]`, differentiable any number of times.
+
+    Without kernels, values and gradients have the bits of that formula in PyTorch.
 
     Args:
         x: `[N, f]`, gated `[N, 2 f]`.
@@ -35,7 +48,9 @@ def activation(x: Tensor, kind: Activation, gated: bool, by_kernels: bool) -> Te
         gated: whether x has two halves.
         by_kernels: run Hecate's kernel, which reads and writes each row once; x must be float32 or bfloat16.
     """
-    return _Activation.apply(x, kind, gated) if by_kernels else _plain(x, kind, gated)
+    if by_kernels:
+        return _Activation.apply(x, kind, gated)
+    return _Gate.apply(x, kind) if gated and kind in BACKWARD_INTO else _plain(x, kind, gated)
 
 
 def _plain(x: Tensor, kind: Activation, gated: bool) -> Tensor:
@@ -57,6 +72,32 @@ class _Activation(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return kernels.activate_backward(grad, x, ctx.kind, ctx.gated), None, None
-        # create_graph=True: the kernel has no second derivative, PyTorch's operations have.
-        out = _plain(x, ctx.kind, ctx.gated)
-        return torch.autograd.grad(out, x, grad, create_graph=True)[0], None, None
+        return _differentiable(grad, x, ctx.kind, ctx.gated), None, None
+
+
+class _Gate(torch.autograd.Function):
+    """A gated activation whose backward pass writes both halves in place, where PyTorch concatenates them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: Activation) -> Tensor:  # type: ignore[no-untyped-def]
+        half, other = x.chunk(2, dim=-1)
+        activated = PLAIN[kind](half)
+        ctx.save_for_backward(x, activated)
+        ctx.kind = kind
+        return activated * other
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, activated = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(grad, x, ctx.kind, gated=True), None
+        half, other = x.chunk(2, dim=-1)
+        to_half, to_other = (grad_x := torch.empty_like(x)).chunk(2, dim=-1)
+        BACKWARD_INTO[ctx.kind](torch.mul(grad, other, out=to_half), half, to_half)
+        torch.mul(grad, activated, out=to_other)
+        return grad_x, None
+
+
+def _differentiable(grad: Tensor, x: Tensor, kind: Activation, gated: bool) -> Tensor:
+    # create_graph=True: what has no second derivative is done by PyTorch's operations, which have.
+    return torch.autograd.grad(_plain(x, kind, gated), x, grad, create_graph=True)[0]

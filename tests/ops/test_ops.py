@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
+from hecate.ops.activation import PLAIN, activation
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
+from hecate.ops.kernels.activations import Activation
 from hecate.ops.permute import block_order, combine, invert
 from tests.ops.copies import permute
 
@@ -130,3 +134,24 @@ def test_ops_are_registered_correctly() -> None:
         (ops.combine_backward, (x, rows, factors, inverse)),
     ):
         torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("width", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", get_args(Activation))
+def test_gated_activation_has_the_bits_of_the_formula(kind: Activation, dtype: torch.dtype, width: int) -> None:
+    x = torch.randn(7, 2 * width, dtype=dtype, requires_grad=True)
+    grad = torch.randn(7, width, dtype=dtype)
+    half, other = x.chunk(2, dim=-1)
+    expected = PLAIN[kind](half) * other
+    got = activation(x, kind, gated=True, by_kernels=False)
+    assert torch.equal(got, expected)
+    (got_grad,), (expected_grad,) = (torch.autograd.grad(out, x, grad) for out in (got, expected))
+    assert torch.equal(got_grad, expected_grad)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+def test_gated_activation_is_differentiable_twice(kind: Activation) -> None:
+    x = _random(3, 8)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: activation(x, kind, gated=True, by_kernels=False), (x,))
