@@ -118,8 +118,8 @@ def _combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
     factors = weights.to(_sum_dtype(rows, weights)).unsqueeze(-1)
     rows, out = _padded(rows, inverse), rows.new_empty(tokens, width)
     for first, last in _blocks(tokens, top_k * width):
-        copies = rows.index_select(0, inverse[first * top_k : last * top_k]).view(last - first, top_k, width)
-        out[first:last] = (copies * factors[first:last]).sum(1)
+        copies = _taken(rows, inverse[first * top_k : last * top_k], top_k, factors.dtype)
+        out[first:last] = copies.mul_(factors[first:last]).sum(1)
     return out
 
 
@@ -140,8 +140,7 @@ def _combine_backward(grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tens
         of_token = grad[first:last].to(dtype).unsqueeze(1)
         scaled = (of_token * weights[first:last].unsqueeze(-1)).to(rows.dtype)
         to_rows.index_copy_(0, places, scaled.view(-1, width))
-        copies = rows.index_select(0, places).view(last - first, top_k, width)
-        to_weights[first:last] = (of_token * copies).sum(2)
+        to_weights[first:last] = _taken(rows, places, top_k, dtype).mul_(of_token).sum(2)
     return to_rows[:present], to_weights
 
 
@@ -150,6 +149,11 @@ _combine_backward_op = register(
     _combine_backward,
     lambda grad, rows, weights, inverse: (torch.empty_like(rows), torch.empty_like(weights)),
 )
+
+
+def _taken(rows: Tensor, places: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
+    """`[T, k, d]` in `dtype`: the rows at `places`, in memory of their own."""
+    return rows.index_select(0, places).view(-1, top_k, rows.shape[1]).to(dtype)
 
 
 def _padded(rows: Tensor, inverse: Tensor) -> Tensor:
