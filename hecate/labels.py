@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Literal
 
-from torch.profiler import record_function
+from hecate.private_torch import named_range
 
 __all__ = ["Verb", "label"]
 
@@ -12,6 +13,6 @@ Verb = Literal["gather", "plan", "count", "dispatch", "experts", "shared", "comb
 """The same few verbs as in code and docs/stats.md."""
 
 
-def label(verb: Verb, layer: str = "") -> record_function:
+def label(verb: Verb, layer: str = "") -> AbstractContextManager[object]:
     """A context that profiles show as e.g. "hecate::gather blocks.3.moe.experts"."""
-    return record_function(f"hecate::{verb} {layer}")
+    return named_range(f"hecate::{verb} {layer}")

@@ -6,13 +6,14 @@ No other file of `hecate` uses a name of torch that begins with an underscore.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.autograd import Variable, profiler
 from torch.autograd.graph import Node
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -28,6 +29,7 @@ __all__ = [
     "group_named",
     "in_backward",
     "map_symmetric",
+    "named_range",
     "nccl_options",
     "pass_modes",
     "post_accumulate_hooks",
@@ -80,6 +82,17 @@ def nccl_options(timeout: timedelta, max_ctas: int) -> object:
 def default_store() -> dist.Store:
     """The store that the ranks of this job use for rendezvous; `init_process_group` does not return it."""
     return distributed_c10d._get_default_store()
+
+
+def named_range(name: str) -> AbstractContextManager[object]:
+    """A context that profiles show under `name`: `torch.profiler.record_function` while torch's profiler runs.
+
+    Only a private flag says so. Otherwise `record_function` takes 14 us of the host for nothing, eight times per layer;
+    the private class takes 0.7 us and is seen by profilers that attach from outside (torch 2.13).
+    """
+    if profiler._is_profiler_enabled:
+        return torch.profiler.record_function(name)
+    return torch._C._profiler._RecordFunctionFast(name)
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
