@@ -3,15 +3,13 @@
     python -m benchmarks.one_process --json FILE
 
 Both run the same Mixtral block with the same weights on the same tokens in turn; ratios are taken within a round. There
-is nothing to communicate, so this is the host's and the kernels' time alone. The process keeps the memory it frees:
-otherwise an accident of the heap decides which of the two has to map new pages, a tenth of its time.
+is nothing to communicate, so this is the host's and the kernels' time alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import time
 from pathlib import Path
 from statistics import median
@@ -21,11 +19,10 @@ from torch import Tensor, nn
 
 import hecate
 from benchmarks.report import Report
+from benchmarks.steady import steady
 
 SHAPES = ((512, 1024, 16, 2048), (256, 512, 64, 2048), (512, 1024, 16, 128))
 """Width, expert width, experts, tokens."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 TOP_K = 2
 OURS, THEIRS = "hecate", "transformers grouped_mm"
@@ -61,13 +58,6 @@ def seconds(model: nn.Module, hidden: Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def keep_freed_memory() -> None:
-    """Have glibc's malloc neither map large blocks on their own nor give memory back; does nothing without glibc."""
-    if hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def measure(shape: tuple[int, int, int, int], rounds: int) -> dict[str, list[float]]:
     """Seconds of every round; ValueError if the two outputs differ."""
     width, hidden, experts, tokens = shape
@@ -95,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    steady()
     report = Report()
     for shape in SHAPES:
         found = measure(shape, given.rounds)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.report import Report
 from benchmarks.skews import Even, parse_skew
+from benchmarks.steady import steady
 from benchmarks.systems import CEILING, MissingError, System, Task, make_system
 from benchmarks.systems.base import MEMORY, ModelKind
 from benchmarks.timeline import Timeline, profiled
@@ -93,6 +95,7 @@ def resolved(overrides: Sequence[str]) -> dict[str, Any]:
 
 def start(config: Mapping[str, Any], world: World, options: Options) -> dict[str, System]:
     """All systems that can run here; rank 0 names the others and why. Collective."""
+    steady()
     task = Task(Settings.from_config(config), world, options.kind)
     systems = {}
     for name in options.systems:
@@ -125,8 +128,7 @@ def measure(systems: Mapping[str, System], world: World, options: Options, skew:
     names, found = list(systems), Found(seconds={name: [] for name in systems})
     figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in systems}
     for number in range(first, first + options.warm_up + options.rounds):
-        turn = number % len(names)  # another one begins each round
-        for name in names[turn:] + names[:turn]:
+        for name in Random(number).sample(names, len(names)):  # no system always follows the same one
             system = systems[name]
             of_ranks = world.gather([system.step(number), system.loss, system.cpu_seconds])
             if number >= first + options.warm_up:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import hecate
 from benchmarks.cluster import take_share
 from benchmarks.skews import Router, parse_skew
+from benchmarks.steady import steady
 from hecate.cost import CostModel
 from hecate.models import GPTMoE, ModelConfig, TopKGate
 from hecate.ranks.join import join
@@ -138,6 +139,7 @@ def main() -> None:
     take_share()
     device = join()
     torch.set_num_threads(1)
+    steady()
     found = profile(device, {**PROFILED, "repeats": settings["repeats"]})
     cost = CostModel(**found["cost"])
     if dist.get_rank() == 0:
