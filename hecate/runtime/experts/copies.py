@@ -145,7 +145,9 @@ class LayerCopies:
         own = {kind: stack for kind, (stack,) in grads.items()}
         return self.layer.pool.take_gradients(own, self.layer.comms.gradient_scale)
 
-    def reduce(self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor]) -> Reduction:
+    def reduce(
+        self, grads: Mapping[str, Sequence[Tensor]], target: Mapping[str, Tensor], fresh: bool = False
+    ) -> Reduction:
         """Start to sum gradients at the owners. Collective.
 
         In state HELD. Gradients of experts that have copies are sent in `reduce_dtype`. Those of experts that only
@@ -153,7 +155,8 @@ class LayerCopies:
 
         Args:
             grads: kind -> one stack of gradients `[n, *shape]` per part of `parts`.
-            target: kind -> `[owned, *shape]`, where owners add them; see `ExpertPool.add_gradients`.
+            target: kind -> `[owned or more, *shape]`, where owners add them; see `ExpertPool.add_gradients`.
+            fresh: whether `target` is of `ExpertPool.new_gradients`; it is adopted when `Reduction.add_own` has run.
         """
         self._require(CopyState.HELD)
         layer, owned = self.layer, len(self._owned)
@@ -166,13 +169,18 @@ class LayerCopies:
             single = {kind: [row for stack in stacks for row in stack.unbind(0)] for kind, stacks in grads.items()}
             layout.pack({kind: [each[i] for i in travel] for kind, each in single.items()}, rows)
         contributed = dict(zip([self.experts[i] for i in travel], rows.unbind(0), strict=True))
+        for gradient in target.values() if fresh else ():
+            for first, last in runs(shared):
+                gradient[first:last] = 0  # sums are added to them
         home, add_sums = self._reduce(shared, contributed, layout, target)
         own = {kind: stacks[0][:owned] for kind, stacks in grads.items()}
 
         def add_own() -> None:
             for first, last in runs(alone):
                 part = {kind: stack[first:last] for kind, stack in own.items()}
-                layer.pool.add_gradients(first, part, layer.comms.gradient_scale, target)
+                layer.pool.add_gradients(first, part, layer.comms.gradient_scale, target, fresh)
+            if fresh:
+                layer.pool.adopt(target)
 
         self._reduction = Reduction(home, add_own, add_sums)
         return self._reduction

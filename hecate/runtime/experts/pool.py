@@ -140,7 +140,7 @@ class ExpertPool:
         ]
 
     def add_gradients(
-        self, first: int, grads: Mapping[str, Tensor], scale: float, target: Mapping[str, Tensor]
+        self, first: int, grads: Mapping[str, Tensor], scale: float, target: Mapping[str, Tensor], fresh: bool = False
     ) -> None:
         """Add gradients to those of consecutive owned experts of a layer.
 
@@ -149,10 +149,17 @@ class ExpertPool:
             grads: kind -> one stack of gradients `[n, *shape]`.
             scale: factor of the gradients.
             target: kind -> `[owned, *shape]`, where to add them; see `gradients_of`.
+            fresh: whether these rows of `target` have no values yet.
         """
         for kind, rows in grads.items():
-            if kind in target and self.parameters[kind].requires_grad:  # otherwise frozen since the forward pass
-                target[kind][first : first + len(rows)].add_(rows, alpha=scale)
+            if kind not in target or not self.parameters[kind].requires_grad:  # frozen since the forward pass
+                continue
+            into = target[kind][first : first + len(rows)]
+            if fresh:
+                into.copy_(rows)
+                into.mul_(scale)
+            else:
+                into.add_(rows, alpha=scale)
 
     def take_gradients(self, grads: Mapping[str, Tensor], scale: float) -> bool:
         """Make `grads` the gradients of all slots, which saves filling memory with zeros and adding to it.
@@ -184,6 +191,30 @@ class ExpertPool:
         """
         rows = self.rows(place)
         return {kind: self.gradient(kind)[rows] for kind in kinds if self.parameters[kind].requires_grad}
+
+    def new_gradients(self, kinds: Iterable[str]) -> dict[str, Tensor] | None:
+        """Memory for the gradients of the pool's only layer, to be filled and then given to `adopt`.
+
+        That saves filling memory with zeros and adding to it. Until they are adopted nobody sees them, so a backward
+        pass that fails leaves no gradients without values.
+
+        Returns:
+            Kind -> `[slots, *shape]`, of which the rows of owned experts have no values; without frozen kinds. None if
+            there are gradients already, or several layers.
+        """
+        wanted = {kind: self.parameters[kind] for kind in kinds if self.parameters[kind].requires_grad}
+        if len(self.specs) > 1 or any(p.grad is not None for p in wanted.values()):
+            return None
+        made = {kind: torch.empty_like(local_tensor(p)) for kind, p in wanted.items()}
+        for rows in made.values():
+            self.clear_padding(rows)
+        return made
+
+    def adopt(self, made: Mapping[str, Tensor]) -> None:
+        """Make the rows of `new_gradients` the parameters' gradients."""
+        for kind, rows in made.items():
+            if self.parameters[kind].requires_grad:
+                self.parameters[kind].grad = self.distribute(rows)
 
     def gradient(self, kind: str) -> Tensor:
         """Gradient rows `[slots, *shape]` of this device; made of zeros if there is no gradient yet."""

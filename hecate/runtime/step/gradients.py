@@ -58,11 +58,12 @@ class ExpertGradients:
             self._arrive()
             if self._averages is None and copies.take_gradients(grads):
                 return
-            if self._averages is None:
-                target = layer.pool.gradients_of(layer.place, grads)
-            else:
+            fresh = layer.pool.new_gradients(grads) if self._averages is None else None
+            if self._averages is not None:
                 target = self._averages.target(layer, grads, self._dense.sync)
-            self._under_way.append((layer.index, copies.reduce(grads, target)))
+            else:
+                target = layer.pool.gradients_of(layer.place, grads) if fresh is None else fresh
+            self._under_way.append((layer.index, copies.reduce(grads, target, fresh is not None)))
 
     def next_pass(self) -> None:
         """The backward pass of another micro-batch begins, or there is none: complete the gradients. Collective."""

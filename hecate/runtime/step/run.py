@@ -5,9 +5,8 @@ Shapes: T tokens of this device, k experts per token, N rows that this device co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -148,16 +147,18 @@ def _experts(layer: _Layer, dispatch: Dispatch, rows: Tensor, weights: Weights) 
     if dispatch.ends is not None:
         ((_, part),) = weights  # `Setup` has seen to it
         return spec.mlp(rows, Groups(None, dispatch.ends, kernels, gemm), part)
-    ends = [0, *accumulate(dispatch.sizes)]
+    bounds = [(positions[0], positions[-1] + 1) if positions else (0, 0) for positions, _ in weights]
+    sizes = [dispatch.sizes[first:last] for first, last in bounds]
     outputs = []
-    for positions, part in weights:
-        first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
-        sizes = dispatch.sizes[first:last]
-        groups = Groups.of(sizes, rows.device, kernels, gemm)
-        # The gradient of a slice is written into zeros of the shape of `rows`, so a slice of all rows is left out.
-        own = rows if len(weights) == 1 else rows[ends[first] : ends[last]]
-        outputs.append(spec.mlp(own, groups, part))
+    # Slices would fill their gradients with zeros to the shape of `rows` and add them up; a split concatenates them.
+    for own, of_experts, (_, part) in zip(_split(rows, [sum(s) for s in sizes]), sizes, weights, strict=True):
+        outputs.append(spec.mlp(own, Groups.of(of_experts, rows.device, kernels, gemm), part))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _split(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    # Unlike `split` it lets an expert change its own rows in place, which are nobody else's.
+    return torch.unsafe_split_with_sizes(rows, sizes) if len(sizes) > 1 else (rows,)
 
 
 class _ExpertWeights(torch.autograd.Function):

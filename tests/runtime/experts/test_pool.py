@@ -55,6 +55,22 @@ def test_gradients_of_all_slots_are_taken_as_they_are() -> None:
     assert not pool.take_gradients({up: made[up]}, 1.0)
 
 
+def test_new_gradients_are_seen_when_they_are_whole() -> None:
+    engine = hecate.fully_shard(net((4,)), config=hecate.FSSDPConfig(policy="ep"))
+    (pool,) = engine.pools
+    ones = {kind: torch.ones_like(p) for kind, p in pool.parameters.items()}
+    made = pool.new_gradients(pool.parameters)
+    assert made is not None
+    pool.add_gradients(0, ones, 0.5, made, fresh=True)
+    pool.add_gradients(1, {kind: rows[:2] for kind, rows in ones.items()}, 2.0, made)
+    assert all(p.grad is None for p in pool.parameters.values())
+    pool.adopt(made)
+    for parameter in pool.parameters.values():
+        assert parameter.grad is not None
+        assert [row.unique().tolist() for row in parameter.grad] == [[0.5], [2.5], [2.5], [0.5]]
+    assert pool.new_gradients(pool.parameters) is None  # there are gradients now
+
+
 def test_layer_that_no_pass_reaches(groups: Groups) -> None:
     groups(2).run(_unreached_layer, ((1, 2), (2, 1)))
 
