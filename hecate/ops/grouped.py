@@ -191,11 +191,11 @@ def _weight_grad(grad: Tensor, x: Tensor, ends: Tensor, sizes: Sequence[int]) ->
         return x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     if _in_one_call(x, grad, grad.shape[1]):
         out = torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
-        if len(sizes) == ends.numel() and 0 not in sizes:
-            return out
         # On some GPUs (Blackwell: pytorch#172439) torch leaves memory as it was for a group without rows.
-        filled = torch.diff(ends, prepend=ends.new_zeros(1)) > 0
-        return torch.where(filled[:, None, None], out, 0)
+        if len(sizes) == ends.numel():
+            empty = [g for g, size in enumerate(sizes) if not size]
+            return out.index_fill_(0, upload(torch.tensor(empty), out.device), 0) if empty else out
+        return out.masked_fill_((torch.diff(ends, prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
     _check_known("grouped_linear, backward", x, grad, ends, sizes)
     out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
     for g, rows, w in zip(grad.split(list(sizes)), x.split(list(sizes)), out, strict=True):

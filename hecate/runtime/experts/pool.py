@@ -155,11 +155,12 @@ class ExpertPool:
             if kind not in target or not self.parameters[kind].requires_grad:  # frozen since the forward pass
                 continue
             into = target[kind][first : first + len(rows)]
-            if fresh:
-                into.copy_(rows)
-                into.mul_(scale)
-            else:
+            if not fresh:
                 into.add_(rows, alpha=scale)
+            elif rows.dtype == into.dtype:
+                torch.mul(rows, scale, out=into)
+            else:  # scaled in the dtype of the gradients
+                into.copy_(rows).mul_(scale)
 
     def take_gradients(self, grads: Mapping[str, Tensor], scale: float) -> bool:
         """Make `grads` the gradients of all slots, which saves filling memory with zeros and adding to it.
