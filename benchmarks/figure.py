@@ -36,7 +36,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     from matplotlib import pyplot
 
     figures = {(row["setting"], row["subject"], row["metric"]): row["value"] for row in rows}
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    settings = list(dict.fromkeys(row["setting"] for row in rows if row["metric"] == "seconds"))
     figure, panels = pyplot.subplots(
         1, len(settings), figsize=(10, 2.3), sharey=True, sharex=True, layout="constrained"
     )
