@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,8 @@ except ModuleNotFoundError as error:  # the package alone needs torch and numpy 
 
 __all__ = ["main"]
 
+PATIENCE = 10
+"""Seconds that other ranks give rank 0 to say what is wrong with the command line."""
 LONGEST = 200
 """Bytes of a name; most file systems allow 255 for a file name."""
 GROUPS = ("model", "data", "optimizer", "logger")
@@ -63,8 +66,14 @@ def _train(config: DictConfig) -> None:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    """End with exit code 1; where a launcher has started many ranks with one command line, rank 0 says why."""
-    sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    """End with exit code 1; where a launcher has started many ranks with one command line, rank 0 says why.
+
+    A launcher ends all ranks when the first has ended, so the others wait until rank 0 has said it.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        sys.exit(f"error: {error}")
+    time.sleep(PATIENCE)
+    sys.exit(1)
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

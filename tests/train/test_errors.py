@@ -6,6 +6,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from hecate.train import distributed
+from hecate.train.__main__ import PATIENCE, _refuse
 from hecate.train.distributed import _met, _say_once, _saying
 from hecate.train.settings import Settings
 from tests.train.configs import config
@@ -35,6 +36,18 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(SystemExit, match=r"do not meet at 127.0.0.1:\?: .*MASTER_PORT"):
         _met(settings)
+
+
+def test_rank_0_has_time_to_say_what_is_wrong_with_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends rank 0 when another rank ends first."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank, code, seconds in (("0", "error: lr: bad", []), ("1", 1, [PATIENCE])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            _refuse(ValueError("lr: bad"))
+        assert end.value.code == code
+        assert waited == seconds
 
 
 def test_only_bugs_and_debug_have_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
