@@ -8,6 +8,7 @@ matrix products. This adapter uses only those members, so it does not import tra
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -241,9 +242,15 @@ def _mlp(module: Any, rows: Tensor, groups: Groups, weights: Mapping[str, Tensor
 def _activated(module: Any, hidden: Tensor, by_kernels: bool) -> Tensor:
     """What runs between the two products: the module's own code, or the same function in less time."""
     gated = _flag(module, "has_gate")
-    if (kind := fused_activation(module)) is not None:
+    kind = fused_activation(module)
+    if kind is not None and (by_kernels or not _by_formula(module.act_fn)):
         return activation(hidden, kind, gated, by_kernels)
     return module._apply_gate(hidden) if gated else module.act_fn(hidden)
+
+
+def _by_formula(act: Any) -> bool:
+    """Whether an activation computes GELU by its formula, as transformers' "gelu_python", which rounds otherwise."""
+    return inspect.ismethod(getattr(act, "act", None))
 
 
 def fused_activation(module: Any) -> Activation | None:
