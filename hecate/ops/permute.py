@@ -100,8 +100,8 @@ def _sum_copies(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     tokens, width = inverse.shape[0] // top_k, rows.shape[1]
     out = rows.new_empty(tokens, width)
     for first, last in _blocks(tokens, top_k * width):
-        copies = rows.index_select(0, inverse[first * top_k : last * top_k])
-        torch.sum(copies.view(last - first, top_k, width), 1, out=out[first:last])
+        copies = _taken(rows, inverse[first * top_k : last * top_k], top_k, rows.dtype)
+        torch.sum(copies, 1, out=out[first:last])
     return out
 
 

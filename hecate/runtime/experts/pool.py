@@ -159,8 +159,8 @@ class ExpertPool:
                 into.add_(rows, alpha=scale)
             elif rows.dtype == into.dtype:
                 torch.mul(rows, scale, out=into)
-            else:  # scaled in the dtype of the gradients
-                into.copy_(rows).mul_(scale)
+            else:  # unlike a number, a tensor of one element has a say in the dtype that is computed in
+                torch.mul(rows, into.new_full((1,), scale), out=into)
 
     def take_gradients(self, grads: Mapping[str, Tensor], scale: float) -> bool:
         """Make `grads` the gradients of all slots, which saves filling memory with zeros and adding to it.
@@ -180,8 +180,7 @@ class ExpertPool:
                 return False
         if len({rows.untyped_storage().data_ptr() for rows in grads.values()}) < len(grads):
             return False
-        for kind, rows in grads.items():
-            self.parameters[kind].grad = self.distribute(rows if scale == 1 else rows * scale)
+        self.adopt({kind: rows if scale == 1 else rows * scale for kind, rows in grads.items()})
         return True
 
     def gradients_of(self, place: int, kinds: Iterable[str]) -> dict[str, Tensor]:
@@ -212,7 +211,7 @@ class ExpertPool:
         return made
 
     def adopt(self, made: Mapping[str, Tensor]) -> None:
-        """Make the rows of `new_gradients` the parameters' gradients."""
+        """Make rows `[slots, *shape]` the parameters' gradients, but not those of kinds that are frozen by now."""
         for kind, rows in made.items():
             if self.parameters[kind].requires_grad:
                 self.parameters[kind].grad = self.distribute(rows)

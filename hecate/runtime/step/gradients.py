@@ -56,13 +56,15 @@ class ExpertGradients:
         layer = copies.layer
         with self._comms.guard(), label("reduce", layer.name):
             self._arrive()
-            if self._averages is None and copies.take_gradients(grads):
-                return
-            fresh = layer.pool.new_gradients(grads) if self._averages is None else None
+            fresh = None
             if self._averages is not None:
                 target = self._averages.target(layer, grads, self._dense.sync)
+            elif copies.take_gradients(grads):
+                return
+            elif (fresh := layer.pool.new_gradients(grads)) is not None:
+                target = fresh
             else:
-                target = layer.pool.gradients_of(layer.place, grads) if fresh is None else fresh
+                target = layer.pool.gradients_of(layer.place, grads)
             self._under_way.append((layer.index, copies.reduce(grads, target, fresh is not None)))
 
     def next_pass(self) -> None:

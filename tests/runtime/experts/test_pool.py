@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import hecate
@@ -69,6 +70,20 @@ def test_new_gradients_are_seen_when_they_are_whole() -> None:
         assert parameter.grad is not None
         assert [row.unique().tolist() for row in parameter.grad] == [[0.5], [2.5], [2.5], [0.5]]
     assert pool.new_gradients(pool.parameters) is None  # there are gradients now
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_first_gradients_have_the_bits_of_a_sum_with_zeros(dtype: torch.dtype, scale: float) -> None:
+    engine = hecate.fully_shard(net((4,)), config=hecate.FSSDPConfig(policy="ep"))
+    (pool,) = engine.pools
+    grads = {kind: torch.randn_like(p).to(dtype) for kind, p in pool.parameters.items()}
+    written = {kind: torch.full_like(p, torch.nan) for kind, p in pool.parameters.items()}
+    added = {kind: torch.zeros_like(p) for kind, p in pool.parameters.items()}
+    pool.add_gradients(0, grads, scale, written, fresh=True)
+    pool.add_gradients(0, grads, scale, added)
+    for kind in grads:
+        assert torch.equal(written[kind], added[kind])
 
 
 def test_layer_that_no_pass_reaches(groups: Groups) -> None:
