@@ -29,8 +29,8 @@ except ModuleNotFoundError as error:  # the package alone needs torch and numpy 
 
 __all__ = ["main"]
 
-PATIENCE = 10
-"""Seconds that other ranks give rank 0 to say what is wrong with the command line."""
+RANK_0_SPEAKS_WITHIN = 10
+"""Seconds that other ranks give rank 0, which may start later, to say what is wrong with the command line."""
 LONGEST = 200
 """Bytes of a name; most file systems allow 255 for a file name."""
 GROUPS = ("model", "data", "optimizer", "logger")
@@ -72,7 +72,7 @@ def _refuse(error: Exception) -> NoReturn:
     """
     if os.environ.get("RANK", "0") == "0":
         sys.exit(f"error: {error}")
-    time.sleep(PATIENCE)
+    time.sleep(RANK_0_SPEAKS_WITHIN)
     sys.exit(1)
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from hecate.train import distributed
-from hecate.train.__main__ import PATIENCE, _refuse
+from hecate.train.__main__ import RANK_0_SPEAKS_WITHIN, _refuse
 from hecate.train.distributed import _met, _say_once, _saying
 from hecate.train.settings import Settings
 from tests.train.configs import config
@@ -42,7 +42,7 @@ def test_rank_0_has_time_to_say_what_is_wrong_with_the_command_line(monkeypatch:
     """A launcher ends rank 0 when another rank ends first."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    for rank, code, seconds in (("0", "error: lr: bad", []), ("1", 1, [PATIENCE])):
+    for rank, code, seconds in (("0", "error: lr: bad", []), ("1", 1, [RANK_0_SPEAKS_WITHIN])):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:
             _refuse(ValueError("lr: bad"))
