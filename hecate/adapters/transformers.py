@@ -264,7 +264,8 @@ def fused_activation(module: Any) -> Activation | None:
         return None
     act, kind = module.act_fn, type(module.act_fn)
     known = kind.__module__ == "transformers.activations" or kind.__module__.startswith("torch.nn.")
-    if not known or not called_alone(act):
+    own_forward = kind.forward.__module__ == kind.__module__  # a library may have put another into the class
+    if not known or not own_forward or not called_alone(act):
         return None
     if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"

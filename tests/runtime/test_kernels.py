@@ -83,7 +83,7 @@ class Gated(nn.Module):
         return rows
 
 
-def test_what_is_not_the_same_function_is_not_fused() -> None:
+def test_what_is_not_the_same_function_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Gated(nn.SiLU())
     assert fused_activation(plain) is None  # a gate of its own
     plain.has_gate = False
@@ -95,6 +95,9 @@ def test_what_is_not_the_same_function_is_not_fused() -> None:
         plain.act_fn = act
         kinds[repr(act)] = fused_activation(plain)
     assert list(kinds.values()) == ["gelu", "gelu_tanh", "relu", None]
+    plain.act_fn = nn.ReLU()
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.clamp(0, 6))
+    assert fused_activation(plain) is None
 
 
 def test_by_name_they_are_there_or_nothing_is_changed() -> None:
