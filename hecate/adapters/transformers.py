@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.adapters.hooks import called_alone
@@ -262,12 +263,19 @@ def fused_activation(module: Any) -> Activation | None:
     own_gate = (getattr(gate, "__module__", ""), getattr(gate, "__name__", ""))
     if _flag(module, "has_gate") and own_gate != DEFAULT_GATE:
         return None
-    act, kind = module.act_fn, type(module.act_fn)
+    if not isinstance(module.act_fn, nn.Module):  # some models store a function
+        return "silu" if module.act_fn is F.silu else None
+    return _of_class(module.act_fn)
+
+
+def _of_class(act: nn.Module) -> Activation | None:
+    """The kernels' name for an activation module, if it is one of PyTorch's or transformers' as these wrote it."""
+    kind = type(act)
     known = kind.__module__ == "transformers.activations" or kind.__module__.startswith("torch.nn.")
     own_forward = kind.forward.__module__ == kind.__module__  # a library may have put another into the class
     if not known or not own_forward or not called_alone(act):
         return None
-    if kind is nn.GELU:
+    if isinstance(act, nn.GELU):
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     return ACTIVATIONS.get(kind.__name__)
 

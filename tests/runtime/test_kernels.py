@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import hecate
@@ -75,7 +76,7 @@ def test_gated_activations_of_transformers_are_fused() -> None:
 class Gated(nn.Module):
     has_gate = True
 
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.act_fn = act
 
@@ -97,6 +98,14 @@ def test_what_is_not_the_same_function_is_not_fused(monkeypatch: pytest.MonkeyPa
     assert list(kinds.values()) == ["gelu", "gelu_tanh", "relu", None]
     plain.act_fn = nn.ReLU()
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.clamp(0, 6))
+    assert fused_activation(plain) is None
+
+
+def test_of_functions_only_silu_is_fused() -> None:
+    plain = Gated(F.silu)  # a function instead of a module, as LFM2 has
+    plain.has_gate = False
+    assert fused_activation(plain) == "silu"
+    plain.act_fn = F.mish
     assert fused_activation(plain) is None
 
 
