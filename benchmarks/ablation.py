@@ -119,7 +119,7 @@ def run(
             add_ratios(report, found, PARTS[name], setting, world)
         close(systems.values())
         if world.rank == 0 and file is not None:
-            report.write(file)  # after every part: what is cut short leaves the parts before
+            report.write(file, options.command)  # after every part: what is cut short leaves the parts before
     if world.rank == 0:
         metrics = dict.fromkeys(row.metric for row in report.rows)
         wanted = ("tokens_per_second", "over_ep", "imbalance_after", "largest_batch")

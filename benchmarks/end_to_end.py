@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import cluster
 from benchmarks.links import cost_of
-from benchmarks.report import Report
+from benchmarks.report import Report, command_line
 from benchmarks.side_by_side import (
     Options,
     add_options,
@@ -123,7 +123,8 @@ def on_cluster(program: str, shape: tuple[int, int, int, float], overrides: Sequ
     try:
         with TemporaryDirectory() as folder, cluster.emulated(nodes, per_node, mbit, cpu) as ranks:
             cost = [] if any(word.startswith("fssdp.cost=") for word in own) else cost_of(ranks, folder)
-            return cluster.run([sys.executable, "-m", program, "--where", where, *overrides, *cost, *own], ranks)
+            named = ["--where", where, "--command", command_line()]
+            return cluster.run([sys.executable, "-m", program, *named, *overrides, *cost, *own], ranks)
     except cluster.MissingError as missing:
         print(f"{program}: an emulated cluster needs {missing}", file=sys.stderr)
         return cluster.SKIPPED
@@ -145,14 +146,14 @@ def run(config: Mapping[str, Any], world: World, options: Options, file: Path | 
             draw(found.timelines, f"one step of rank 0, {setting}", plots / skew.replace(":", "_").replace("/", "_"))
     close(systems.values())
     if world.rank == 0:
-        finish(report, file, plots)
+        finish(report, options.command, file, plots)
 
 
-def finish(report: Report, file: Path | None, plots: Path | None) -> None:
+def finish(report: Report, command: str | None, file: Path | None, plots: Path | None) -> None:
     """Print the tables; write the JSON and the bars."""
     print(*(report.table(metric) for metric in TABLES), sep="\n\n")
     if file is not None:
-        report.write(file)
+        report.write(file, command)
     if plots is not None:
         bars(report, "percent_of_ceiling", plots / "percent_of_ceiling.png")
 

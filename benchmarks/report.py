@@ -6,12 +6,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["Report", "Row"]
+__all__ = ["Report", "Row", "command_line"]
 
 PACKAGES = (
     "hecate",
@@ -54,10 +53,10 @@ class Report:
         """Add one figure."""
         self.rows.append(Row(setting, subject, metric, float(value), unit))
 
-    def write(self, path: str | Path, command: Iterable[str] | None = None) -> None:
+    def write(self, path: str | Path, command: str | None = None) -> None:
         """Write `{"command", "machine", "versions", "rows"}` to `path`."""
         content = {
-            "command": " ".join(command or _command()),
+            "command": command or command_line(),
             "machine": machine(),
             "versions": versions(),
             "rows": [asdict(row) for row in self.rows],
@@ -105,10 +104,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _command() -> list[str]:
-    """The command line as a user would type it: `python -m benchmarks.name ...`."""
-    name = Path(sys.argv[0]).stem
-    return ["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]
+def command_line() -> str:
+    """What the user typed: `python -m benchmarks.name ...`."""
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

@@ -37,6 +37,7 @@ class Options:
         warm_up: rounds before them, while caches and the load history fill.
         kind: which model.
         where: the machine in words, first part of every setting; None: the number of processes.
+        command: what the user typed, where a benchmark started itself on a cluster; None: what started this process.
     """
 
     systems: tuple[str, ...]
@@ -45,6 +46,7 @@ class Options:
     warm_up: int
     kind: ModelKind = "gpt"
     where: str | None = None
+    command: str | None = None
 
 
 @dataclass
@@ -72,7 +74,8 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, warm_up: int) -> N
     parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds per skew (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=warm_up, help="rounds before them (default: %(default)s)")
     parser.add_argument("--model", choices=("gpt", "mixtral"), default="gpt")
-    parser.add_argument("--where", help=argparse.SUPPRESS)  # set where a benchmark starts itself on a cluster
+    for name in ("--where", "--command"):  # set where a benchmark starts itself on a cluster
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of conf/config.yaml")
 
 
@@ -82,7 +85,7 @@ def options_of(given: argparse.Namespace, systems: Sequence[str], skews: Sequenc
         raise ValueError(f"--rounds {given.rounds} --warm-up {given.warm_up}: must be at least 1 and 0")
     for skew in skews:
         parse_skew(skew)
-    return Options(tuple(systems), tuple(skews), given.rounds, given.warm_up, given.model, given.where)
+    return Options(tuple(systems), tuple(skews), given.rounds, given.warm_up, given.model, given.where, given.command)
 
 
 def resolved(overrides: Sequence[str]) -> dict[str, Any]:

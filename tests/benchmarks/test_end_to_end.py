@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import cluster, end_to_end, scaling
 from benchmarks.end_to_end import bars
 from benchmarks.report import Report
 from benchmarks.systems import MissingError, make_system
@@ -67,6 +68,23 @@ def test_systems_side_by_side(tmp_path: Path) -> None:
     pictures = {file.relative_to(tmp_path / "plots").as_posix() for file in (tmp_path / "plots").rglob("*.png")}
     assert pictures == {"percent_of_ceiling.png", *(f"{s}/timeline.png" for s in ("own", "none", "zipf_1.2_beside"))}
     json.loads((tmp_path / "plots" / "none" / "ep.trace.json").read_text())
+
+
+def test_on_a_cluster_the_result_names_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["end_to_end.py", "--cluster", "--systems", "ep", "--skew", "none", "--json", "out.json", "batch_size=2"]
+    commands: list[list[str]] = []
+    found: list[str | None] = []
+    monkeypatch.setattr(cluster, "emulated", lambda *_: nullcontext())
+    monkeypatch.setattr(cluster, "tear_down_on_signals", lambda: None)
+    monkeypatch.setattr(cluster, "run", lambda words, ranks: commands.append(words) or 0)
+    monkeypatch.setattr(end_to_end, "cost_of", lambda ranks, folder: [f"fssdp.cost={folder}/cost.json"])
+    monkeypatch.setattr(end_to_end, "launch", lambda config, run: found.append(run.keywords["options"].command))
+    monkeypatch.setattr(sys, "argv", typed)
+    assert end_to_end.main() == 0
+    ((_, _, *again),) = commands
+    monkeypatch.setattr(sys, "argv", again)
+    assert end_to_end.main() == 0
+    assert found == [" ".join(["python -m benchmarks.end_to_end", *typed[1:]])]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def test_rows_become_json_and_a_table(tmp_path: Path) -> None:
     report.add("D=8", "theirs", "imbalance", 1.5)
     report.add("D=16", "ours", "imbalance", 2)
     report.add("D=16", "ours", "time", 0.5, "ms")
-    report.write(tmp_path / "new" / "out.json", ["python", "-m", "benchmarks.x"])
+    report.write(tmp_path / "new" / "out.json", "python -m benchmarks.x")
     content = json.loads((tmp_path / "new" / "out.json").read_text())
     assert sorted(content) == ["command", "machine", "rows", "versions"]
     assert content["command"] == "python -m benchmarks.x"
