@@ -268,14 +268,14 @@ def fused_activation(module: Any) -> Activation | None:
     return _of_class(module.act_fn)
 
 
-def _of_class(act: nn.Module) -> Activation | None:
+def _of_class(act: Any) -> Activation | None:
     """The kernels' name for an activation module, if it is one of PyTorch's or transformers' as these wrote it."""
     kind = type(act)
     known = kind.__module__ == "transformers.activations" or kind.__module__.startswith("torch.nn.")
     own_forward = kind.forward.__module__ == kind.__module__  # a library may have put another into the class
     if not known or not own_forward or not called_alone(act):
         return None
-    if isinstance(act, nn.GELU):
+    if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     return ACTIVATIONS.get(kind.__name__)
 
