@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.adapters.hooks import called_alone
 from hecate.experts import ExpertMLP
+from hecate.ops.activation import PLAIN as PLAIN_ACTIVATIONS
 from hecate.ops.activation import activation
 from hecate.ops.grouped import Groups, grouped_bias, grouped_linear
 from hecate.ops.kernels.activations import Activation
@@ -264,7 +264,7 @@ def fused_activation(module: Any) -> Activation | None:
     if _flag(module, "has_gate") and own_gate != DEFAULT_GATE:
         return None
     if not isinstance(module.act_fn, nn.Module):  # some models store a function
-        return "silu" if module.act_fn is F.silu else None
+        return "silu" if module.act_fn is PLAIN_ACTIVATIONS["silu"] else None
     return _of_class(module.act_fn)
 
 

@@ -101,11 +101,14 @@ def test_what_is_not_the_same_function_is_not_fused(monkeypatch: pytest.MonkeyPa
     assert fused_activation(plain) is None
 
 
-def test_of_functions_only_silu_is_fused() -> None:
+def test_of_functions_only_silu_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Gated(F.silu)  # a function instead of a module, as LFM2 has
     plain.has_gate = False
     assert fused_activation(plain) == "silu"
     plain.act_fn = F.mish
+    assert fused_activation(plain) is None
+    monkeypatch.setattr(F, "silu", lambda x: x)  # a library has put another function into torch
+    plain.act_fn = F.silu
     assert fused_activation(plain) is None
 
 
